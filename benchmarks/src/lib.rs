@@ -1,0 +1,1 @@
+//! Canonical workloads beside the raw device in one run.

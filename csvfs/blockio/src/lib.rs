@@ -1,0 +1,16 @@
+//! Block devices: what every byte of this project is finally read from and written to.
+//!
+//! ```text
+//!   vhdx, csvfs, hv, ...            submit(IoRequest { op, done })
+//!          |                                   |
+//!          v                                   v
+//!   trait BlockDevice  ---  FileDevice (io_uring, O_DIRECT) | MemoryDevice | FaultDevice | Recorder | GatedDevice
+//! ```
+//!
+//! **Invariant:** a completion runs exactly once for each submitted request, and a buffer stays alive until then.
+
+mod buffer;
+mod device;
+
+pub use buffer::{AlignedBuf, IO_ALIGN, IoBuf, Memory};
+pub use device::{BlockDevice, Completion, Geometry, ImageFile, IoError, IoOp, IoRequest};

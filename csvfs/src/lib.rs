@@ -1,0 +1,1 @@
+//! The cluster filesystem: on-LUN format, metadata store, coordinator and node library.

@@ -1,0 +1,1 @@
+//! The bare-metal test guest, built with the system's C compiler.

@@ -1,0 +1,2 @@
+//! The hv process: wires a VM to its disks on a cluster volume.
+fn main() {}

@@ -1,0 +1,10 @@
+//! Who may touch what: lock engine, leases, fencing, membership and ownership.
+//!
+//! Deciding parts (`engine`, `detector`) are pure: events in, actions out, the time passed in. Threads, sockets and
+//! files are at the edges.
+
+mod ids;
+mod mode;
+
+pub use ids::{ClientId, ClusterId, Epoch, Millis, NODES_MAX, NodeId, ResourceId, Term, VolumeId};
+pub use mode::Mode;

@@ -1,0 +1,1 @@
+//! Length-prefixed frames over mutual TLS between cluster processes.

@@ -1,0 +1,1 @@
+//! Moving a virtual machine between nodes.

@@ -1,0 +1,1 @@
+//! Whole-system tests: tidy rules, real processes, crash and fault scenarios.

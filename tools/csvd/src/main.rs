@@ -1,0 +1,2 @@
+//! The cluster node daemon.
+fn main() {}

