@@ -3,8 +3,10 @@
 //! Deciding parts (`engine`, `detector`) are pure: events in, actions out, the time passed in. Threads, sockets and
 //! files are at the edges.
 
+pub mod engine;
 mod ids;
 mod mode;
+mod resource;
 
 pub use ids::{ClientId, ClusterId, Epoch, Millis, NODES_MAX, NodeId, ResourceId, Term, VolumeId};
 pub use mode::Mode;
