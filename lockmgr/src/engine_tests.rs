@@ -223,6 +223,15 @@ fn two_readers_that_both_want_to_write_do_not_block_each_other() {
     assert_eq!(granted(&engine.step(Millis(41), lower(1, Null, asked[0].2))), [4]);
 }
 
+#[test]
+fn a_reader_that_wants_to_write_beside_others_first_drops_its_cache() {
+    let mut engine = engine();
+    take(&mut engine, 0, 1, 1, ProtectedRead);
+    let asked = recalls(&engine.step(Millis(20), request(2, 1, ConcurrentWrite)));
+    assert_eq!((asked[0].0, asked[0].1), (client(1), Null));
+    assert_eq!(granted(&engine.step(Millis(21), lower(1, Null, asked[0].2))), [2]);
+}
+
 // Invariant E4
 #[test]
 fn the_queue_is_bounded() {
@@ -264,6 +273,8 @@ struct View {
     seq: u64,
     /// The request under way: its ticket and mode.
     asked: Option<(u64, Mode)>,
+    /// A release of its own is under way; it says nothing else about the resource until that has arrived.
+    releasing: bool,
 }
 
 /// A message under way, from the engine to a client or back.
@@ -283,7 +294,6 @@ struct World {
     mail: Vec<Mail>,
     served: BTreeSet<u64>,
     overdue: BTreeSet<ClientId>,
-    gone: BTreeSet<u64>,
 }
 
 impl World {
@@ -296,7 +306,6 @@ impl World {
             mail: Vec::new(),
             served: BTreeSet::new(),
             overdue: BTreeSet::new(),
-            gone: BTreeSet::new(),
         }
     }
 
@@ -332,7 +341,7 @@ impl World {
 
     fn ask(&mut self, serial: u64, mode: Mode) {
         let view = self.views.get_mut(&serial).expect("a client of this world");
-        if view.asked.is_some() || self.gone.contains(&serial) {
+        if view.asked.is_some() || view.releasing {
             return;
         }
         self.tickets += 1;
@@ -340,8 +349,23 @@ impl World {
         self.feed(Event::Request { ticket: self.tickets, holder: client(serial), resource: R, mode });
     }
 
+    /// Gives up what it holds, unasked.
+    fn release(&mut self, serial: u64) {
+        let view = self.views.get_mut(&serial).expect("a client of this world");
+        if view.asked.is_some() || view.releasing || view.mode == Null {
+            return;
+        }
+        view.mode = Null;
+        view.releasing = true;
+        self.mail.push(Mail::Answer(lower(serial, Null, 0)));
+    }
+
     fn deliver(&mut self, at: usize) {
         match self.mail.swap_remove(at) {
+            Mail::Answer(event @ Event::Lower { holder, recall_seq: 0, .. }) => {
+                self.feed(event);
+                self.views.get_mut(&holder.serial).expect("it has not left").releasing = false;
+            }
             Mail::Grant { to, ticket, mode, seq } => self.on_grant(to, ticket, mode, seq),
             Mail::Recall { to, mode, seq } => self.on_recall(to, mode, seq),
             Mail::Answer(event) => self.feed(event),
@@ -364,25 +388,20 @@ impl World {
 
     fn on_recall(&mut self, serial: u64, to: Mode, seq: u64) {
         let Some(view) = self.views.get_mut(&serial) else { return };
-        if seq < view.seq || self.gone.contains(&serial) {
+        if seq < view.seq {
             return;
         }
         view.seq = seq;
         if !to.covers(view.mode) {
             view.mode = to;
         }
-        // It may hold less than it is allowed to keep, when the grant is still under way: then it keeps nothing.
+        // It may believe in less than it is allowed to keep, when the grant is still under way: that one is dropped.
         let left = view.mode;
-        let answer = Event::Lower { holder: client(serial), resource: R, to: left, recall_seq: seq };
-        self.mail.push(Mail::Answer(answer));
-        if left == Null && view.asked.is_none() {
-            view.seq = seq;
-        }
+        self.mail.push(Mail::Answer(lower(serial, left, seq)));
     }
 
     fn leave(&mut self, serial: u64) {
         if self.views.len() > 1 && self.views.remove(&serial).is_some() {
-            self.gone.insert(serial);
             self.mail.retain(
                 |mail| !matches!(mail, Mail::Answer(Event::Lower { holder, .. }) if holder.serial == serial),
             );
@@ -412,6 +431,7 @@ enum Move {
     Ask(u64, Mode),
     Deliver(usize),
     Wait(u64),
+    Release(u64),
     Leave(u64),
 }
 
@@ -421,6 +441,7 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         4 => (0..5_u64, modes).prop_map(|(serial, mode)| Move::Ask(serial, mode)),
         6 => (0..64_usize).prop_map(Move::Deliver),
         2 => (0..15_u64).prop_map(Move::Wait),
+        2 => (0..5_u64).prop_map(Move::Release),
         1 => (0..5_u64).prop_map(Move::Leave),
     ];
     prop::collection::vec(one, 0..120)
@@ -438,7 +459,8 @@ proptest! {
                 Move::Deliver(at) if !world.mail.is_empty() => world.deliver(at % world.mail.len()),
                 Move::Wait(ms) => { world.now += ms; world.feed(Event::Tick); }
                 Move::Leave(serial) => world.leave(serial),
-                Move::Ask(..) | Move::Deliver(_) => {}
+                Move::Release(serial) if world.views.contains_key(&serial) => world.release(serial),
+                Move::Ask(..) | Move::Release(_) | Move::Deliver(_) => {}
             }
         }
         world.settle();

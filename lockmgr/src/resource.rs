@@ -173,8 +173,8 @@ impl Resource {
     }
 
     fn grantable(&self, waiter: &Waiter) -> bool {
-        let answered = self.holders.get(&waiter.holder).is_none_or(|hold| hold.recall.is_none());
-        answered && self.others(waiter.holder).all(|(_, mode)| mode.compatible(waiter.mode))
+        let recalled = self.holders.get(&waiter.holder).is_some_and(|hold| hold.recall.is_some());
+        !recalled && !self.holders.iter().any(|(&client, hold)| in_the_way(client, hold, waiter))
     }
 
     fn recall_for(&mut self, id: ResourceId, head: &Waiter, step: &mut Step<'_>) {
@@ -231,6 +231,12 @@ impl Resource {
     }
 }
 
+/// A client's own hold is in the way when it is neither weaker nor stronger than what it wants: a reader that wants to
+/// write beside others has to drop its cache first, and until the grant reaches it, it would not know.
 fn in_the_way(client: ClientId, hold: &Hold, head: &Waiter) -> bool {
-    client != head.holder && !hold.mode.compatible(head.mode)
+    if client == head.holder {
+        !hold.mode.covers(head.mode) && !head.mode.covers(hold.mode)
+    } else {
+        !hold.mode.compatible(head.mode)
+    }
 }
