@@ -113,7 +113,7 @@ unsafe impl Memory for AlignedBuf {
 #[derive(Clone)]
 enum Owner {
     Aligned(Arc<AlignedBuf>),
-    Foreign(Arc<dyn Memory>),
+    Foreign(#[expect(dead_code, reason = "held so that the memory stays")] Arc<dyn Memory>),
 }
 
 /// A counted handle to a range of memory, the buffer of an I/O request.

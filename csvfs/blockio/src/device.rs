@@ -68,6 +68,14 @@ pub enum IoError {
     /// The content behind the device is not what it must be (an image whose structure is damaged).
     #[error("{0}")]
     Corrupt(String),
+    /// There is no such device, or it cannot be used as one.
+    #[error("cannot open {what}: {why}")]
+    NotOpened {
+        /// Path or URI.
+        what: String,
+        /// The reason, and what to do.
+        why: String,
+    },
     /// The device was closed.
     #[error("the device is closed")]
     Closed,
@@ -81,6 +89,7 @@ impl IoError {
             Self::OutOfRange { .. } => libc::EINVAL,
             Self::Os { errno, .. } => *errno,
             Self::NoSpace { .. } => libc::ENOSPC,
+            Self::NotOpened { .. } => libc::ENODEV,
             Self::NotPermitted { .. } | Self::Poisoned { .. } | Self::Corrupt(_) | Self::Closed => libc::EIO,
         }
     }

@@ -11,6 +11,17 @@
 
 mod buffer;
 mod device;
+mod file;
+mod job;
+mod memory;
+mod poison;
+mod pool;
+mod queue;
+mod uri;
+mod uring;
 
 pub use buffer::{AlignedBuf, IO_ALIGN, IoBuf, Memory};
 pub use device::{BlockDevice, Completion, Geometry, ImageFile, IoError, IoOp, IoRequest};
+pub use file::{FileDevice, OpenOptions};
+pub use memory::MemoryDevice;
+pub use uri::open_uri;

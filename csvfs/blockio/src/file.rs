@@ -1,0 +1,310 @@
+//! A block device or regular file of this machine.
+//!
+//! ```text
+//!   submit -> Job::plan (check, bounce) -> io_uring thread | pool of blocking threads (where io_uring is refused)
+//! ```
+//!
+//! Direct by default: the page cache of one node must never stand between another node and the LUN.
+
+use std::fmt;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Once};
+
+use rustix::fs::{AtFlags, SeekFrom, StatxFlags};
+
+use crate::job::Job;
+use crate::poison::Poison;
+use crate::queue::Workers;
+use crate::uring::Uring;
+use crate::{BlockDevice, Geometry, IO_ALIGN, ImageFile, IoError, IoOp, IoRequest, pool};
+
+/// Threads of the engine without io_uring.
+const POOL_THREADS: usize = 8;
+
+/// How to open a [`FileDevice`].
+#[derive(Clone, Copy, Debug)]
+pub struct OpenOptions {
+    /// Whether writes are allowed.
+    pub writable: bool,
+    /// `O_DIRECT`: past the page cache, in whole blocks of the device. Otherwise buffered, in any bytes.
+    pub direct: bool,
+    /// Requests in flight in the kernel; more wait in the device's queue.
+    pub queue_depth: u32,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { writable: true, direct: true, queue_depth: 128 }
+    }
+}
+
+impl OpenOptions {
+    /// The default, read-only.
+    #[must_use]
+    pub fn read_only() -> Self {
+        Self { writable: false, ..Self::default() }
+    }
+
+    /// The default, through the page cache and in any bytes: for image tools on any path.
+    #[must_use]
+    pub fn buffered() -> Self {
+        Self { direct: false, ..Self::default() }
+    }
+}
+
+/// The open file and what is known about it; shared by the handle and its engine.
+pub(crate) struct Target {
+    pub(crate) fd: OwnedFd,
+    pub(crate) path: PathBuf,
+    pub(crate) is_block: bool,
+    pub(crate) block_bytes: u32,
+    /// Alignment that the device wants of memory.
+    pub(crate) memory_align: usize,
+    pub(crate) can_discard: AtomicBool,
+    pub(crate) poison: Poison,
+    size_bytes: AtomicU64,
+    writable: bool,
+}
+
+/// A block device or regular file.
+///
+/// The size is in whole blocks: of a file opened `direct`, a tail that is shorter than a block is not reachable.
+pub struct FileDevice {
+    target: Arc<Target>,
+    engine: Engine,
+    /// Calls that io_uring does not know.
+    slow: Workers<Job>,
+}
+
+enum Engine {
+    Uring(Uring),
+    Pool(Workers<Job>),
+}
+
+impl FileDevice {
+    /// Opens an existing block device or regular file.
+    ///
+    /// # Errors
+    /// [`IoError::NotOpened`], with the reason and a hint.
+    pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self, IoError> {
+        let path = path.as_ref();
+        let flags = if options.direct { libc::O_DIRECT } else { 0 };
+        let opened = File::options().read(true).write(options.writable).custom_flags(flags).open(path);
+        let file = opened.map_err(|error| not_opened(path, &error))?;
+        Self::over(file, path, options)
+    }
+
+    /// Makes a new sparse file of `size_bytes` and opens it for direct I/O; where the file system has none (some
+    /// network and overlay file systems), buffered.
+    ///
+    /// # Errors
+    /// [`IoError::NotOpened`], also when the file exists.
+    pub fn create(path: impl AsRef<Path>, size_bytes: u64) -> Result<Self, IoError> {
+        let path = path.as_ref();
+        let made = File::options().read(true).write(true).create_new(true).open(path);
+        let file = made.map_err(|error| not_opened(path, &error))?;
+        file.set_len(size_bytes).map_err(|error| not_opened(path, &error))?;
+        let direct = OpenOptions::default();
+        match Self::open(path, direct) {
+            Err(_) => Self::open(path, OpenOptions { direct: false, ..direct }),
+            opened => opened,
+        }
+    }
+
+    fn over(file: File, path: &Path, options: OpenOptions) -> Result<Self, IoError> {
+        let target = Arc::new(Target::examine(file, path, options)?);
+        let name = thread_name(path);
+        let engine = match Uring::start(&name, options.queue_depth, &target) {
+            Ok(uring) => Engine::Uring(uring),
+            Err(error) => {
+                warn_once(&error);
+                Engine::Pool(pool::start(&name, POOL_THREADS, Arc::clone(&target)))
+            }
+        };
+        let slow = pool::start(&name, 1, Arc::clone(&target));
+        Ok(Self { target, engine, slow })
+    }
+
+    /// Where it was opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.target.path
+    }
+}
+
+impl BlockDevice for FileDevice {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            size_bytes: self.target.size(),
+            block_bytes: self.target.block_bytes,
+            can_discard: self.target.can_discard.load(Ordering::Relaxed),
+        }
+    }
+
+    fn submit(&self, request: IoRequest) {
+        let slow = self.target.is_block && matches!(request.op, IoOp::Discard { .. });
+        let job = Job::plan(request, &self.target);
+        match &self.engine {
+            _ if slow => self.slow.push(job),
+            Engine::Uring(uring) => uring.push(job),
+            Engine::Pool(pool) => pool.push(job),
+        }
+    }
+}
+
+impl ImageFile for FileDevice {
+    fn set_len(&self, size_bytes: u64) -> Result<(), IoError> {
+        self.target.set_len(size_bytes)
+    }
+
+    fn identity(&self) -> String {
+        match rustix::fs::fstat(&self.target.fd) {
+            Ok(stat) if self.target.is_block => format!("block:{:x}", stat.st_rdev),
+            Ok(stat) => format!("file:{:x}:{}", stat.st_dev, stat.st_ino),
+            Err(_) => format!("path:{}", self.target.path.display()),
+        }
+    }
+}
+
+impl fmt::Debug for FileDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileDevice").field("path", &self.target.path).finish_non_exhaustive()
+    }
+}
+
+impl Target {
+    fn examine(file: File, path: &Path, options: OpenOptions) -> Result<Self, IoError> {
+        let about = file.metadata().map_err(|error| not_opened(path, &error))?;
+        let is_block = about.file_type().is_block_device();
+        if !is_block && !about.is_file() {
+            let why = "it is neither a block device nor a regular file".to_owned();
+            return Err(IoError::NotOpened { what: path.display().to_string(), why });
+        }
+        let (block_bytes, memory_align) =
+            if options.direct { direct_alignment(&file, is_block) } else { (1, 1) };
+        let can_discard = !is_block || discards(about.rdev());
+        let target = Self {
+            fd: file.into(),
+            path: path.to_owned(),
+            is_block,
+            block_bytes,
+            memory_align,
+            can_discard: AtomicBool::new(can_discard && options.writable),
+            poison: Poison::default(),
+            size_bytes: AtomicU64::new(0),
+            writable: options.writable,
+        };
+        target.measure().map_err(|error| not_opened(path, &error.into()))?;
+        Ok(target)
+    }
+
+    fn size(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// Asks the system for the size; another handle may have changed it.
+    fn measure(&self) -> rustix::io::Result<u64> {
+        let bytes = if self.is_block {
+            rustix::fs::seek(&self.fd, SeekFrom::End(0))?
+        } else {
+            rustix::fs::fstat(&self.fd)?.st_size.cast_unsigned()
+        };
+        let whole = bytes / u64::from(self.block_bytes) * u64::from(self.block_bytes);
+        self.size_bytes.store(whole, Ordering::Release);
+        Ok(whole)
+    }
+
+    fn set_len(&self, size_bytes: u64) -> Result<(), IoError> {
+        self.poison.check()?;
+        if self.is_block || !size_bytes.is_multiple_of(u64::from(self.block_bytes)) {
+            return Err(self.out_of_range("set_len", size_bytes, 0));
+        }
+        let changed = rustix::fs::ftruncate(&self.fd, size_bytes).and_then(|()| self.measure());
+        changed.map(drop).map_err(|error| match error.raw_os_error() {
+            libc::ENOSPC | libc::EDQUOT | libc::EFBIG => {
+                IoError::NoSpace { what: format!("the file system of {}", self.path.display()) }
+            }
+            errno => IoError::Os { op: "set_len", offset: size_bytes, errno },
+        })
+    }
+
+    /// Whether the request may start.
+    pub(crate) fn admit(&self, op: &IoOp) -> Result<(), IoError> {
+        let (name, offset, len, writes) = match op {
+            IoOp::Read { offset, buf } => ("read", *offset, buf.len() as u64, false),
+            IoOp::Write { offset, buf, .. } => ("write", *offset, buf.len() as u64, true),
+            IoOp::Discard { offset, len } => ("discard", *offset, *len, true),
+            IoOp::WriteZeroes { offset, len, .. } => ("write-zeroes", *offset, *len, true),
+            // There is nothing to flush in a device that was only read.
+            IoOp::Flush => return self.poison.check(),
+        };
+        if writes {
+            self.poison.check()?;
+            if !self.writable {
+                return Err(IoError::Os { op: name, offset, errno: libc::EROFS });
+            }
+        }
+        let block = u64::from(self.block_bytes);
+        let inside = |size| offset.checked_add(len).is_some_and(|end| end <= size);
+        let whole = offset.is_multiple_of(block) && len.is_multiple_of(block);
+        // The size is asked for again before a refusal: the file may have grown through another handle.
+        if whole && (inside(self.size()) || self.measure().is_ok_and(inside)) {
+            return Ok(());
+        }
+        Err(self.out_of_range(name, offset, len))
+    }
+
+    fn out_of_range(&self, op: &'static str, offset: u64, len: u64) -> IoError {
+        IoError::OutOfRange { op, offset, len, size_bytes: self.size(), block_bytes: self.block_bytes }
+    }
+}
+
+/// Block size and memory alignment for direct I/O: as the kernel states them, else the safest that works everywhere.
+fn direct_alignment(file: &File, is_block: bool) -> (u32, usize) {
+    let asked = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+    if let Ok(stat) = asked
+        && stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0
+        && stat.stx_dio_offset_align > 0
+    {
+        return (stat.stx_dio_offset_align, stat.stx_dio_mem_align.max(1) as usize);
+    }
+    let logical = if is_block { rustix::fs::ioctl_blksszget(file.as_fd()).ok() } else { None };
+    let block = logical.unwrap_or(4096);
+    (block, (block as usize).min(IO_ALIGN))
+}
+
+/// Whether the block device takes discards, as its queue states.
+fn discards(device: u64) -> bool {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    ["queue", "../queue"].iter().any(|queue| {
+        let path = format!("/sys/dev/block/{major}:{minor}/{queue}/discard_max_bytes");
+        std::fs::read_to_string(path).is_ok_and(|most| most.trim() != "0")
+    })
+}
+
+fn not_opened(path: &Path, error: &std::io::Error) -> IoError {
+    let hint = match error.raw_os_error() {
+        Some(libc::EACCES | libc::EPERM) => " (run as a user who may open it, usually root)",
+        Some(libc::ENOENT) => " (check the path)",
+        Some(libc::EINVAL) => " (the file system has no direct I/O: open it buffered, or use another one)",
+        Some(libc::EBUSY) => " (something else has it open exclusively: a mount, LVM, a RAID)",
+        _ => "",
+    };
+    IoError::NotOpened { what: path.display().to_string(), why: format!("{error}{hint}") }
+}
+
+fn thread_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    format!("io:{}", name.chars().filter(|c| *c != '\0').take(12).collect::<String>())
+}
+
+fn warn_once(error: &std::io::Error) {
+    static WARNED: Once = Once::new();
+    WARNED.call_once(|| {
+        tracing::warn!(%error, "io_uring is refused: block I/O goes through a thread pool, which costs more CPU");
+    });
+}

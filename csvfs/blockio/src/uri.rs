@@ -1,0 +1,52 @@
+//! What a LUN is called: `/dev/...` or `file:PATH`.
+
+use std::sync::Arc;
+
+use crate::{BlockDevice, FileDevice, IoError, OpenOptions};
+
+/// Opens what `uri` names.
+///
+/// | form | meaning |
+/// |---|---|
+/// | `/dev/...` | a block device of this machine |
+/// | `file:PATH` | a regular file (or block device) at an absolute or relative path |
+///
+/// # Errors
+/// [`IoError::NotOpened`] for an unknown form, and those of [`FileDevice::open`].
+pub fn open_uri(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>, IoError> {
+    let path = path_of(uri).map_err(|why| IoError::NotOpened { what: uri.to_owned(), why })?;
+    Ok(Arc::new(FileDevice::open(path, options)?))
+}
+
+fn path_of(uri: &str) -> Result<&str, String> {
+    if let Some(path) = uri.strip_prefix("file:") {
+        return if path.is_empty() { Err("file: needs a path after it".to_owned()) } else { Ok(path) };
+    }
+    if uri.starts_with("/dev/") {
+        return Ok(uri);
+    }
+    if uri.starts_with("nbd://") || uri.starts_with("nbd+unix://") {
+        return Err("NBD exports are not supported yet: use a block device or file:PATH".to_owned());
+    }
+    Err("a LUN is named /dev/NAME or file:PATH".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_nodes_and_files_are_told_apart_by_their_form() {
+        assert_eq!(path_of("/dev/sdb"), Ok("/dev/sdb"));
+        assert_eq!(path_of("file:/srv/lun.img"), Ok("/srv/lun.img"));
+        assert_eq!(path_of("file:lun.img"), Ok("lun.img"));
+    }
+
+    #[test]
+    fn other_forms_are_refused_with_the_forms_that_work() {
+        for uri in ["", "file:", "lun.img", "iscsi://host/x", "nbd://host/x", "nbd+unix:///x?socket=s"] {
+            let error = open_uri(uri, OpenOptions::default()).err().expect("refused").to_string();
+            assert!(error.contains("file:"), "{uri}: {error}");
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! The io_uring engine: one thread with its own ring per device.
+//!
+//! ```text
+//!   submitters -> Intake --(eventfd, only when the thread sleeps)--> I/O thread: push entries, enter, reap, complete
+//! ```
+//!
+//! One `io_uring_enter` submits all that waits and sleeps for the next completion, so the calls per request fall as the
+//! load grows. Requests that completions submit are found without any wake-up.
+//!
+//! **Invariant:** an entry's memory is held in its slot until its completion was reaped.
+#![expect(unsafe_code, reason = "the ring takes raw pointers; the slots keep the memory behind them alive")]
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::{Arc, mpsc};
+use std::thread::{Builder, JoinHandle};
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use crate::IoError;
+use crate::file::Target;
+use crate::job::{Call, Job};
+use crate::queue::{Intake, Pushed};
+
+/// User data of the poll on the eventfd; slots count from 0.
+const WAKE: u64 = u64::MAX;
+/// Index of the device in the ring's file table.
+const DEVICE: types::Fixed = types::Fixed(0);
+/// Index of the eventfd.
+const BELL: types::Fixed = types::Fixed(1);
+
+/// A running I/O thread.
+pub(crate) struct Uring {
+    intake: Arc<Intake<Job>>,
+    bell: Arc<OwnedFd>,
+    target: Arc<Target>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Uring {
+    /// Starts the thread with a ring for `depth` requests in flight. Fails when the system refuses the ring.
+    pub(crate) fn start(name: &str, depth: u32, target: &Arc<Target>) -> io::Result<Self> {
+        let intake = Intake::new();
+        let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
+        let bell = Arc::new(rustix::event::eventfd(0, flags)?);
+        let (tell, told) = mpsc::sync_channel(1);
+        let thread = {
+            let (intake, bell, target) = (Arc::clone(&intake), Arc::clone(&bell), Arc::clone(target));
+            // The ring belongs to the thread that made it (SINGLE_ISSUER), so it is made there.
+            Builder::new().name(name.to_owned()).spawn(move || match open_ring(depth, &target, &bell) {
+                Ok(ring) => {
+                    drop(tell.send(Ok(())));
+                    Engine::new(ring, intake, target).run();
+                }
+                Err(error) => drop(tell.send(Err(error))),
+            })?
+        };
+        let opened = told.recv().unwrap_or_else(|_| Err(io::Error::other("the I/O thread ended")));
+        opened.map(|()| Self { intake, bell, target: Arc::clone(target), thread: Some(thread) })
+    }
+
+    pub(crate) fn push(&self, job: Job) {
+        match self.intake.push(job) {
+            Ok(Pushed::Seen) => {}
+            Ok(Pushed::Wake) => self.ring_bell(),
+            Err(job) => job.finish(&self.target, Err(IoError::Closed)),
+        }
+    }
+
+    #[expect(clippy::host_endian_bytes, reason = "an eventfd takes a number in the machine's own order")]
+    fn ring_bell(&self) {
+        // The counter cannot overflow before 2^64 wake-ups, which is the only way this write can fail.
+        let rung = rustix::io::write(self.bell.as_fd(), &1_u64.to_ne_bytes());
+        debug_assert!(rung.is_ok(), "eventfd: {rung:?}");
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        self.intake.close();
+        self.ring_bell();
+        // The last handle may go inside a completion, on the I/O thread itself.
+        if let Some(thread) = self.thread.take()
+            && !self.intake.served_here()
+        {
+            drop(thread.join());
+        }
+    }
+}
+
+fn open_ring(depth: u32, target: &Target, bell: &OwnedFd) -> io::Result<IoUring> {
+    let entries = depth.clamp(8, 4096).next_power_of_two();
+    let mut wanted = IoUring::builder();
+    wanted.setup_single_issuer().setup_defer_taskrun().setup_submit_all().dontfork();
+    let ring = match wanted.build(entries) {
+        // Kernels before 6.1 do not know the flags.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            IoUring::builder().dontfork().build(entries)?
+        }
+        other => other?,
+    };
+    ring.submitter().register_files(&[target.fd.as_raw_fd(), bell.as_raw_fd()])?;
+    Ok(ring)
+}
+
+/// State of the I/O thread.
+struct Engine {
+    ring: IoUring,
+    intake: Arc<Intake<Job>>,
+    target: Arc<Target>,
+    /// Taken from the intake, not yet in the ring.
+    ready: VecDeque<Job>,
+    slots: Vec<Option<Job>>,
+    free: Vec<usize>,
+    /// Slots whose job needs a further call.
+    again: Vec<usize>,
+    reaped: Vec<(u64, i32, u32)>,
+    bell_armed: bool,
+}
+
+impl Engine {
+    fn new(ring: IoUring, intake: Arc<Intake<Job>>, target: Arc<Target>) -> Self {
+        // One entry of the submission queue stays free for the poll on the bell.
+        let slots = ring.params().sq_entries() as usize - 1;
+        Self {
+            ring,
+            intake,
+            target,
+            ready: VecDeque::new(),
+            slots: std::iter::repeat_with(|| None).take(slots).collect(),
+            free: (0..slots).rev().collect(),
+            again: Vec::new(),
+            reaped: Vec::new(),
+            bell_armed: false,
+        }
+    }
+
+    fn run(mut self) {
+        self.intake.serve_here();
+        loop {
+            self.arm_bell();
+            let mut progressed = self.go_on();
+            // A full ring takes nothing new and is woken by its own completions.
+            let room = self.free.len();
+            let closed = self.intake.take(&mut self.ready, room, room > 0 && !progressed);
+            progressed |= self.issue();
+            let idle = self.free.len() == self.slots.len() && self.ready.is_empty();
+            if closed && idle {
+                return;
+            }
+            if let Err(error) = self.enter(!progressed) {
+                return self.give_up(&error);
+            }
+            self.reap();
+        }
+    }
+
+    fn arm_bell(&mut self) {
+        if !self.bell_armed {
+            let poll = opcode::PollAdd::new(BELL, libc::POLLIN as u32).multi(true).build().user_data(WAKE);
+            self.enqueue(&poll);
+            self.bell_armed = true;
+        }
+    }
+
+    /// Issues the further calls of jobs that need them. Tells whether a job ended without one: then its completion may
+    /// have left work to do, and waiting would be wrong.
+    fn go_on(&mut self) -> bool {
+        let mut ended = false;
+        while let Some(slot) = self.again.pop() {
+            let job = self.slots[slot].take().expect("a job that goes on has its slot");
+            ended |= self.issue_one(job, slot);
+        }
+        ended
+    }
+
+    /// Issues the first calls of what was taken. Tells as [`Self::go_on`].
+    fn issue(&mut self) -> bool {
+        let mut ended = false;
+        while let Some(slot) = self.free.pop() {
+            let Some(job) = self.ready.pop_front() else {
+                self.free.push(slot);
+                break;
+            };
+            ended |= self.issue_one(job, slot);
+        }
+        ended
+    }
+
+    fn issue_one(&mut self, job: Job, slot: usize) -> bool {
+        match job.call() {
+            Ok(call) => {
+                self.slots[slot] = Some(job);
+                self.enqueue(&entry(call).user_data(slot as u64));
+                false
+            }
+            Err(outcome) => {
+                self.free.push(slot);
+                job.finish(&self.target, outcome);
+                true
+            }
+        }
+    }
+
+    fn enqueue(&mut self, entry: &squeue::Entry) {
+        // SAFETY: the memory an entry points to is held by the job in its slot until the completion was reaped.
+        let pushed = unsafe { self.ring.submission().push(entry) };
+        pushed.expect("the ring has an entry for every slot and one for the bell");
+    }
+
+    fn enter(&mut self, wait: bool) -> io::Result<()> {
+        match self.ring.submit_and_wait(usize::from(wait)) {
+            Ok(_) => Ok(()),
+            // Interrupted, or short of memory for a moment: what was reaped so far makes room.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn reap(&mut self) {
+        let mut reaped = std::mem::take(&mut self.reaped);
+        reaped.extend(self.ring.completion().map(|entry| (entry.user_data(), entry.result(), entry.flags())));
+        for (user_data, result, flags) in reaped.drain(..) {
+            match usize::try_from(user_data) {
+                Ok(slot) if user_data != WAKE => self.returned(slot, result),
+                _ => self.bell_armed = cqueue::more(flags),
+            }
+        }
+        self.reaped = reaped;
+    }
+
+    fn returned(&mut self, slot: usize, result: i32) {
+        let mut job = self.slots[slot].take().expect("the ring completes only what was issued");
+        match job.returned(&self.target, result) {
+            Some(outcome) => {
+                self.free.push(slot);
+                job.finish(&self.target, outcome);
+            }
+            None => {
+                self.slots[slot] = Some(job);
+                self.again.push(slot);
+            }
+        }
+    }
+
+    /// The ring itself failed. What is in flight may still write to its memory, so that memory is never freed.
+    fn give_up(mut self, error: &io::Error) {
+        tracing::error!(device = %self.target.path.display(), %error, "io_uring failed: the device is closed");
+        self.intake.close();
+        for job in self.slots.iter_mut().filter_map(Option::take) {
+            let (done, memory) = job.abandon();
+            std::mem::forget(memory);
+            done(Err(IoError::Closed));
+        }
+        self.intake.take(&mut self.ready, usize::MAX, false);
+        for job in self.ready.drain(..) {
+            job.finish(&self.target, Err(IoError::Closed));
+        }
+    }
+}
+
+fn entry(call: Call) -> squeue::Entry {
+    match call {
+        Call::Read { into, len, offset } => opcode::Read::new(DEVICE, into, len).offset(offset).build(),
+        Call::Write { from, len, offset, durable } => {
+            let flags = if durable { libc::RWF_DSYNC } else { 0 };
+            opcode::Write::new(DEVICE, from, len).offset(offset).rw_flags(flags).build()
+        }
+        Call::Sync => opcode::Fsync::new(DEVICE).flags(types::FsyncFlags::DATASYNC).build(),
+        Call::Fallocate { mode, offset, len } => {
+            opcode::Fallocate::new(DEVICE, len).offset(offset).mode(mode).build()
+        }
+        Call::DiscardBlocks { .. } => unreachable!("the device sends this to its slow lane"),
+    }
+}
