@@ -11,5 +11,6 @@
 //!
 //! **Invariant:** only the coordinator writes metadata; nodes write data blocks that a grant and a map gave them.
 
+pub mod node;
 pub mod proto;
 pub use proto as pb;

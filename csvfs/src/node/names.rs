@@ -1,0 +1,305 @@
+//! Calls on names and attributes: one request to the coordinator each, waiting for the reply.
+//!
+//! Directories are not cached: what another node has changed is seen by the next call.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use pb::reply::Result as Answer;
+use pb::request::Op;
+
+use super::{Attr, Creation, DirEntry, DirPage, File, FileKind, FsError, Node, SetAttr};
+use crate::proto as pb;
+
+/// Inode number of the root directory.
+pub const ROOT_INO: u64 = 1;
+
+/// Longest name of a directory entry, in bytes.
+pub const NAME_BYTES_MAX: usize = 255;
+
+impl Node {
+    /// What `name` in the directory `parent` is.
+    ///
+    /// # Errors
+    /// `ENOENT` and the like.
+    pub fn lookup(&self, parent: u64, name: &[u8]) -> Result<Attr, FsError> {
+        let name = checked_name(name)?;
+        let attr = self.ask_attr(Op::Lookup(pb::Lookup { parent, name }))?;
+        Ok(self.with_local_changes(attr))
+    }
+
+    /// Walks `path` from the root, without following symbolic links.
+    ///
+    /// # Errors
+    /// Those of the lookups.
+    pub fn resolve(&self, path: &str) -> Result<Attr, FsError> {
+        let mut parts = path.split('/').filter(|part| !part.is_empty()).peekable();
+        if parts.peek().is_none() {
+            return self.getattr(ROOT_INO);
+        }
+        let mut attr = None;
+        for part in parts {
+            let parent = attr.map_or(ROOT_INO, |attr: Attr| attr.ino);
+            attr = Some(self.lookup(parent, part.as_bytes())?);
+        }
+        attr.ok_or_else(|| FsError::invalid(libc::ENOENT, format!("{path}: no such file")))
+    }
+
+    /// Creates a regular file and opens it. Without `exclusive` an existing one is opened as it is.
+    ///
+    /// # Errors
+    /// `EEXIST`, `ENOSPC` and the like.
+    pub fn create(
+        self: &Arc<Self>,
+        parent: u64,
+        name: &[u8],
+        creation: &Creation,
+        exclusive: bool,
+    ) -> Result<(Attr, Arc<File>), FsError> {
+        let mut request = new_inode(parent, name, FileKind::Regular, creation)?;
+        request.exclusive = exclusive;
+        request.open = true;
+        let attr = self.ask_attr(Op::Create(request))?;
+        if attr.kind != FileKind::Regular {
+            return Err(FsError::invalid(libc::EEXIST, "the name exists and is no regular file"));
+        }
+        Ok((self.with_local_changes(attr), self.opened(attr)))
+    }
+
+    /// Creates a directory.
+    ///
+    /// # Errors
+    /// `EEXIST`, `ENOSPC` and the like.
+    pub fn mkdir(&self, parent: u64, name: &[u8], creation: &Creation) -> Result<Attr, FsError> {
+        self.make(new_inode(parent, name, FileKind::Directory, creation)?)
+    }
+
+    /// Creates a symbolic link to `target`.
+    ///
+    /// # Errors
+    /// `EEXIST`, `ENOSPC` and the like.
+    pub fn symlink(
+        &self,
+        parent: u64,
+        name: &[u8],
+        target: &[u8],
+        creation: &Creation,
+    ) -> Result<Attr, FsError> {
+        let mut request = new_inode(parent, name, FileKind::Symlink, creation)?;
+        request.target = Bytes::copy_from_slice(target);
+        self.make(request)
+    }
+
+    /// Creates a pipe, socket, device node or empty file.
+    ///
+    /// # Errors
+    /// `EEXIST`, `ENOSPC` and the like.
+    pub fn mknod(
+        &self,
+        parent: u64,
+        name: &[u8],
+        kind: FileKind,
+        rdev: u32,
+        creation: &Creation,
+    ) -> Result<Attr, FsError> {
+        let mut request = new_inode(parent, name, kind, creation)?;
+        request.rdev = rdev;
+        self.make(request)
+    }
+
+    fn make(&self, mut request: pb::Create) -> Result<Attr, FsError> {
+        request.exclusive = true;
+        self.ask_attr(Op::Create(request))
+    }
+
+    /// Where a symbolic link points.
+    ///
+    /// # Errors
+    /// `EINVAL` when it is none.
+    pub fn readlink(&self, ino: u64) -> Result<Vec<u8>, FsError> {
+        match self.ask(Op::ReadLink(pb::ReadLink { ino }))? {
+            Answer::LinkTarget(link) => Ok(link.target.to_vec()),
+            other => Err(unexpected("ReadLink", &other)),
+        }
+    }
+
+    /// Gives the inode one more name.
+    ///
+    /// # Errors
+    /// `EEXIST`, `EPERM` for a directory, and the like.
+    pub fn link(&self, ino: u64, parent: u64, name: &[u8]) -> Result<Attr, FsError> {
+        let name = checked_name(name)?;
+        let attr = self.ask_attr(Op::Link(pb::Link { ino, parent, name }))?;
+        self.names_changed();
+        Ok(self.with_local_changes(attr))
+    }
+
+    /// Removes a name that is not a directory's.
+    ///
+    /// # Errors
+    /// `ENOENT`, `EISDIR` and the like.
+    pub fn unlink(&self, parent: u64, name: &[u8]) -> Result<(), FsError> {
+        self.remove(parent, name, false)
+    }
+
+    /// Removes an empty directory.
+    ///
+    /// # Errors
+    /// `ENOENT`, `ENOTDIR`, `ENOTEMPTY` and the like.
+    pub fn rmdir(&self, parent: u64, name: &[u8]) -> Result<(), FsError> {
+        self.remove(parent, name, true)
+    }
+
+    fn remove(&self, parent: u64, name: &[u8], directory: bool) -> Result<(), FsError> {
+        let name = checked_name(name)?;
+        self.ask_done(Op::Unlink(pb::Unlink { parent, name, directory }))?;
+        self.names_changed();
+        Ok(())
+    }
+
+    /// Moves a name; `flags` are those of `renameat2`.
+    ///
+    /// # Errors
+    /// `ENOENT`, `EEXIST`, `ENOTEMPTY` and the like.
+    pub fn rename(
+        &self,
+        parent: u64,
+        name: &[u8],
+        new_parent: u64,
+        new_name: &[u8],
+        flags: u32,
+    ) -> Result<(), FsError> {
+        let (name, new_name) = (checked_name(name)?, checked_name(new_name)?);
+        self.ask_done(Op::Rename(pb::Rename { parent, name, new_parent, new_name, flags }))?;
+        self.names_changed();
+        Ok(())
+    }
+
+    /// Up to `max_entries` entries after `cookie` (0: from the start).
+    ///
+    /// # Errors
+    /// `ENOTDIR` and the like.
+    pub fn readdir(&self, ino: u64, cookie: u64, max_entries: u32) -> Result<DirPage, FsError> {
+        match self.ask(Op::ReadDir(pb::ReadDir { ino, cookie, max_entries }))? {
+            Answer::DirPage(page) => self.checked_page(page),
+            other => Err(unexpected("ReadDir", &other)),
+        }
+    }
+
+    fn checked_page(&self, page: pb::DirPage) -> Result<DirPage, FsError> {
+        let entries = page.entries.into_iter().map(|entry| {
+            let attr = entry.attr.ok_or_else(|| FsError::Protocol("a directory entry without attributes".into()))?;
+            let attr = self.with_local_changes(Attr::checked(&attr)?);
+            Ok(DirEntry { name: entry.name.to_vec(), cookie: entry.cookie, attr })
+        });
+        Ok(DirPage { entries: entries.collect::<Result<_, FsError>>()?, end: page.end, parent: page.parent })
+    }
+
+    /// Space and inodes of the volume.
+    ///
+    /// # Errors
+    /// When the coordinator refuses.
+    pub fn statfs(&self) -> Result<pb::VolumeStat, FsError> {
+        match self.ask(Op::StatFs(pb::StatFs {}))? {
+            Answer::VolumeStat(stat) => Ok(stat),
+            other => Err(unexpected("StatFs", &other)),
+        }
+    }
+
+    /// Who holds or waits for what on an inode.
+    ///
+    /// # Errors
+    /// When the coordinator refuses.
+    pub fn grants(&self, ino: u64) -> Result<Vec<pb::GrantInfo>, FsError> {
+        match self.ask(Op::ListGrants(pb::ListGrants { ino }))? {
+            Answer::GrantList(list) => Ok(list.grants),
+            other => Err(unexpected("ListGrants", &other)),
+        }
+    }
+
+    /// Has the coordinator walk all metadata.
+    ///
+    /// # Errors
+    /// When the coordinator refuses; what is wrong with the volume is in the report.
+    pub fn check(&self) -> Result<pb::CheckReport, FsError> {
+        match self.ask(Op::Check(pb::Check {}))? {
+            Answer::CheckReport(report) => Ok(report),
+            other => Err(unexpected("Check", &other)),
+        }
+    }
+
+    /// Attributes in wire form, for a file or anything else.
+    pub(super) fn ask_attr(&self, op: Op) -> Result<Attr, FsError> {
+        match self.ask(op)? {
+            Answer::Attr(attr) => Attr::checked(&attr),
+            other => Err(unexpected("a request for attributes", &other)),
+        }
+    }
+
+    pub(super) fn ask_done(&self, op: Op) -> Result<(), FsError> {
+        match self.ask(op)? {
+            Answer::Done(_) => Ok(()),
+            other => Err(unexpected("a change", &other)),
+        }
+    }
+}
+
+pub(super) fn unexpected(request: &str, answer: &Answer) -> FsError {
+    let mut what = format!("{answer:?}");
+    what.truncate(what.char_indices().nth(120).map_or(what.len(), |(at, _)| at));
+    FsError::Protocol(format!("to {request}: {what}"))
+}
+
+pub(super) fn set_attr_request(ino: u64, set: &SetAttr) -> pb::SetAttr {
+    pb::SetAttr {
+        ino,
+        mode: set.mode,
+        uid: set.uid,
+        gid: set.gid,
+        size_bytes: set.size_bytes,
+        atime: set.atime,
+        mtime: set.mtime,
+        ctime: set.ctime,
+    }
+}
+
+fn new_inode(parent: u64, name: &[u8], kind: FileKind, creation: &Creation) -> Result<pb::Create, FsError> {
+    Ok(pb::Create {
+        parent,
+        name: checked_name(name)?,
+        kind: kind.to_wire().into(),
+        mode: creation.mode & 0o7777,
+        uid: creation.uid,
+        gid: creation.gid,
+        rdev: 0,
+        target: Bytes::new(),
+        exclusive: false,
+        open: false,
+    })
+}
+
+fn checked_name(name: &[u8]) -> Result<Bytes, FsError> {
+    let shown = || String::from_utf8_lossy(&name[..name.len().min(64)]).into_owned();
+    if name.len() > NAME_BYTES_MAX {
+        let what = format!("the name {}.. is longer than {NAME_BYTES_MAX} bytes", shown());
+        return Err(FsError::invalid(libc::ENAMETOOLONG, what));
+    }
+    if name.is_empty() || name.contains(&b'/') || name.contains(&0) {
+        return Err(FsError::invalid(libc::EINVAL, format!("{:?} is no name of a file", shown())));
+    }
+    Ok(Bytes::copy_from_slice(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_cannot_be_one_is_refused_before_it_is_sent() {
+        assert!(checked_name(b"ok").is_ok());
+        for bad in [&b""[..], b"a/b", b"a\0", &[b'x'; NAME_BYTES_MAX + 1]] {
+            assert!(checked_name(bad).is_err());
+        }
+        assert_eq!(checked_name(&[b'x'; 256]).expect_err("too long").errno(), libc::ENAMETOOLONG);
+    }
+}
