@@ -88,8 +88,9 @@ pub struct Attr {
 
 impl Attr {
     pub(super) fn checked(attr: &pb::Attr) -> Result<Self, FsError> {
-        let kind = FileKind::checked(attr.kind())
-            .ok_or_else(|| FsError::Protocol(format!("inode {} is of unknown kind {}", attr.ino, attr.kind)))?;
+        let kind = FileKind::checked(attr.kind()).ok_or_else(|| {
+            FsError::Protocol(format!("inode {} is of unknown kind {}", attr.ino, attr.kind))
+        })?;
         let time = |t: Option<Timestamp>| t.unwrap_or_default();
         Ok(Self {
             ino: attr.ino,
@@ -171,9 +172,10 @@ pub(super) fn now() -> Timestamp {
 impl From<SystemTime> for Timestamp {
     fn from(time: SystemTime) -> Self {
         match time.duration_since(SystemTime::UNIX_EPOCH) {
-            Ok(after) => {
-                Self { seconds: i64::try_from(after.as_secs()).unwrap_or(i64::MAX), nanos: after.subsec_nanos() }
-            }
+            Ok(after) => Self {
+                seconds: i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
+                nanos: after.subsec_nanos(),
+            },
             Err(error) => before_epoch(error.duration()),
         }
     }
@@ -192,8 +194,11 @@ impl From<Timestamp> for SystemTime {
     fn from(time: Timestamp) -> Self {
         let nanos = Duration::from_nanos(u64::from(time.nanos.min(999_999_999)));
         let whole = Duration::from_secs(time.seconds.unsigned_abs());
-        let base =
-            if time.seconds >= 0 { Self::UNIX_EPOCH.checked_add(whole) } else { Self::UNIX_EPOCH.checked_sub(whole) };
+        let base = if time.seconds >= 0 {
+            Self::UNIX_EPOCH.checked_add(whole)
+        } else {
+            Self::UNIX_EPOCH.checked_sub(whole)
+        };
         base.and_then(|base| base.checked_add(nanos)).unwrap_or(Self::UNIX_EPOCH)
     }
 }

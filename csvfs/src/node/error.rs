@@ -27,7 +27,9 @@ pub enum FsError {
     #[error("I/O on the LUN failed: {0}")]
     Io(#[from] IoError),
     /// An earlier failure left the state of the LUN unknown; all writes and flushes fail until the volume is attached anew.
-    #[error("this node stopped writing to the volume: {cause}; attach the volume again after the cause is gone")]
+    #[error(
+        "this node stopped writing to the volume: {cause}; attach the volume again after the cause is gone"
+    )]
     Stopped {
         /// The earlier failure.
         cause: String,

@@ -188,7 +188,8 @@ impl Node {
 
     fn checked_page(&self, page: pb::DirPage) -> Result<DirPage, FsError> {
         let entries = page.entries.into_iter().map(|entry| {
-            let attr = entry.attr.ok_or_else(|| FsError::Protocol("a directory entry without attributes".into()))?;
+            let attr =
+                entry.attr.ok_or_else(|| FsError::Protocol("a directory entry without attributes".into()))?;
             let attr = self.with_local_changes(Attr::checked(&attr)?);
             Ok(DirEntry { name: entry.name.to_vec(), cookie: entry.cookie, attr })
         });

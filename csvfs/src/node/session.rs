@@ -252,7 +252,14 @@ impl Session {
     }
 
     fn request(&self, term: u64, request_id: u64, completed_below: u64, op: Option<Op>) -> pb::Request {
-        pb::Request { volume: self.volume.clone(), term, client: Some(self.client), request_id, completed_below, op }
+        pb::Request {
+            volume: self.volume.clone(),
+            term,
+            client: Some(self.client),
+            request_id,
+            completed_below,
+            op,
+        }
     }
 
     fn send(self: &Arc<Self>, request: pb::Request, attempt: u64) {
@@ -366,8 +373,12 @@ impl Session {
 
     fn attach_answered(self: &Arc<Self>, attempt: u64, asked: u64, outcome: Result<pb::Reply, LinkError>) {
         match judge(outcome) {
-            Verdict::Answer(Ok(pb::reply::Result::Attached(attached))) => self.attach_done(attempt, asked, attached),
-            Verdict::Answer(Ok(other)) => self.attach_refused(&FsError::Protocol(format!("{other:?} to an Attach"))),
+            Verdict::Answer(Ok(pb::reply::Result::Attached(attached))) => {
+                self.attach_done(attempt, asked, attached)
+            }
+            Verdict::Answer(Ok(other)) => {
+                self.attach_refused(&FsError::Protocol(format!("{other:?} to an Attach")))
+            }
             Verdict::Answer(Err(why)) => self.attach_refused(&why),
             Verdict::Later => self.attach_failed(attempt, asked, 0),
             Verdict::Gone { term } => self.attach_failed(attempt, asked, term),
@@ -436,7 +447,8 @@ impl Session {
         let attempt = state.attempt;
         let waiting: Vec<u64> =
             state.kept.iter().filter(|(_, kept)| kept.sent_under != attempt).map(|(id, _)| *id).collect();
-        let ready: Vec<_> = waiting.into_iter().filter_map(|id| self.take_for_sending(&mut state, id)).collect();
+        let ready: Vec<_> =
+            waiting.into_iter().filter_map(|id| self.take_for_sending(&mut state, id)).collect();
         drop(state);
         for (request, attempt) in ready {
             self.send(request, attempt);
