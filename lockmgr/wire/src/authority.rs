@@ -1,0 +1,71 @@
+//! The cluster's own certificate authority.
+//!
+//! One authority per cluster, made when the cluster is created. It issues one certificate per node, whose common name
+//! and DNS name are `node-<id>`: peers check the name against the node that they expect.
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose,
+};
+
+use crate::WireError;
+
+/// A certificate and its private key, both in PEM. The key is a secret: its file must be readable by its owner only.
+#[derive(Clone)]
+pub struct Issued {
+    /// The certificate.
+    pub cert_pem: String,
+    /// The private key.
+    pub key_pem: String,
+}
+
+impl std::fmt::Debug for Issued {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Issued").field("cert_pem", &self.cert_pem).finish_non_exhaustive()
+    }
+}
+
+/// The name that certificates give to a node.
+#[must_use]
+pub fn node_name(node: u16) -> String {
+    format!("node-{node}")
+}
+
+/// Makes the authority of a new cluster.
+pub fn create_ca(cluster_name: &str) -> Result<Issued, WireError> {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = named(&format!("csv cluster {cluster_name}"));
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let key = KeyPair::generate().map_err(|error| bad("make a key", &error))?;
+    let cert = params.self_signed(&key).map_err(|error| bad("make the authority's certificate", &error))?;
+    Ok(Issued { cert_pem: cert.pem(), key_pem: key.serialize_pem() })
+}
+
+/// Issues the certificate of one node.
+pub fn issue(ca: &Issued, node: u16) -> Result<Issued, WireError> {
+    let ca_key = KeyPair::from_pem(&ca.key_pem).map_err(|error| bad("read the authority's key", &error))?;
+    let issuer = Issuer::from_ca_cert_pem(&ca.cert_pem, ca_key)
+        .map_err(|error| bad("read the authority's certificate", &error))?;
+    let mut params = CertificateParams::new(vec![node_name(node)])
+        .map_err(|error| bad("name the node's certificate", &error))?;
+    params.distinguished_name = named(&node_name(node));
+    params.is_ca = IsCa::ExplicitNoCa;
+    params.use_authority_key_identifier_extension = true;
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    let key = KeyPair::generate().map_err(|error| bad("make a key", &error))?;
+    let cert = params.signed_by(&key, &issuer).map_err(|error| bad("sign the node's certificate", &error))?;
+    Ok(Issued { cert_pem: cert.pem(), key_pem: key.serialize_pem() })
+}
+
+fn named(common_name: &str) -> DistinguishedName {
+    let mut name = DistinguishedName::new();
+    name.push(DnType::CommonName, common_name);
+    name
+}
+
+fn bad(doing: &str, error: &rcgen::Error) -> WireError {
+    WireError::BadIdentity { what: format!("cannot {doing}: {error}") }
+}

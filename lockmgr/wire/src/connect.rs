@@ -1,0 +1,88 @@
+//! Opening connections.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls_pki_types::ServerName;
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_util::task::TaskTracker;
+
+use crate::driver::{self, in_time};
+use crate::hello::Proof;
+use crate::identity::tls_error;
+use crate::{Class, Connection, Endpoint, Handler, Local, Partition, Via, WireError, authority};
+
+/// Bytes unacknowledged for this long end a connection; a shorter silence is for heartbeats to judge.
+const UNACKNOWLEDGED_MS_MAX: u32 = 30_000;
+
+/// Connects to another node over mutual TLS. Fails unless exactly `expected_node` answers.
+pub async fn connect_tls(
+    address: &str,
+    endpoint: &Endpoint,
+    expected_node: u16,
+    class: Class,
+    handler: Arc<dyn Handler>,
+) -> Result<Connection, WireError> {
+    connect_tls_with(address, endpoint, expected_node, class, handler, &TaskTracker::new()).await
+}
+
+pub(crate) async fn connect_tls_with(
+    address: &str,
+    endpoint: &Endpoint,
+    expected_node: u16,
+    class: Class,
+    handler: Arc<dyn Handler>,
+    tasks: &TaskTracker,
+) -> Result<Connection, WireError> {
+    let doing = format!("connect to node {expected_node} at {address}");
+    let handshake = async {
+        endpoint.partition.passable().await;
+        let tcp = TcpStream::connect(address).await.map_err(|error| WireError::io(&doing, error))?;
+        tune(&tcp);
+        let name = ServerName::try_from(authority::node_name(expected_node))
+            .map_err(|error| WireError::BadIdentity { what: error.to_string() })?;
+        let connector = TlsConnector::from(Arc::clone(&endpoint.identity.client));
+        let tls = connector
+            .connect(name, tcp)
+            .await
+            .map_err(|error| tls_error(&doing, Some(expected_node), &error))?;
+        let proof = Proof { via: Via::Tls, node: Some(expected_node), class: Some(class) };
+        // Our own certificate is judged by the peer after our side of the handshake is done: the verdict comes here.
+        driver::greet(tls, &endpoint.local, class, proof).await.map_err(|error| match &error {
+            WireError::Io { source, .. } => tls_error(&doing, Some(expected_node), source),
+            _ => error,
+        })
+    };
+    let greeted = in_time(&doing, handshake).await?;
+    Ok(driver::start(greeted, handler, endpoint.partition.clone(), tasks))
+}
+
+/// Connects to a process of this node over a Unix socket.
+pub async fn connect_unix(
+    path: &Path,
+    local: &Local,
+    handler: Arc<dyn Handler>,
+) -> Result<Connection, WireError> {
+    let doing = format!("connect to {}", path.display());
+    let handshake = async {
+        let stream = UnixStream::connect(path).await.map_err(|error| WireError::io(&doing, error))?;
+        let proof = Proof { via: unix_peer(&stream)?, node: None, class: Some(Class::Control) };
+        driver::greet(stream, local, Class::Control, proof).await
+    };
+    let greeted = in_time(&doing, handshake).await?;
+    Ok(driver::start(greeted, handler, Partition::default(), &TaskTracker::new()))
+}
+
+/// Small frames leave at once, and a vanished peer is noticed even without heartbeats.
+pub(crate) fn tune(tcp: &TcpStream) {
+    // Both are improvements; a socket that refuses them still works.
+    let _kept_delay = tcp.set_nodelay(true);
+    let _kept_timeout = rustix::net::sockopt::set_tcp_user_timeout(tcp, UNACKNOWLEDGED_MS_MAX);
+}
+
+pub(crate) fn unix_peer(stream: &UnixStream) -> Result<Via, WireError> {
+    let who = stream.peer_cred().map_err(|error| WireError::io("ask who is at the other end", error))?;
+    let pid = who.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+    Ok(Via::Unix { uid: who.uid(), pid })
+}

@@ -1,0 +1,322 @@
+//! A node's connections to all its peers.
+//!
+//! Each peer has two lanes: control, kept up all the time, and bulk, opened when it is first used. A lane connects by
+//! itself and again after a loss, waiting longer after each failure up to [`BACKOFF_MS_MAX`]. A call on a lane that is
+//! down fails at once: whoever calls knows better whether to wait, ask somebody else, or give up.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::connect::connect_tls_with;
+use crate::{Class, Connection, Endpoint, Handler, WireError};
+
+const BACKOFF_MS_MIN: u64 = 20;
+const BACKOFF_MS_MAX: u64 = 500;
+
+/// Reconnecting connections to the other members.
+pub struct Mesh {
+    endpoint: Endpoint,
+    handler: Arc<dyn Handler>,
+    /// Held for map operations only.
+    peers: Mutex<BTreeMap<u16, Arc<Slot>>>,
+    closing: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// What is known of one peer's control lane.
+#[derive(Clone, Debug)]
+pub struct PeerStatus {
+    /// The peer.
+    pub node: u16,
+    /// Where it is expected.
+    pub address: String,
+    /// Why there is no connection; nothing if there is one.
+    pub down: Option<Arc<str>>,
+}
+
+struct Slot {
+    node: u16,
+    address: String,
+    removed: CancellationToken,
+    control: watch::Sender<LaneState>,
+    bulk: OnceLock<watch::Sender<LaneState>>,
+}
+
+#[derive(Clone)]
+enum LaneState {
+    Down(Arc<str>),
+    Up(Connection),
+}
+
+impl LaneState {
+    fn connection(&self) -> Option<&Connection> {
+        match self {
+            Self::Up(connection) if !connection.is_closed() => Some(connection),
+            _ => None,
+        }
+    }
+
+    fn down_reason(&self) -> Option<Arc<str>> {
+        match self {
+            Self::Down(reason) => Some(Arc::clone(reason)),
+            Self::Up(connection) if connection.is_closed() => Some(connection.link().reason()),
+            Self::Up(_) => None,
+        }
+    }
+}
+
+fn not_yet() -> LaneState {
+    LaneState::Down(Arc::from("not connected yet"))
+}
+
+impl Mesh {
+    /// A mesh without peers. `handler` serves what peers ask over the connections that this side has opened.
+    #[must_use]
+    pub fn new(endpoint: Endpoint, handler: Arc<dyn Handler>) -> Arc<Self> {
+        Arc::new(Self {
+            endpoint,
+            handler,
+            peers: Mutex::default(),
+            closing: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        })
+    }
+
+    /// Adds a peer and starts to connect, or notes its new address. This node itself is not a peer.
+    pub fn set_peer(&self, node: u16, address: &str) {
+        if node == self.endpoint.local.node || self.closing.is_cancelled() {
+            return;
+        }
+        let mut peers = self.peers();
+        if peers.get(&node).is_some_and(|slot| slot.address == address) {
+            return;
+        }
+        let slot = Arc::new(Slot {
+            node,
+            address: address.to_owned(),
+            removed: self.closing.child_token(),
+            control: watch::Sender::new(not_yet()),
+            bulk: OnceLock::new(),
+        });
+        if let Some(old) = peers.insert(node, Arc::clone(&slot)) {
+            old.removed.cancel();
+        }
+        self.run_lane(slot, Class::Control);
+    }
+
+    /// Closes the connections to a peer for good.
+    pub fn remove_peer(&self, node: u16) {
+        if let Some(slot) = self.peers().remove(&node) {
+            slot.removed.cancel();
+        }
+    }
+
+    /// Sends a request over the control lane and waits for the reply.
+    pub async fn call(&self, node: u16, service: u16, body: Bytes) -> Result<Bytes, WireError> {
+        self.connection(node)?.call(service, body).await
+    }
+
+    /// Sends a request over the bulk lane, which is opened if need be, and waits for the reply.
+    pub async fn call_bulk(&self, node: u16, service: u16, body: Bytes) -> Result<Bytes, WireError> {
+        self.connect(node, Class::Bulk).await?.call(service, body).await
+    }
+
+    /// Sends a message that wants no answer over the control lane.
+    pub fn push(&self, node: u16, service: u16, body: Bytes) -> Result<(), WireError> {
+        self.connection(node)?.push(service, body)
+    }
+
+    /// The control connection to a peer, if it is up now.
+    pub fn connection(&self, node: u16) -> Result<Connection, WireError> {
+        let slot = self.slot(node)?;
+        let state = slot.control.borrow();
+        state.connection().cloned().ok_or_else(|| not_connected(node, &state))
+    }
+
+    /// Waits until a lane to a peer is up. Opens the bulk lane if it is not yet; a bulk lane that cannot be opened is
+    /// an error after the first attempt, the control lane is waited for until it is up or the peer is removed.
+    pub async fn connect(&self, node: u16, class: Class) -> Result<Connection, WireError> {
+        let slot = self.slot(node)?;
+        let mut lane = match class {
+            Class::Control => slot.control.subscribe(),
+            Class::Bulk => self.bulk_lane(&slot).subscribe(),
+        };
+        loop {
+            {
+                let state = lane.borrow_and_update();
+                if let Some(connection) = state.connection() {
+                    return Ok(connection.clone());
+                }
+                let tried = matches!(&*state, LaneState::Down(reason) if &**reason != "not connected yet");
+                if class == Class::Bulk && tried {
+                    return Err(not_connected(node, &state));
+                }
+            }
+            tokio::select! {
+                () = slot.removed.cancelled() => return Err(unknown(node)),
+                changed = lane.changed() => changed.map_err(|_| unknown(node))?,
+            }
+        }
+    }
+
+    /// All peers and whether they are connected.
+    #[must_use]
+    pub fn status(&self) -> Vec<PeerStatus> {
+        let slots: Vec<_> = self.peers().values().cloned().collect();
+        slots
+            .into_iter()
+            .map(|slot| PeerStatus {
+                node: slot.node,
+                address: slot.address.clone(),
+                down: slot.control.borrow().down_reason(),
+            })
+            .collect()
+    }
+
+    /// Cuts this node off from all others, or connects it again. Also stops servers that share the endpoint.
+    pub fn set_partitioned(&self, cut: bool) {
+        self.endpoint.partition.set(cut);
+    }
+
+    /// What this node says about itself.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Closes all connections and waits until their tasks have ended.
+    pub async fn shutdown(&self) {
+        self.closing.cancel();
+        self.peers().clear();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn bulk_lane<'a>(&self, slot: &'a Arc<Slot>) -> &'a watch::Sender<LaneState> {
+        slot.bulk.get_or_init(|| {
+            self.run_lane(Arc::clone(slot), Class::Bulk);
+            watch::Sender::new(not_yet())
+        })
+    }
+
+    fn run_lane(&self, slot: Arc<Slot>, class: Class) {
+        let lane = Lane {
+            slot,
+            class,
+            endpoint: self.endpoint.clone(),
+            handler: Arc::clone(&self.handler),
+            tasks: self.tasks.clone(),
+        };
+        self.tasks.spawn(lane.run());
+    }
+
+    fn slot(&self, node: u16) -> Result<Arc<Slot>, WireError> {
+        self.peers().get(&node).cloned().ok_or_else(|| unknown(node))
+    }
+
+    fn peers(&self) -> MutexGuard<'_, BTreeMap<u16, Arc<Slot>>> {
+        self.peers.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        self.closing.cancel();
+    }
+}
+
+impl fmt::Debug for Mesh {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mesh").field("local", &self.endpoint.local).field("peers", &self.status()).finish()
+    }
+}
+
+fn unknown(node: u16) -> WireError {
+    WireError::NotConnected { node, reason: Arc::from("it is not a known peer") }
+}
+
+fn not_connected(node: u16, state: &LaneState) -> WireError {
+    let reason = state.down_reason().unwrap_or_else(|| Arc::from("connection lost"));
+    WireError::NotConnected { node, reason }
+}
+
+/// Keeps one connection up.
+struct Lane {
+    slot: Arc<Slot>,
+    class: Class,
+    endpoint: Endpoint,
+    handler: Arc<dyn Handler>,
+    tasks: TaskTracker,
+}
+
+impl Lane {
+    async fn run(self) {
+        let mut backoff_ms = BACKOFF_MS_MIN;
+        while !self.slot.removed.is_cancelled() {
+            let attempt = connect_tls_with(
+                &self.slot.address,
+                &self.endpoint,
+                self.slot.node,
+                self.class,
+                Arc::clone(&self.handler),
+                &self.tasks,
+            );
+            let attempt = tokio::select! {
+                biased;
+                () = self.slot.removed.cancelled() => break,
+                attempt = attempt => attempt,
+            };
+            match attempt {
+                Ok(connection) => {
+                    backoff_ms = BACKOFF_MS_MIN;
+                    self.hold(connection).await;
+                }
+                Err(error) => self.note_failure(&error),
+            }
+            tokio::select! {
+                () = self.slot.removed.cancelled() => {}
+                () = tokio::time::sleep(Duration::from_millis(backoff_ms)) => {}
+            }
+            backoff_ms = (backoff_ms * 2).min(BACKOFF_MS_MAX);
+        }
+        self.state().send_replace(LaneState::Down(Arc::from("the peer was removed")));
+    }
+
+    async fn hold(&self, connection: Connection) {
+        tracing::info!(peer = %connection.peer(), class = %self.class, "connected");
+        self.state().send_replace(LaneState::Up(connection.clone()));
+        let reason = tokio::select! {
+            reason = connection.closed() => reason,
+            () = self.slot.removed.cancelled() => {
+                connection.close();
+                connection.closed().await
+            }
+        };
+        tracing::info!(peer = %connection.peer(), class = %self.class, %reason, "disconnected");
+        self.state().send_replace(LaneState::Down(reason));
+    }
+
+    /// Logs a failure when it is news, so that a node that is away fills no log.
+    fn note_failure(&self, error: &WireError) {
+        let reason: Arc<str> = Arc::from(error.explain());
+        let (node, class) = (self.slot.node, self.class);
+        let news = self.state().send_replace(LaneState::Down(Arc::clone(&reason)));
+        if news.down_reason().is_none_or(|before| before != reason) {
+            tracing::warn!(node, %class, error = %reason, "cannot connect");
+        }
+    }
+
+    fn state(&self) -> &watch::Sender<LaneState> {
+        match self.class {
+            Class::Control => &self.slot.control,
+            Class::Bulk => self.slot.bulk.get_or_init(|| watch::Sender::new(not_yet())),
+        }
+    }
+}

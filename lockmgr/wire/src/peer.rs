@@ -1,0 +1,74 @@
+//! Who is at the other end of a connection.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// What a connection is used for. Bulk never shares a connection with what must not wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// Raft, heartbeats, metadata, grants and recalls.
+    Control,
+    /// Snapshots, migration streams, redirected blocks.
+    Bulk,
+}
+
+impl Class {
+    pub(crate) fn number(self) -> u32 {
+        match self {
+            Self::Control => 0,
+            Self::Bulk => 1,
+        }
+    }
+
+    pub(crate) fn from_number(number: u32) -> Option<Self> {
+        match number {
+            0 => Some(Self::Control),
+            1 => Some(Self::Bulk),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Control => "control",
+            Self::Bulk => "bulk",
+        })
+    }
+}
+
+/// How the peer proved who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Via {
+    /// A certificate of the cluster's authority that names the node.
+    Tls,
+    /// A Unix socket: the kernel names the process.
+    Unix {
+        /// User id of the process.
+        uid: u32,
+        /// Its process id when it connected; 0 where the kernel did not say.
+        pid: u32,
+    },
+}
+
+/// The other end of a connection, as checked by the handshake.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Node id; on a Unix socket it is what the process claims.
+    pub node: u16,
+    /// Name from the hello, for logs.
+    pub name: Arc<str>,
+    /// What the connection is used for.
+    pub class: Class,
+    /// How it proved who it is.
+    pub via: Via,
+    /// Protocol version that both sides speak.
+    pub version: u32,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "node {} ({})", self.node, self.name)
+    }
+}

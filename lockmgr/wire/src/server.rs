@@ -1,0 +1,216 @@
+//! Accepting connections, over TLS from other nodes or over a Unix socket from this node's processes.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::connect::{tune, unix_peer};
+use crate::driver::{self, Greeted, in_time};
+use crate::hello::Proof;
+use crate::identity::{node_of_certificate, tls_error};
+use crate::{Class, Endpoint, Handler, Local, Partition, Via, WireError};
+
+/// Connections of one server at once; further ones wait in the listener.
+const CONNECTIONS_MAX: usize = 1024;
+/// Pause after a refused accept (no descriptors left), so that the log is not flooded.
+const ACCEPT_PAUSE_MS: u64 = 100;
+
+/// A listening socket with all its connections. Dropping it closes them; [`Server::shutdown`] also waits.
+#[derive(Debug)]
+pub struct Server {
+    closing: CancellationToken,
+    tasks: TaskTracker,
+    address: Option<SocketAddr>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.closing.cancel();
+    }
+}
+
+impl Server {
+    /// Serves other nodes of the cluster.
+    #[must_use]
+    pub fn serve_tls(listener: TcpListener, endpoint: Endpoint, handler: Arc<dyn Handler>) -> Self {
+        let address = listener.local_addr().ok();
+        Self::serve(FromNodes { listener, endpoint }, handler, address)
+    }
+
+    /// Serves processes of this node. The listener's file permissions decide who may connect.
+    #[must_use]
+    pub fn serve_unix(listener: UnixListener, local: Local, handler: Arc<dyn Handler>) -> Self {
+        Self::serve(FromProcesses { listener, local }, handler, None)
+    }
+
+    fn serve(source: impl Source, handler: Arc<dyn Handler>, address: Option<SocketAddr>) -> Self {
+        let server = Self { closing: CancellationToken::new(), tasks: TaskTracker::new(), address };
+        let accepting = Accepting {
+            source: Arc::new(source),
+            handler,
+            closing: server.closing.clone(),
+            tasks: server.tasks.clone(),
+        };
+        server.tasks.spawn(accepting.run());
+        server
+    }
+
+    /// Address of a TLS server, for listeners on port 0.
+    #[must_use]
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    /// Closes the listener and all connections and waits until their tasks, requests in progress included, have ended.
+    pub async fn shutdown(&self) {
+        self.closing.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+}
+
+/// Where connections come from.
+trait Source: Send + Sync + 'static {
+    type Socket: Send + 'static;
+    type Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    fn accept(&self) -> impl Future<Output = std::io::Result<Self::Socket>> + Send;
+
+    /// Finds out who it is.
+    fn greet(
+        &self,
+        socket: Self::Socket,
+    ) -> impl Future<Output = Result<Greeted<Self::Stream>, WireError>> + Send;
+
+    fn partition(&self) -> Partition;
+}
+
+/// What the accepting task and the tasks of its connections share.
+struct Accepting<S> {
+    source: Arc<S>,
+    handler: Arc<dyn Handler>,
+    closing: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl<S: Source> Accepting<S> {
+    async fn run(self) {
+        let accepting = Arc::new(self);
+        let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let until_closing = accepting.closing.clone();
+        let accept_all = async {
+            while let Ok(place) = Arc::clone(&room).acquire_owned().await {
+                match accepting.source.accept().await {
+                    Ok(socket) => {
+                        accepting.tasks.spawn(Arc::clone(&accepting).hold(socket, place));
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot accept a connection");
+                        tokio::time::sleep(Duration::from_millis(ACCEPT_PAUSE_MS)).await;
+                    }
+                }
+            }
+        };
+        until_closing.run_until_cancelled(accept_all).await;
+    }
+
+    /// Runs one connection until it ends or the server closes.
+    async fn hold(self: Arc<Self>, socket: S::Socket, _place: OwnedSemaphorePermit) {
+        let greeted = match self.closing.run_until_cancelled(self.source.greet(socket)).await {
+            Some(Ok(greeted)) => greeted,
+            Some(Err(error)) => {
+                tracing::warn!(error = error.explain(), "connection refused");
+                return;
+            }
+            None => return,
+        };
+        let connection =
+            driver::start(greeted, Arc::clone(&self.handler), self.source.partition(), &self.tasks);
+        if self.closing.run_until_cancelled(connection.closed()).await.is_none() {
+            connection.close();
+            connection.closed().await;
+        }
+    }
+}
+
+struct FromNodes {
+    listener: TcpListener,
+    endpoint: Endpoint,
+}
+
+impl Source for FromNodes {
+    type Socket = TcpStream;
+    type Stream = TlsStream<TcpStream>;
+
+    async fn accept(&self) -> std::io::Result<TcpStream> {
+        self.listener.accept().await.map(|(tcp, _)| tcp)
+    }
+
+    async fn greet(&self, tcp: TcpStream) -> Result<Greeted<Self::Stream>, WireError> {
+        self.endpoint.partition.passable().await;
+        let doing = match tcp.peer_addr() {
+            Ok(from) => format!("accept a connection from {from}"),
+            Err(_) => "accept a connection".to_owned(),
+        };
+        in_time(&doing, accept_tls(tcp, &self.endpoint, &doing)).await
+    }
+
+    fn partition(&self) -> Partition {
+        self.endpoint.partition.clone()
+    }
+}
+
+struct FromProcesses {
+    listener: UnixListener,
+    local: Local,
+}
+
+impl Source for FromProcesses {
+    type Socket = UnixStream;
+    type Stream = UnixStream;
+
+    async fn accept(&self) -> std::io::Result<UnixStream> {
+        self.listener.accept().await.map(|(stream, _)| stream)
+    }
+
+    async fn greet(&self, stream: UnixStream) -> Result<Greeted<UnixStream>, WireError> {
+        let proof = Proof { via: unix_peer(&stream)?, node: None, class: None };
+        let greeting = driver::greet(stream, &self.local, Class::Control, proof);
+        in_time("the hello of a local process", greeting).await
+    }
+
+    fn partition(&self) -> Partition {
+        Partition::default()
+    }
+}
+
+async fn accept_tls(
+    tcp: TcpStream,
+    endpoint: &Endpoint,
+    doing: &str,
+) -> Result<Greeted<TlsStream<TcpStream>>, WireError> {
+    tune(&tcp);
+    let acceptor = TlsAcceptor::from(Arc::clone(&endpoint.identity.server));
+    let tls = match acceptor.accept(tcp).into_fallible().await {
+        Ok(tls) => tls,
+        Err((error, mut tcp)) => {
+            // The alert is on its way; closing before the peer has read it would discard it.
+            driver::discard_in_time(&mut tcp).await;
+            return Err(tls_error(doing, None, &error));
+        }
+    };
+    let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let certificate = certificate
+        .ok_or_else(|| WireError::ForeignCertificate { what: "the peer shows none".to_owned() })?;
+    let node = node_of_certificate(certificate)?;
+    let proof = Proof { via: Via::Tls, node: Some(node), class: None };
+    driver::greet(tls, &endpoint.local, Class::Control, proof).await
+}
