@@ -10,18 +10,26 @@
 //! **Invariant:** a completion runs exactly once for each submitted request, and a buffer stays alive until then.
 
 mod buffer;
+mod crash;
 mod device;
+mod fault;
 mod file;
+mod gate;
 mod job;
 mod memory;
 mod poison;
 mod pool;
 mod queue;
+mod record;
 mod uri;
 mod uring;
 
 pub use buffer::{AlignedBuf, IO_ALIGN, IoBuf, Memory};
+pub use crash::{Change, Unflushed};
 pub use device::{BlockDevice, Completion, Geometry, ImageFile, IoError, IoOp, IoRequest};
+pub use fault::{FaultDevice, OpKind};
 pub use file::{FileDevice, OpenOptions};
+pub use gate::{GatedDevice, Permission, WriteRight};
 pub use memory::MemoryDevice;
+pub use record::{Record, Recorder};
 pub use uri::open_uri;

@@ -5,6 +5,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use crate::crash::Change;
 use crate::queue::Workers;
 use crate::{BlockDevice, Geometry, ImageFile, IoBuf, IoError, IoOp, IoRequest};
 
@@ -84,6 +85,24 @@ impl MemoryDevice {
         pages.written.len() as u64 * PAGE_BYTES as u64
     }
 
+    /// Does a recorded change, as far as it lies inside.
+    pub(crate) fn apply(&self, change: &Change) {
+        let mut pages = self.content.pages.write().unwrap_or_else(PoisonError::into_inner);
+        let room = |offset: u64| pages.size_bytes.saturating_sub(offset);
+        match change {
+            Change::Write { offset, bytes } => {
+                let fits = usize::try_from(room(*offset)).unwrap_or(usize::MAX).min(bytes.len());
+                pages.write(*offset, &bytes[..fits]);
+            }
+            Change::Zero { offset, len } => {
+                let fits = room(*offset).min(*len);
+                pages.clear(*offset, fits);
+            }
+            Change::Discard { .. } => {}
+            Change::SetLen { size_bytes } => pages.resize(*size_bytes),
+        }
+    }
+
     fn holding(pages: Pages, block_bytes: u32) -> Self {
         let content = Arc::new(Content { pages: RwLock::new(pages), block_bytes });
         let served = Arc::clone(&content);
@@ -113,11 +132,7 @@ impl BlockDevice for MemoryDevice {
 impl ImageFile for MemoryDevice {
     fn set_len(&self, size_bytes: u64) -> Result<(), IoError> {
         let mut pages = self.content.pages.write().unwrap_or_else(PoisonError::into_inner);
-        if size_bytes < pages.size_bytes {
-            let tail = pages.size_bytes - size_bytes;
-            pages.clear(size_bytes, tail);
-        }
-        pages.size_bytes = size_bytes;
+        pages.resize(size_bytes);
         Ok(())
     }
 
@@ -227,8 +242,8 @@ impl Pages {
         let (first, end) = (offset.div_ceil(PAGE_BYTES as u64), (offset + len) / PAGE_BYTES as u64);
         self.written.retain(|page, _| !(first..end).contains(page));
         for edge in [offset / PAGE_BYTES as u64, end] {
-            let (from, to) = (edge * PAGE_BYTES as u64, (edge + 1) * PAGE_BYTES as u64);
-            let (from, to) = (from.max(offset), to.min(offset + len));
+            let start = edge * PAGE_BYTES as u64;
+            let (from, to) = (start.max(offset), start.saturating_add(PAGE_BYTES as u64).min(offset + len));
             if from < to
                 && let Some(bytes) = self.written.get_mut(&edge)
             {
@@ -236,6 +251,13 @@ impl Pages {
                 bytes[within..within + small(to - from)].fill(0);
             }
         }
+    }
+
+    fn resize(&mut self, size_bytes: u64) {
+        if size_bytes < self.size_bytes {
+            self.clear(size_bytes, self.size_bytes - size_bytes);
+        }
+        self.size_bytes = size_bytes;
     }
 
     fn page(&mut self, page: u64) -> &mut Page {

@@ -1,4 +1,6 @@
 //! Claims about devices on files of the host.
+#![expect(clippy::cast_possible_truncation, reason = "the sizes in these tests are small")]
+
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
