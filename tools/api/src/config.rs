@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 /// One node's configuration, in TOML.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -13,6 +14,8 @@ use serde::{Deserialize, Serialize};
 pub struct NodeConfig {
     /// Name of the cluster.
     pub cluster: String,
+    /// Its id; nodes and volumes of another cluster are refused.
+    pub cluster_id: Uuid,
     /// Name of this node.
     pub name: String,
     /// Its number, 1 to 64; also its slot on each LUN.

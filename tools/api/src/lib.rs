@@ -23,6 +23,7 @@ pub mod pb {
         clippy::all,
         clippy::pedantic,
         clippy::allow_attributes,
+        clippy::allow_attributes_without_reason,
         reason = "generated from admin.proto, where the fields are described"
     )]
     tonic::include_proto!("csvd.admin");

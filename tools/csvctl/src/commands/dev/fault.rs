@@ -1,0 +1,82 @@
+//! `csvctl dev fault`.
+
+use api::Error;
+use api::pb::FaultRequest;
+use clap::{Args, ValueEnum};
+use rustix::process::Signal;
+
+use super::DevDir;
+use super::down::END_WITHIN;
+use super::folder::Folder;
+use super::node;
+use super::process::Running;
+use crate::context::Context;
+
+#[derive(Debug, Args)]
+pub(crate) struct Fault {
+    /// The node
+    node: String,
+    /// What happens to it
+    #[arg(value_enum)]
+    action: Action,
+    #[command(flatten)]
+    folder: DevDir,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Action {
+    /// The machine dies: its daemon and VMs are killed
+    Kill,
+    /// The machine freezes
+    Stop,
+    /// A frozen machine goes on
+    Cont,
+    /// The network to the other nodes is cut
+    Partition,
+    /// The network is whole again
+    Heal,
+}
+
+impl Fault {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let folder = Folder::open(&self.folder.dir)?;
+        let plan = folder.existing_plan()?;
+        let config = folder.node_config(&plan, node::named(&plan, &self.node)?);
+        let running = Running::find(&config.pid_file())?.ok_or_else(|| {
+            Error::conflict(format!("node {} is not running", self.node))
+                .hint("`csvctl dev start NODE` starts it again")
+        })?;
+        let what = match self.action {
+            Action::Kill => {
+                running.signal_group(Signal::KILL)?;
+                if !running.wait_end(END_WITHIN)? {
+                    return Err(Error::failed(format!("node {} does not end", self.node)));
+                }
+                "killed"
+            }
+            Action::Stop => {
+                running.signal_group(Signal::STOP)?;
+                "stopped"
+            }
+            Action::Cont => {
+                running.signal_group(Signal::CONT)?;
+                "going on"
+            }
+            Action::Partition => {
+                network(&config, "partition").await?;
+                "cut off from the other nodes"
+            }
+            Action::Heal => {
+                network(&config, "heal").await?;
+                "connected to the other nodes"
+            }
+        };
+        context.ui.done(&format!("node {} is {what}", self.node))
+    }
+}
+
+async fn network(config: &api::config::NodeConfig, action: &str) -> Result<(), Error> {
+    let mut client = api::connect(&config.admin_socket()).await?;
+    client.fault(FaultRequest { action: action.to_owned() }).await?;
+    Ok(())
+}

@@ -1,0 +1,110 @@
+//! `csvctl vm`.
+
+mod console;
+mod create;
+mod delete;
+mod list;
+mod migrate;
+mod pause;
+mod resume;
+mod show;
+mod start;
+mod stop;
+
+use api::Error;
+use api::pb::Vm;
+use clap::{Args, Subcommand};
+
+use crate::context::Context;
+use crate::{ui, units};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VmCommand {
+    /// Define a VM
+    Create(create::Create),
+    /// Start a VM on the node that csvctl talks to
+    Start(VmName),
+    /// Stop a VM
+    Stop(stop::Stop),
+    /// Halt a VM's processors
+    Pause(VmName),
+    /// Let a paused VM go on
+    Resume(VmName),
+    /// List the VMs
+    List(list::List),
+    /// Show one VM
+    Show(VmName),
+    /// Print what a VM wrote to its serial console
+    Console(console::Console),
+    /// Move a VM to another node
+    Migrate(migrate::Migrate),
+    /// Forget a stopped VM; its disks stay
+    Delete(delete::Delete),
+}
+
+impl VmCommand {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        match self {
+            Self::Create(command) => command.run(context).await,
+            Self::Start(vm) => start::run(vm, context).await,
+            Self::Stop(command) => command.run(context).await,
+            Self::Pause(vm) => pause::run(vm, context).await,
+            Self::Resume(vm) => resume::run(vm, context).await,
+            Self::List(command) => command.run(context).await,
+            Self::Show(vm) => show::run(vm, context).await,
+            Self::Console(command) => command.run(context).await,
+            Self::Migrate(command) => command.run(context).await,
+            Self::Delete(command) => command.run(context).await,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VmName {
+    /// Name of the VM
+    name: String,
+}
+
+fn summary(vm: &Vm) -> String {
+    match vm.reason.as_str() {
+        "" => format!("VM {} is {} on {}", vm.name, vm.state, vm.node),
+        reason => format!("VM {} is {} on {}: {reason}", vm.name, vm.state, vm.node),
+    }
+}
+
+fn details(vm: &Vm) -> String {
+    let spec = vm.spec.clone().unwrap_or_default();
+    let known = |number: u64| if number == 0 { String::new() } else { number.to_string() };
+    let mut text = ui::fields([
+        ("VM", vm.name.clone()),
+        ("id", vm.id.clone()),
+        ("state", vm.state.clone()),
+        ("reason", vm.reason.clone()),
+        ("node", vm.node.clone()),
+        ("epoch", vm.epoch.to_string()),
+        ("pid", known(vm.pid)),
+        ("memory", units::size(spec.memory_bytes)),
+        ("CPUs", spec.cpus.to_string()),
+        ("kernel", spec.kernel),
+        ("initrd", spec.initrd),
+        ("cmdline", spec.cmdline),
+        ("priority", spec.priority),
+        ("console bytes", known(vm.console_bytes)),
+        ("exits", known(vm.exits)),
+    ]);
+    for disk in &spec.disks {
+        let access = if disk.read_only { " (read-only)" } else { "" };
+        text += &format!("\n  disk {}:/{}{access}", disk.volume, disk.path);
+    }
+    for disk in &vm.disks {
+        text += &format!(
+            "\n  {} {}: {} reads, {} writes, {} flushes",
+            disk.path,
+            units::size(disk.size_bytes),
+            disk.reads,
+            disk.writes,
+            disk.flushes
+        );
+    }
+    text
+}

@@ -1,0 +1,54 @@
+//! `csvctl volume check`.
+
+use api::Error;
+use api::pb::{CheckReport, VolumeCheckRequest};
+use clap::Args;
+
+use crate::context::Context;
+use crate::ui;
+
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// Name of the volume
+    name: String,
+    /// Put right what can be put right
+    #[arg(long)]
+    repair: bool,
+}
+
+impl Check {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let spinner = context.ui.spinner(&format!("volume {}: checking", self.name));
+        let request = VolumeCheckRequest { name: self.name, repair: self.repair };
+        let report = context.client().await?.volume_check(request).await?.into_inner();
+        drop(spinner);
+        context.ui.show(&report, text)?;
+        match report.problems.len() {
+            0 => Ok(()),
+            count => {
+                Err(Error::conflict(format!("volume check {}: {count} problem(s) found", report.volume))
+                    .hint("save the LUN before anything else is written to it"))
+            }
+        }
+    }
+}
+
+fn text(report: &CheckReport) -> String {
+    let summary = ui::fields([
+        ("volume", report.volume.clone()),
+        ("inodes", report.inodes.to_string()),
+        ("directories", report.directories.to_string()),
+        ("extents", report.extents.to_string()),
+        ("data blocks", report.data_blocks.to_string()),
+        ("fresh blocks", report.fresh_blocks.to_string()),
+        ("free blocks", report.free_blocks.to_string()),
+        ("metadata blocks", report.metadata_blocks.to_string()),
+        ("orphans", report.orphans.to_string()),
+        ("problems", report.problems.len().to_string()),
+    ]);
+    let problems = report.problems.iter().map(|problem| match problem.ino {
+        0 => format!("\n  {}", problem.what),
+        ino => format!("\n  inode {ino}: {}", problem.what),
+    });
+    summary + &problems.collect::<String>()
+}
