@@ -3,10 +3,13 @@
 //! Deciding parts (`engine`, `detector`) are pure: events in, actions out, the time passed in. Threads, sockets and
 //! files are at the edges.
 
+pub mod clock;
 pub mod engine;
 mod ids;
+pub mod lease;
 mod mode;
 mod resource;
+pub mod timing;
 
 pub use ids::{ClientId, ClusterId, Epoch, Millis, NODES_MAX, NodeId, ResourceId, Term, VolumeId};
 pub use mode::Mode;
