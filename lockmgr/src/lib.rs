@@ -4,6 +4,7 @@
 //! files are at the edges.
 
 pub mod clock;
+pub mod cluster;
 pub mod engine;
 mod ids;
 pub mod lease;

@@ -1,0 +1,23 @@
+//! Membership and ownership: the small truths on which authority rests, agreed on by Raft.
+//!
+//! ```text
+//!   propose(Command) ──► leader ──► log on a majority ──► apply, on every node, in the same order
+//!                                                             │
+//!   watch() ◄─────────────────────────────── Arc<ClusterState>┘
+//! ```
+//!
+//! **Invariants:** every change is a compare-and-swap that has exactly one winner. A command that was acknowledged is on
+//! the disks of a majority. What lies on disk and on the wire is our own encoding (`proto/cluster.proto`).
+
+mod apply;
+mod command;
+mod records;
+
+pub use command::{
+    Command, Given, NAME_BYTES_MAX, Outcome, ProposeError, Rejection, SPEC_BYTES_MAX, TEXT_BYTES_MAX,
+    VMS_MAX, VOLUMES_MAX, VmUpdate,
+};
+pub use records::{
+    ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord,
+    VolumeState,
+};

@@ -1,0 +1,239 @@
+//! The cluster's records: who is a member, who coordinates a volume, who runs a VM.
+//!
+//! Every node holds a copy; the copies differ only in how far they have come. Records are small truths on which
+//! authority rests, so they change only by compare-and-swap ([`super::Command`]).
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::command::{Command, VmUpdate};
+use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
+
+/// Events that are kept; older ones are dropped.
+pub const EVENTS_MAX: usize = 1024;
+
+/// All records, as of one moment of the log.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ClusterState {
+    /// The cluster; nothing until it was created.
+    pub cluster: Option<ClusterId>,
+    /// Its name.
+    pub name: String,
+    /// Members by id.
+    pub members: BTreeMap<NodeId, Member>,
+    /// Volumes by name.
+    pub volumes: BTreeMap<String, VolumeRecord>,
+    /// Virtual machines by name.
+    pub vms: BTreeMap<String, VmRecord>,
+    /// The last [`EVENTS_MAX`] events, oldest first.
+    pub events: VecDeque<Arc<EventRecord>>,
+    /// Position in the log up to which this copy has come.
+    pub applied: u64,
+}
+
+/// One node of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its id.
+    pub id: NodeId,
+    /// Its name.
+    pub name: String,
+    /// Where its peers reach it.
+    pub address: String,
+    /// Its incarnation; 0 before it first joined.
+    pub epoch: Epoch,
+    /// What the quorum holds of it.
+    pub state: MemberState,
+    /// When this incarnation began, as its node's clock had it, in ms since 1970.
+    pub joined_ms: u64,
+}
+
+/// What the quorum holds of a node's incarnation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MemberState {
+    /// Not there: never came, or left in order. It holds nothing.
+    Down,
+    /// A member in good standing.
+    Up,
+    /// Presumed dead; somebody is cutting it off. Nothing of it may be reused yet.
+    Fencing,
+    /// Confirmed cut off: what it held may be reused.
+    Fenced,
+    /// Could not be cut off: quarantined until a fence succeeds or an operator confirms that it is off.
+    FenceFailed,
+}
+
+impl fmt::Display for MemberState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Down => "down",
+            Self::Up => "up",
+            Self::Fencing => "fencing",
+            Self::Fenced => "fenced",
+            Self::FenceFailed => "fence-failed",
+        })
+    }
+}
+
+/// How a volume's dead nodes are cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum FenceKind {
+    /// Persistent reservations on the LUN.
+    Reservation,
+    /// A program that powers the node off.
+    Agent,
+    /// Time: the node stops by itself before its lease ends, others wait longer.
+    Lease,
+}
+
+impl fmt::Display for FenceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Reservation => "reservation",
+            Self::Agent => "agent",
+            Self::Lease => "lease",
+        })
+    }
+}
+
+/// One volume and its coordinator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeRecord {
+    /// Unique in the cluster.
+    pub name: String,
+    /// As in its superblock.
+    pub id: VolumeId,
+    /// Where every node finds the LUN.
+    pub lun_uri: String,
+    /// The coordinator.
+    pub owner: NodeId,
+    /// Incarnation of the coordinator when it was appointed: another one is not the owner.
+    pub owner_epoch: Epoch,
+    /// The coordinator's reign; grows by one with each appointment.
+    pub term: Term,
+    /// How its dead nodes are cut off.
+    pub fence_kind: FenceKind,
+    /// What its coordinator last reported of this term.
+    pub state: VolumeState,
+    /// Why it is not online; empty otherwise.
+    pub reason: String,
+}
+
+/// What a coordinator has reported of its term.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum VolumeState {
+    /// A coordinator is appointed and has not reported yet.
+    Opening,
+    /// It serves.
+    Online,
+    /// Closed in order.
+    Offline,
+    /// It could not be opened; see the reason.
+    Failed,
+}
+
+impl fmt::Display for VolumeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Opening => "opening",
+            Self::Online => "online",
+            Self::Offline => "offline",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+/// One virtual machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmRecord {
+    /// Unique in the cluster.
+    pub name: String,
+    /// Never reused.
+    pub id: Uuid,
+    /// The node that may run it.
+    pub owner: NodeId,
+    /// Grows whenever another runner may exist: at each start, move and restart.
+    pub epoch: u64,
+    /// What it does.
+    pub state: VmState,
+    /// The other node of a move in progress.
+    pub peer: Option<NodeId>,
+    /// Its configuration, opaque here.
+    pub spec: Bytes,
+    /// Where its saved state lies, if it was saved.
+    pub saved: Option<String>,
+    /// Why it is in this state, where that needs a reason; empty otherwise.
+    pub reason: String,
+}
+
+impl VmRecord {
+    /// The command that changes this record, provided that it is still as it is here.
+    #[must_use]
+    pub fn update(&self, change: impl FnOnce(&mut Self)) -> Command {
+        let mut to = self.clone();
+        change(&mut to);
+        Command::UpdateVm(VmUpdate {
+            expect_epoch: self.epoch,
+            expect_owner: self.owner,
+            expect_state: self.state,
+            to,
+        })
+    }
+}
+
+/// What a virtual machine does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum VmState {
+    /// Defined, runs nowhere.
+    Stopped,
+    /// Its owner is starting it.
+    Starting,
+    /// Its guest runs.
+    Running,
+    /// Its guest is halted in memory.
+    Paused,
+    /// Its state is being written to the volume.
+    Saving,
+    /// Runs nowhere; its state lies on the volume.
+    Saved,
+    /// Moves from the owner to the peer.
+    Migrating,
+    /// Runs nowhere; see the reason.
+    Failed,
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stopped => "stopped",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Saving => "saving",
+            Self::Saved => "saved",
+            Self::Migrating => "migrating",
+            Self::Failed => "failed",
+        })
+    }
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EventRecord {
+    /// Its position in the log: unique and growing.
+    pub index: u64,
+    /// When, by the clock of the node that proposed it, in ms since 1970. For people; nothing is decided by it.
+    pub at_ms: u64,
+    /// The node that proposed it.
+    pub node: NodeId,
+    /// Noun and verb, such as `volume.moved`.
+    pub kind: String,
+    /// What it happened to.
+    pub subject: String,
+    /// One line for people.
+    pub text: String,
+}
