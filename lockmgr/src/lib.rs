@@ -5,7 +5,9 @@
 
 pub mod clock;
 pub mod cluster;
+pub mod detector;
 pub mod engine;
+pub mod heartbeat;
 mod ids;
 pub mod lease;
 mod mode;
