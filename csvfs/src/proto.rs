@@ -3,12 +3,7 @@
 //!
 //! **Invariant:** what comes from the wire is checked here or where it is used; a message never panics its receiver.
 
-#[expect(
-    missing_docs,
-    clippy::allow_attributes,
-    clippy::allow_attributes_without_reason,
-    reason = "generated; proto/csvfs.proto carries the documentation"
-)]
+#[expect(missing_docs, reason = "generated; proto/csvfs.proto carries the documentation")]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/csvfs.rs"));
 }
