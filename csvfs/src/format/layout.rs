@@ -1,0 +1,35 @@
+//! Where things are on the LUN, in bytes.
+
+/// Unit of allocation. Every extent starts and ends at a multiple of it.
+pub const BLOCK_BYTES: u64 = 4096;
+/// Superblock A and B. Far apart, so that one stray write does not take both.
+pub const SUPERBLOCK_OFFSETS: [u64; 2] = [0, MIB];
+/// Owner block A and B.
+pub const OWNER_OFFSETS: [u64; 2] = [2 * MIB, 2 * MIB + BLOCK_BYTES];
+/// Heartbeat slots, one block for each node.
+pub const HEARTBEAT_OFFSET: u64 = 3 * MIB;
+/// Size of the heartbeat area.
+pub const HEARTBEAT_BYTES: u64 = MIB;
+/// Intent logs, one ring for each node.
+pub const INTENT_OFFSET: u64 = 4 * MIB;
+/// Size of one ring.
+pub const INTENT_RING_BYTES: u64 = 256 * 1024;
+/// Number of rings, and of heartbeat slots.
+pub const NODE_SLOTS: u64 = lockmgr::NODES_MAX as u64;
+/// Metadata slot A and B: length and chunk table of the metadata store.
+pub const META_SLOT_OFFSETS: [u64; 2] = [20 * MIB, 20 * MIB + META_SLOT_BYTES as u64];
+/// Size of a metadata slot.
+pub const META_SLOT_BYTES: usize = 16 * 1024;
+/// First metadata chunk.
+pub const FIRST_CHUNK_OFFSET: u64 = 21 * MIB;
+/// Size of the first metadata chunk.
+pub const FIRST_CHUNK_BYTES: u64 = 8 * MIB;
+/// A LUN must have at least this many bytes to become a volume.
+pub const LUN_BYTES_MIN: u64 = 64 * MIB;
+
+const MIB: u64 = 1 << 20;
+
+const _: () = assert!(INTENT_OFFSET + NODE_SLOTS * INTENT_RING_BYTES == META_SLOT_OFFSETS[0]);
+const _: () = assert!(NODE_SLOTS * BLOCK_BYTES <= HEARTBEAT_BYTES);
+const _: () = assert!(META_SLOT_OFFSETS[1] + META_SLOT_BYTES as u64 <= FIRST_CHUNK_OFFSET);
+const _: () = assert!(FIRST_CHUNK_OFFSET + FIRST_CHUNK_BYTES < LUN_BYTES_MIN);
