@@ -11,6 +11,18 @@
 //!
 //! **Invariant:** only the coordinator writes metadata; nodes write data blocks that a grant and a map gave them.
 
+pub mod clock;
+pub mod extents;
+pub mod format;
+mod meta;
 pub mod node;
+pub mod probe;
 pub mod proto;
+pub mod volume;
+
+pub use format::superblock::Superblock;
 pub use proto as pb;
+pub use volume::{CreateParams, Volume, VolumeError};
+
+/// Inode number of a volume's root directory.
+pub const ROOT_INO: u64 = 1;

@@ -1,0 +1,21 @@
+//! The metadata store: tables in a redb database that lives in chunks of the LUN.
+//!
+//! ```text
+//!   coordinator:  Tables (typed)  ->  Transaction  ->  Store        keys and records here, redb types nowhere else
+//!                                                        |
+//!   redb pages  ->  LunBackend (queue, drain at sync)  ->  Region (length slot, chunk table)  ->  LUN
+//! ```
+//! **Invariant:** a transaction is either wholly on the LUN or not at all, and `commit` returns only when it is there.
+
+mod backend;
+mod keys;
+mod records;
+mod region;
+mod store;
+mod tables;
+
+pub(crate) use records::{ClientRecord, InodeRecord, StoredReply};
+pub(crate) use store::{Snapshot, Store, Transaction};
+pub(crate) use tables::{Dirent, Globals, Tables, View};
+
+pub use store::StoreError;

@@ -1,0 +1,203 @@
+//! Opening, transactions and growth of the metadata store.
+//!
+//! Every commit is two-phase with quick repair, so that the store of a dead coordinator opens in milliseconds.
+//! **Invariant:** chunks are added ahead: between batches the capacity covers the next growth of the database, or the
+//! store says that it is `tight` and only what frees space is let in.
+
+use std::error::Error;
+use std::sync::Arc;
+
+use blockio::{BlockDevice, IoError};
+use lockmgr::VolumeId;
+use redb::ReadableDatabase;
+
+use super::backend::LunBackend;
+use super::region::Region;
+use super::tables::{self, Globals, Tables, View};
+use crate::format::layout::{BLOCK_BYTES, FIRST_CHUNK_BYTES, FIRST_CHUNK_OFFSET};
+use crate::format::meta_slot::Chunk;
+use crate::proto::FileKind;
+
+use super::InodeRecord;
+
+/// Memory for the store's page cache.
+const CACHE_BYTES: usize = 24 << 20;
+/// Space beyond twice the length that is kept ready for growth.
+const READY_BYTES: u64 = 6 << 20;
+/// The database grows by at most two of its 4 GiB regions at once.
+const REGION_BYTES: u64 = 4 << 30;
+
+/// Why the metadata store failed. Each of these ends the coordinator: nothing in the store may be assumed after it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The database or the LUN under it failed.
+    #[error("cannot {doing}: {source}")]
+    Engine {
+        /// What was being done.
+        doing: &'static str,
+        /// The cause.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+    /// A record is not what its table must hold.
+    #[error("damaged metadata: {what}; run volume check")]
+    Damaged {
+        /// Which record.
+        what: String,
+    },
+}
+
+pub(super) fn engine<E: Into<redb::Error>>(doing: &'static str) -> impl FnOnce(E) -> StoreError {
+    move |error| StoreError::Engine { doing, source: Box::new(error.into()) }
+}
+
+fn device(doing: &'static str) -> impl FnOnce(IoError) -> StoreError {
+    move |error| StoreError::Engine { doing, source: Box::new(error) }
+}
+
+/// The open store. Only a coordinator has one, or a check on a copy.
+pub(crate) struct Store {
+    db: redb::Database,
+    region: Arc<Region>,
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("region", &self.region).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Makes the store of a new volume: a root directory, and the rest of the LUN free.
+    pub(crate) fn create(
+        device_: Arc<dyn BlockDevice>,
+        volume: VolumeId,
+        lun_bytes: u64,
+    ) -> Result<(), StoreError> {
+        let chunk = Chunk { offset: FIRST_CHUNK_OFFSET, bytes: FIRST_CHUNK_BYTES };
+        let region = Region::create(device_, volume, Vec::new()).map_err(device("write the metadata slot"))?;
+        region.add_chunks(&[chunk]).map_err(device("write the first metadata chunk"))?;
+        let store = Self::on(region)?;
+        let transaction = store.begin()?;
+        {
+            let mut tables = transaction.tables()?;
+            fill_new(&mut tables, chunk, lun_bytes)?;
+        }
+        transaction.commit()?;
+        store.close()
+    }
+
+    /// Opens the store, after a crash too.
+    pub(crate) fn open(
+        device_: Arc<dyn BlockDevice>,
+        volume: VolumeId,
+        lun_bytes: u64,
+    ) -> Result<Self, StoreError> {
+        let region = Region::open(device_, volume, lun_bytes).map_err(device("read the metadata slot"))?;
+        Self::on(region)
+    }
+
+    fn on(region: Region) -> Result<Self, StoreError> {
+        let region = Arc::new(region);
+        let mut builder = redb::Builder::new();
+        builder.set_cache_size(CACHE_BYTES);
+        let db = builder
+            .create_with_backend(LunBackend::new(region.clone()))
+            .map_err(engine("open the metadata store"))?;
+        Ok(Self { db, region })
+    }
+
+    pub(crate) fn begin(&self) -> Result<Transaction, StoreError> {
+        let mut inner = self.db.begin_write().map_err(engine("begin a metadata transaction"))?;
+        inner.set_quick_repair(true);
+        Ok(Transaction { inner })
+    }
+
+    /// All tables as they were committed last; later commits do not show.
+    pub(crate) fn snapshot(&self) -> Result<Snapshot, StoreError> {
+        let inner = self.db.begin_read().map_err(engine("begin reading the metadata"))?;
+        tables::open_read(&inner)
+    }
+
+    /// Verifies the checksums of every page of the database. Only for a store that nobody serves from.
+    pub(crate) fn check_pages(&mut self) -> Result<bool, StoreError> {
+        self.db.check_integrity().map_err(engine("verify the metadata pages"))
+    }
+
+    /// Ends all writing, for good.
+    pub(crate) fn revoke(&self) {
+        self.region.revoke();
+    }
+
+    /// Leaves the store clean for the next opener.
+    pub(crate) fn close(self) -> Result<(), StoreError> {
+        self.db.close().map_err(engine("close the metadata store"))
+    }
+
+    /// The chunks that the metadata slot lists.
+    pub(crate) fn chunks(&self) -> Vec<Chunk> {
+        self.region.chunks()
+    }
+
+    /// Blocks that should be added, so that the next growth of the database finds its room.
+    pub(crate) fn blocks_wanted(&self) -> u64 {
+        let len = self.region.len();
+        let next = if len < REGION_BYTES { 2 * len } else { len + 2 * REGION_BYTES };
+        (next + READY_BYTES).saturating_sub(self.region.capacity()).div_ceil(BLOCK_BYTES)
+    }
+
+    /// How many more chunks the slot can list.
+    pub(crate) fn chunk_slots_free(&self) -> usize {
+        self.region.chunk_slots_free()
+    }
+
+    /// Puts chunks into use that the table of chunks lists already.
+    pub(crate) fn add_chunks(&self, chunks: &[Chunk]) -> Result<(), StoreError> {
+        self.region.add_chunks(chunks).map_err(device("add space to the metadata store"))
+    }
+}
+
+fn fill_new(tables: &mut Tables<'_>, chunk: Chunk, lun_bytes: u64) -> Result<(), StoreError> {
+    let now = crate::clock::wall();
+    let root = InodeRecord {
+        kind: FileKind::Directory.into(),
+        mode: 0o755,
+        nlink: 2,
+        atime: now,
+        mtime: now,
+        ctime: now,
+        btime: now,
+        generation: 1,
+        parent: crate::ROOT_INO,
+        next_cookie: 1,
+        ..InodeRecord::default()
+    };
+    tables.put_inode(crate::ROOT_INO, &root)?;
+    tables.put_globals(Globals { next_ino: crate::ROOT_INO + 1, inodes: 1 })?;
+    tables.put_chunk(chunk.offset / BLOCK_BYTES, chunk.bytes / BLOCK_BYTES)?;
+    let first = (chunk.offset + chunk.bytes) / BLOCK_BYTES;
+    tables.put_free(first, lun_bytes / BLOCK_BYTES - first)
+}
+
+/// One write transaction. Dropped without `commit`, it has never been.
+pub(crate) struct Transaction {
+    inner: redb::WriteTransaction,
+}
+
+impl Transaction {
+    pub(crate) fn tables(&self) -> Result<Tables<'_>, StoreError> {
+        tables::open_write(&self.inner)
+    }
+
+    /// Returns when all of it is on stable media.
+    pub(crate) fn commit(self) -> Result<(), StoreError> {
+        self.inner.commit().map_err(engine("commit metadata"))
+    }
+
+    pub(crate) fn abort(self) -> Result<(), StoreError> {
+        self.inner.abort().map_err(engine("end a metadata transaction"))
+    }
+}
+
+/// All tables at one moment.
+pub(crate) type Snapshot = View<tables::ReadTable>;

@@ -1,0 +1,474 @@
+//! The tables and their typed access.
+//!
+//! | table | key | value |
+//! |---|---|---|
+//! | inodes | inode | `InodeRecord` |
+//! | dirents | directory, name | inode, cookie, kind |
+//! | cookies | directory, cookie | inode, kind, name |
+//! | extents | inode, file block | LUN block, blocks, state |
+//! | free | LUN block | blocks |
+//! | chunks | LUN block | blocks: owned by the metadata store |
+//! | orphans | inode | empty: without a name, kept until closed |
+//! | clients | client | `ClientRecord` |
+//! | replies | client, request | `StoredReply` |
+//! | globals | name | number |
+//!
+//! Reserved for later versions: `xattrs`, `pools`, `refcounts`.
+//!
+//! **Invariant:** a value that does not decode is `Damaged`, never a default.
+
+use std::ops::{Bound, RangeBounds};
+
+use bytes::Bytes;
+use lockmgr::ClientId;
+use prost::Message;
+use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, Table, TableDefinition, WriteTransaction};
+
+use super::store::engine;
+use super::{ClientRecord, InodeRecord, StoreError, StoredReply, keys};
+use crate::extents::{Extent, State};
+use crate::proto::FileKind;
+
+type Raw = &'static [u8];
+pub(crate) type ReadTable = ReadOnlyTable<Raw, Raw>;
+pub(crate) type Tables<'t> = View<Table<'t, Raw, Raw>>;
+
+const READ: &str = "read metadata";
+const WRITE: &str = "write metadata";
+
+/// All tables, to be read through any transaction.
+#[derive(Debug)]
+pub(crate) struct View<T> {
+    inodes: T,
+    dirents: T,
+    cookies: T,
+    extents: T,
+    free: T,
+    chunks: T,
+    orphans: T,
+    clients: T,
+    replies: T,
+    globals: T,
+    changed: bool,
+}
+
+macro_rules! open_all {
+    ($txn:expr) => {{
+        let open = |name: &'static str| {
+            $txn.open_table(TableDefinition::<Raw, Raw>::new(name)).map_err(engine("open a table"))
+        };
+        Ok(View {
+            inodes: open("inodes")?,
+            dirents: open("dirents")?,
+            cookies: open("cookies")?,
+            extents: open("extents")?,
+            free: open("free")?,
+            chunks: open("chunks")?,
+            orphans: open("orphans")?,
+            clients: open("clients")?,
+            replies: open("replies")?,
+            globals: open("globals")?,
+            changed: false,
+        })
+    }};
+}
+
+pub(super) fn open_write(txn: &WriteTransaction) -> Result<Tables<'_>, StoreError> {
+    open_all!(txn)
+}
+
+pub(super) fn open_read(txn: &ReadTransaction) -> Result<View<ReadTable>, StoreError> {
+    open_all!(txn)
+}
+
+/// A directory's entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Dirent {
+    pub(crate) ino: u64,
+    pub(crate) cookie: u64,
+    pub(crate) kind: FileKind,
+}
+
+/// Counters of the volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Globals {
+    /// Number of the next inode; numbers are never used twice.
+    pub(crate) next_ino: u64,
+    /// How many inodes there are.
+    pub(crate) inodes: u64,
+}
+
+fn damaged(what: impl Into<String>) -> StoreError {
+    StoreError::Damaged { what: what.into() }
+}
+
+fn get<T: ReadableTable<Raw, Raw>>(table: &T, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+    Ok(table.get(key).map_err(engine(READ))?.map(|guard| guard.value().to_vec()))
+}
+
+/// Calls `visit` with the rows of `range` until it answers false.
+fn scan<'k, T: ReadableTable<Raw, Raw>>(
+    table: &T,
+    range: impl RangeBounds<&'k [u8]> + 'k,
+    mut visit: impl FnMut(&[u8], &[u8]) -> Result<bool, StoreError>,
+) -> Result<(), StoreError> {
+    for row in table.range::<&[u8]>(range).map_err(engine(READ))? {
+        let (key, value) = row.map_err(engine(READ))?;
+        if !visit(key.value(), value.value())? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn decode<M: Message + Default>(bytes: &[u8], what: impl FnOnce() -> String) -> Result<M, StoreError> {
+    M::decode(bytes).map_err(|error| damaged(format!("{}: {error}", what())))
+}
+
+fn read_u64(bytes: &[u8]) -> Option<u64> {
+    bytes.first_chunk().map(|b| u64::from_le_bytes(*b))
+}
+
+fn dirent_value(d: Dirent) -> [u8; 17] {
+    let mut value = [0; 17];
+    value[..8].copy_from_slice(&d.ino.to_le_bytes());
+    value[8..16].copy_from_slice(&d.cookie.to_le_bytes());
+    value[16] = kind_byte(d.kind);
+    value
+}
+
+fn read_dirent(bytes: &[u8]) -> Option<Dirent> {
+    let (ino, cookie) = (read_u64(bytes)?, read_u64(bytes.get(8..)?)?);
+    Some(Dirent { ino, cookie, kind: read_kind(*bytes.get(16)?)? })
+}
+
+fn kind_byte(kind: FileKind) -> u8 {
+    u8::try_from(i32::from(kind)).expect("there are fewer than ten kinds")
+}
+
+fn read_kind(byte: u8) -> Option<FileKind> {
+    FileKind::try_from(i32::from(byte)).ok().filter(|kind| *kind != FileKind::Unknown)
+}
+
+fn extent_value(e: &Extent) -> [u8; 17] {
+    let mut value = [0; 17];
+    value[..8].copy_from_slice(&e.lun.to_le_bytes());
+    value[8..16].copy_from_slice(&e.blocks.to_le_bytes());
+    value[16] = match e.state {
+        State::Data => 1,
+        State::Fresh => 2,
+    };
+    value
+}
+
+fn read_extent(key: &[u8], value: &[u8]) -> Option<(u64, Extent)> {
+    let (ino, file) = keys::read_pair(key)?;
+    let (lun, blocks) = (read_u64(value)?, read_u64(value.get(8..)?)?);
+    let state = match value.get(16)? {
+        1 => State::Data,
+        2 => State::Fresh,
+        _ => return None,
+    };
+    let sane = blocks > 0 && file.checked_add(blocks).is_some() && lun.checked_add(blocks).is_some();
+    sane.then_some((ino, Extent { file, blocks, lun, state }))
+}
+
+fn run_of(key: &[u8], value: &[u8]) -> Result<(u64, u64), StoreError> {
+    let run = keys::read_number(key).zip(read_u64(value));
+    run.filter(|(start, blocks)| *blocks > 0 && start.checked_add(*blocks).is_some())
+        .ok_or_else(|| damaged("a run of blocks"))
+}
+
+/// One entry as a directory listing gives it.
+#[derive(Clone, Debug)]
+pub(crate) struct ListedEntry {
+    pub(crate) cookie: u64,
+    pub(crate) ino: u64,
+    pub(crate) kind: FileKind,
+    pub(crate) name: Vec<u8>,
+}
+
+fn read_listed(key: &[u8], value: &[u8]) -> Option<(u64, ListedEntry)> {
+    let (parent, cookie) = keys::read_pair(key)?;
+    let (ino, kind) = (read_u64(value)?, read_kind(*value.get(8)?)?);
+    let name = value.get(9..).filter(|name| !name.is_empty())?.to_vec();
+    Some((parent, ListedEntry { cookie, ino, kind, name }))
+}
+
+impl<T: ReadableTable<Raw, Raw>> View<T> {
+    pub(crate) fn inode(&self, ino: u64) -> Result<Option<InodeRecord>, StoreError> {
+        let bytes = get(&self.inodes, &keys::number(ino))?;
+        bytes.map(|b| decode(&b, || format!("inode {ino}"))).transpose()
+    }
+
+    /// Visits all inodes in order.
+    pub(crate) fn each_inode(
+        &self,
+        mut visit: impl FnMut(u64, InodeRecord) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        scan(&self.inodes, .., |key, value| {
+            let ino = keys::read_number(key).ok_or_else(|| damaged("a key of the inodes"))?;
+            visit(ino, decode(value, || format!("inode {ino}"))?).map(|()| true)
+        })
+    }
+
+    pub(crate) fn dirent(&self, parent: u64, name: &[u8]) -> Result<Option<Dirent>, StoreError> {
+        let Some(value) = get(&self.dirents, &keys::name(parent, name))? else { return Ok(None) };
+        read_dirent(&value).map(Some).ok_or_else(|| damaged(format!("an entry of directory {parent}")))
+    }
+
+    /// Visits all entries of all directories.
+    pub(crate) fn each_dirent(
+        &self,
+        mut visit: impl FnMut(u64, &[u8], Dirent) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        scan(&self.dirents, .., |key, value| {
+            let row = keys::read_name(key).zip(read_dirent(value));
+            let ((parent, name), dirent) = row.ok_or_else(|| damaged("a directory entry"))?;
+            visit(parent, name, dirent).map(|()| true)
+        })
+    }
+
+    /// Up to `max` entries of a directory after `cookie`.
+    pub(crate) fn list(&self, parent: u64, cookie: u64, max: usize) -> Result<Vec<ListedEntry>, StoreError> {
+        let (from, to) = (keys::pair(parent, cookie), keys::pair(parent, u64::MAX));
+        let mut entries = Vec::new();
+        let range = (Bound::Excluded(&from[..]), Bound::Included(&to[..]));
+        scan(&self.cookies, range, |key, value| {
+            let (_, entry) =
+                read_listed(key, value).ok_or_else(|| damaged(format!("a cookie of directory {parent}")))?;
+            entries.push(entry);
+            Ok(entries.len() < max)
+        })?;
+        Ok(entries)
+    }
+
+    /// Visits all cookies of all directories.
+    pub(crate) fn each_cookie(
+        &self,
+        mut visit: impl FnMut(u64, ListedEntry) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        scan(&self.cookies, .., |key, value| {
+            let (parent, entry) = read_listed(key, value).ok_or_else(|| damaged("a directory cookie"))?;
+            visit(parent, entry).map(|()| true)
+        })
+    }
+
+    /// Up to `max` extents of a file that reach beyond block `from` and start before `to`.
+    pub(crate) fn extents(&self, ino: u64, from: u64, to: u64, max: usize) -> Result<Vec<Extent>, StoreError> {
+        let mut extents = Vec::new();
+        let decode = |key: &[u8], value: &[u8]| {
+            read_extent(key, value).ok_or_else(|| damaged(format!("an extent of inode {ino}")))
+        };
+        let (low, at) = (keys::pair(ino, 0), keys::pair(ino, from));
+        let before = self.extents.range::<&[u8]>(&low[..]..&at[..]).map_err(engine(READ))?.next_back();
+        if let Some(row) = before {
+            let (key, value) = row.map_err(engine(READ))?;
+            let (_, extent) = decode(key.value(), value.value())?;
+            extents.extend(Some(extent).filter(|e| e.end() > from));
+        }
+        let high = keys::pair(ino, to);
+        if from < to {
+            scan(&self.extents, &at[..]..&high[..], |key, value| {
+                if extents.len() >= max {
+                    return Ok(false);
+                }
+                extents.push(decode(key, value)?.1);
+                Ok(true)
+            })?;
+        }
+        Ok(extents)
+    }
+
+    /// Visits all extents of all files.
+    pub(crate) fn each_extent(
+        &self,
+        mut visit: impl FnMut(u64, Extent) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        scan(&self.extents, .., |key, value| {
+            let (ino, extent) = read_extent(key, value).ok_or_else(|| damaged("an extent"))?;
+            visit(ino, extent).map(|()| true)
+        })
+    }
+
+    /// All free runs, in order.
+    pub(crate) fn free(&self) -> Result<Vec<(u64, u64)>, StoreError> {
+        let mut runs = Vec::new();
+        scan(&self.free, .., |key, value| {
+            runs.push(run_of(key, value)?);
+            Ok(true)
+        })?;
+        Ok(runs)
+    }
+
+    /// All runs that belong to the metadata store, in order.
+    pub(crate) fn chunks(&self) -> Result<Vec<(u64, u64)>, StoreError> {
+        let mut runs = Vec::new();
+        scan(&self.chunks, .., |key, value| {
+            runs.push(run_of(key, value)?);
+            Ok(true)
+        })?;
+        Ok(runs)
+    }
+
+    /// All inodes without a name.
+    pub(crate) fn orphans(&self) -> Result<Vec<u64>, StoreError> {
+        let mut orphans = Vec::new();
+        scan(&self.orphans, .., |key, _| {
+            orphans.push(keys::read_number(key).ok_or_else(|| damaged("a key of the orphans"))?);
+            Ok(true)
+        })?;
+        Ok(orphans)
+    }
+
+    /// All attached clients.
+    pub(crate) fn clients(&self) -> Result<Vec<(ClientId, ClientRecord)>, StoreError> {
+        let mut clients = Vec::new();
+        scan(&self.clients, .., |key, value| {
+            let id = keys::read_client(key).ok_or_else(|| damaged("a key of the clients"))?;
+            clients.push((id, decode(value, || format!("client {id}"))?));
+            Ok(true)
+        })?;
+        Ok(clients)
+    }
+
+    /// The encoded reply that `client` got to its request.
+    pub(crate) fn reply(&self, client: ClientId, request_id: u64) -> Result<Option<Bytes>, StoreError> {
+        let Some(value) = get(&self.replies, &keys::request(client, request_id))? else { return Ok(None) };
+        let stored: StoredReply = decode(&value, || format!("a reply to client {client}"))?;
+        Ok(Some(stored.reply))
+    }
+
+    /// Ids of the requests of `client` whose replies are kept, below `below`.
+    pub(crate) fn reply_ids(&self, client: ClientId, below: u64) -> Result<Vec<u64>, StoreError> {
+        let (from, to) = (keys::request(client, 0), keys::request(client, below));
+        let mut ids = Vec::new();
+        scan(&self.replies, &from[..]..&to[..], |key, _| {
+            let (_, id) = keys::read_request(key).ok_or_else(|| damaged("a key of the replies"))?;
+            ids.push(id);
+            Ok(true)
+        })?;
+        Ok(ids)
+    }
+
+    pub(crate) fn globals(&self) -> Result<Globals, StoreError> {
+        let read = |name: &str| -> Result<u64, StoreError> {
+            let value = get(&self.globals, name.as_bytes())?;
+            value.as_deref().and_then(read_u64).ok_or_else(|| damaged(format!("the counter {name}")))
+        };
+        Ok(Globals { next_ino: read("next_ino")?, inodes: read("inodes")? })
+    }
+}
+
+impl Tables<'_> {
+    /// Whether anything was written in this transaction.
+    pub(crate) fn changed(&self) -> bool {
+        self.changed
+    }
+
+    pub(crate) fn put_inode(&mut self, ino: u64, inode: &InodeRecord) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.inodes, &keys::number(ino), &inode.encode_to_vec())
+    }
+
+    pub(crate) fn remove_inode(&mut self, ino: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        remove(&mut self.inodes, &keys::number(ino))
+    }
+
+    pub(crate) fn put_dirent(&mut self, parent: u64, name: &[u8], dirent: Dirent) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.dirents, &keys::name(parent, name), &dirent_value(dirent))?;
+        let mut value = dirent.ino.to_le_bytes().to_vec();
+        value.push(kind_byte(dirent.kind));
+        value.extend_from_slice(name);
+        put(&mut self.cookies, &keys::pair(parent, dirent.cookie), &value)
+    }
+
+    pub(crate) fn remove_dirent(&mut self, parent: u64, name: &[u8], cookie: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        remove(&mut self.dirents, &keys::name(parent, name))?;
+        remove(&mut self.cookies, &keys::pair(parent, cookie))
+    }
+
+    /// Stores the difference between two windows of a file's map.
+    pub(crate) fn replace_extents(&mut self, ino: u64, old: &[Extent], new: &[Extent]) -> Result<(), StoreError> {
+        let mut kept = new.iter().peekable();
+        for extent in old {
+            while kept.next_if(|n| n.file < extent.file).is_some() {}
+            if kept.peek().is_none_or(|n| n.file != extent.file) {
+                self.changed = true;
+                remove(&mut self.extents, &keys::pair(ino, extent.file))?;
+            }
+        }
+        let mut known = old.iter().peekable();
+        for extent in new {
+            while known.next_if(|o| o.file < extent.file).is_some() {}
+            if known.peek().is_none_or(|o| *o != extent) {
+                self.changed = true;
+                put(&mut self.extents, &keys::pair(ino, extent.file), &extent_value(extent))?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn put_free(&mut self, start: u64, blocks: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.free, &keys::number(start), &blocks.to_le_bytes())
+    }
+
+    pub(crate) fn remove_free(&mut self, start: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        remove(&mut self.free, &keys::number(start))
+    }
+
+    pub(crate) fn put_chunk(&mut self, start: u64, blocks: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.chunks, &keys::number(start), &blocks.to_le_bytes())
+    }
+
+    pub(crate) fn put_orphan(&mut self, ino: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.orphans, &keys::number(ino), &[])
+    }
+
+    pub(crate) fn remove_orphan(&mut self, ino: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        remove(&mut self.orphans, &keys::number(ino))
+    }
+
+    pub(crate) fn put_client(&mut self, id: ClientId, record: &ClientRecord) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.clients, &keys::client(id), &record.encode_to_vec())
+    }
+
+    pub(crate) fn remove_client(&mut self, id: ClientId) -> Result<(), StoreError> {
+        self.changed = true;
+        remove(&mut self.clients, &keys::client(id))
+    }
+
+    pub(crate) fn put_reply(&mut self, id: ClientId, request_id: u64, reply: Bytes) -> Result<(), StoreError> {
+        self.changed = true;
+        let value = StoredReply { reply }.encode_to_vec();
+        put(&mut self.replies, &keys::request(id, request_id), &value)
+    }
+
+    pub(crate) fn remove_reply(&mut self, id: ClientId, request_id: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        remove(&mut self.replies, &keys::request(id, request_id))
+    }
+
+    pub(crate) fn put_globals(&mut self, globals: Globals) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.globals, b"next_ino", &globals.next_ino.to_le_bytes())?;
+        put(&mut self.globals, b"inodes", &globals.inodes.to_le_bytes())
+    }
+}
+
+fn put(table: &mut Table<'_, Raw, Raw>, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+    table.insert(key, value).map(drop).map_err(engine(WRITE))
+}
+
+fn remove(table: &mut Table<'_, Raw, Raw>, key: &[u8]) -> Result<(), StoreError> {
+    table.remove(key).map(drop).map_err(engine(WRITE))
+}
