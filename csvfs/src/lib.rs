@@ -21,6 +21,7 @@ pub mod proto;
 pub mod volume;
 
 pub use format::superblock::Superblock;
+pub use meta::StoreError;
 pub use proto as pb;
 pub use volume::{CreateParams, Volume, VolumeError};
 

@@ -54,7 +54,9 @@ fn probe_csvfs(head: &[u8]) -> Option<Found> {
         let at = usize::try_from(offset).ok()?;
         let Some(bytes) = head.get(at..at + SUPERBLOCK_BYTES) else { continue };
         match Superblock::decode(bytes, offset) {
-            Ok(block) if newest.as_ref().is_none_or(|n| n.generation < block.generation) => newest = Some(block),
+            Ok(block) if newest.as_ref().is_none_or(|n| n.generation < block.generation) => {
+                newest = Some(block)
+            }
             Ok(_) | Err(Damaged::Absent { .. }) => {}
             Err(_) => torn = true,
         }
@@ -149,7 +151,8 @@ fn extfs(head: &[u8]) -> Option<&'static str> {
 
 /// The label may be in any of the first four sectors.
 fn lvm(head: &[u8]) -> Option<&'static str> {
-    let label = |sector: usize| has(head, sector * 512, b"LABELONE") && has(head, sector * 512 + 24, b"LVM2 001");
+    let label =
+        |sector: usize| has(head, sector * 512, b"LABELONE") && has(head, sector * 512 + 24, b"LVM2 001");
     (0..4).any(label).then_some("an LVM physical volume")
 }
 

@@ -75,7 +75,9 @@ pub enum VolumeError {
         features: Vec<String>,
     },
     /// The LUN has become smaller than the volume.
-    #[error("volume '{volume}' has {volume_bytes} bytes, but the LUN only {lun_bytes}: give the LUN its size back")]
+    #[error(
+        "volume '{volume}' has {volume_bytes} bytes, but the LUN only {lun_bytes}: give the LUN its size back"
+    )]
     Shrunk {
         /// Name of the volume.
         volume: String,
@@ -144,17 +146,17 @@ fn usable_bytes(device: &dyn BlockDevice) -> u64 {
 
 fn check_name(name: &str) -> Result<(), VolumeError> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-    let good = (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(allowed) && !name.starts_with('.');
+    let good =
+        (1..=NAME_BYTES_MAX).contains(&name.len()) && name.bytes().all(allowed) && !name.starts_with('.');
     if good { Ok(()) } else { Err(VolumeError::BadName { name: name.to_owned() }) }
 }
 
 fn format_lun(device: &Arc<dyn BlockDevice>, block: &Superblock) -> Result<(), VolumeError> {
     wipe(device.as_ref(), 0, layout::FIRST_CHUNK_OFFSET)?;
     device.flush().map_err(writing)?;
-    let owner = OwnerBlock { volume: block.volume, node: None, epoch: Epoch(0), term: Term(0), generation: 1 };
-    device
-        .write_at(layout::OWNER_OFFSETS[0], &owner.encode(layout::OWNER_OFFSETS[0]))
-        .map_err(writing)?;
+    let owner =
+        OwnerBlock { volume: block.volume, node: None, epoch: Epoch(0), term: Term(0), generation: 1 };
+    device.write_at(layout::OWNER_OFFSETS[0], &owner.encode(layout::OWNER_OFFSETS[0])).map_err(writing)?;
     for slot in 0..lockmgr::NODES_MAX {
         let header = intent::empty_ring(slot, block.volume);
         device.write_at(intent::ring_offset(slot), &header).map_err(writing)?;
@@ -257,8 +259,7 @@ fn newest(a: Copy, b: Copy) -> Result<Superblock, (Damaged, Damaged)> {
 /// # Errors
 /// Those of reading.
 pub fn read_owner(device: &dyn BlockDevice, volume: VolumeId) -> Result<OwnerBlock, VolumeError> {
-    let mut newest =
-        OwnerBlock { volume, node: None, epoch: Epoch(0), term: Term(0), generation: 0 };
+    let mut newest = OwnerBlock { volume, node: None, epoch: Epoch(0), term: Term(0), generation: 0 };
     for offset in layout::OWNER_OFFSETS {
         let mut bytes = vec![0; OWNER_BYTES];
         device.read_at(offset, &mut bytes).map_err(reading)?;
@@ -271,7 +272,11 @@ pub fn read_owner(device: &dyn BlockDevice, volume: VolumeId) -> Result<OwnerBlo
 }
 
 /// Writes the successor of the owner block `last` and flushes.
-pub(crate) fn write_owner(device: &dyn BlockDevice, last: &OwnerBlock, next: OwnerBlock) -> Result<(), VolumeError> {
+pub(crate) fn write_owner(
+    device: &dyn BlockDevice,
+    last: &OwnerBlock,
+    next: OwnerBlock,
+) -> Result<(), VolumeError> {
     let next = OwnerBlock { generation: last.generation + 1, ..next };
     let offset = layout::OWNER_OFFSETS[usize::from(next.generation.is_multiple_of(2))];
     device.write_at(offset, &next.encode(offset)).map_err(writing)?;

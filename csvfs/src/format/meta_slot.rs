@@ -89,7 +89,12 @@ impl MetaSlot {
         bytes
     }
 
-    pub(crate) fn decode(bytes: &[u8], offset: u64, volume: VolumeId, lun_bytes: u64) -> Result<Self, Damaged> {
+    pub(crate) fn decode(
+        bytes: &[u8],
+        offset: u64,
+        volume: VolumeId,
+        lun_bytes: u64,
+    ) -> Result<Self, Damaged> {
         let field = |why: &str| Damaged::Field { what: WHAT, offset, why: why.into() };
         seal::check(bytes, MAGIC, WHAT, offset)?;
         let (head, rest) = Head::ref_from_prefix(bytes).map_err(|_| field("wrong length"))?;

@@ -115,7 +115,8 @@ mod tests {
     #[test]
     fn an_owner_block_reads_back_and_only_as_its_own_volume() {
         let volume = VolumeId(Uuid::from_u128(1));
-        let block = OwnerBlock { volume, node: Some(NodeId(2)), epoch: Epoch(3), term: Term(4), generation: 5 };
+        let block =
+            OwnerBlock { volume, node: Some(NodeId(2)), epoch: Epoch(3), term: Term(4), generation: 5 };
         let bytes = block.encode(2 << 20);
         assert_eq!(OwnerBlock::decode(&bytes, 2 << 20, volume), Ok(block));
         assert!(OwnerBlock::decode(&bytes, 2 << 20, VolumeId(Uuid::from_u128(2))).is_err());

@@ -16,9 +16,5 @@ pub(super) fn check(bytes: &[u8], magic: [u8; 8], what: &'static str, offset: u6
         return Err(Damaged::Absent { what, offset });
     }
     let (body, sum) = bytes.split_at(bytes.len() - 4);
-    if sum == crc32c::crc32c(body).to_le_bytes() {
-        Ok(())
-    } else {
-        Err(Damaged::Checksum { what, offset })
-    }
+    if sum == crc32c::crc32c(body).to_le_bytes() { Ok(()) } else { Err(Damaged::Checksum { what, offset }) }
 }

@@ -75,8 +75,7 @@ struct RawRegion {
 }
 
 const REST: usize = SUPERBLOCK_BYTES - 4 - (104 + 4 * 16 + 8 + 2 + NAME_BYTES_MAX);
-const _: () =
-    assert!(size_of::<Raw>() == SUPERBLOCK_BYTES && core::mem::offset_of!(Raw, checksum) == 4092);
+const _: () = assert!(size_of::<Raw>() == SUPERBLOCK_BYTES && core::mem::offset_of!(Raw, checksum) == 4092);
 
 /// What a LUN is.
 #[derive(Clone, Debug, PartialEq, Eq)]

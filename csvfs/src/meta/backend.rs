@@ -28,7 +28,10 @@ impl LunBackend {
     fn write_unaligned(&self, offset: u64, data: &[u8]) -> Result<(), IoError> {
         let start = usize::try_from(offset).ok().filter(|start| start + data.len() <= BLOCK);
         let Some(start) = start else {
-            return Err(IoError::Corrupt(format!("an unaligned metadata write of {} at {offset}", data.len())));
+            return Err(IoError::Corrupt(format!(
+                "an unaligned metadata write of {} at {offset}",
+                data.len()
+            )));
         };
         let mut head = self.head.lock().expect("no panic while it is held");
         let block = match &mut *head {
@@ -80,7 +83,8 @@ impl redb::StorageBackend for LunBackend {
         if head_too {
             *self.head.lock().expect("no panic while it is held") = None;
         }
-        let outcome = if whole { self.region.write(offset, data) } else { self.write_unaligned(offset, data) };
+        let outcome =
+            if whole { self.region.write(offset, data) } else { self.write_unaligned(offset, data) };
         outcome.map_err(io::Error::other)
     }
 }

@@ -69,7 +69,11 @@ impl Region {
     }
 
     /// The store that the newer of the two slots describes.
-    pub(super) fn open(device: Arc<dyn BlockDevice>, volume: VolumeId, lun_bytes: u64) -> Result<Self, IoError> {
+    pub(super) fn open(
+        device: Arc<dyn BlockDevice>,
+        volume: VolumeId,
+        lun_bytes: u64,
+    ) -> Result<Self, IoError> {
         let mut newest: Option<MetaSlot> = None;
         let mut damage = Vec::new();
         for offset in META_SLOT_OFFSETS {
@@ -174,7 +178,10 @@ impl Region {
         let (old, used_high) = {
             let state = self.state();
             if len > state.slot.capacity() {
-                let what = format!("the metadata store needs {len} bytes, its chunks have {}", state.slot.capacity());
+                let what = format!(
+                    "the metadata store needs {len} bytes, its chunks have {}",
+                    state.slot.capacity()
+                );
                 return Err(IoError::NoSpace { what });
             }
             (state.slot.len, state.slot.used_high)
@@ -208,7 +215,10 @@ impl Region {
         }
         {
             let mut state = self.state();
-            assert!(state.slot.chunks.len() + chunks.len() <= CHUNKS_MAX, "the caller asked chunk_slots_free");
+            assert!(
+                state.slot.chunks.len() + chunks.len() <= CHUNKS_MAX,
+                "the caller asked chunk_slots_free"
+            );
             state.slot.chunks.extend_from_slice(chunks);
             state.slot_dirty = true;
             state.zeroes_unflushed = true;
@@ -273,7 +283,8 @@ impl Flight {
     }
 
     fn depart(&self, at: u64, len: u64) {
-        let busy = |ranges: &mut BTreeMap<u64, u64>| ranges.len() >= IN_FLIGHT_MAX || overlaps(ranges, at, len);
+        let busy =
+            |ranges: &mut BTreeMap<u64, u64>| ranges.len() >= IN_FLIGHT_MAX || overlaps(ranges, at, len);
         let mut ranges = self.landed.wait_while(self.ranges(), busy).expect("no panic while it is held");
         ranges.insert(at, len);
     }

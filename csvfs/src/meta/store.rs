@@ -75,7 +75,8 @@ impl Store {
         lun_bytes: u64,
     ) -> Result<(), StoreError> {
         let chunk = Chunk { offset: FIRST_CHUNK_OFFSET, bytes: FIRST_CHUNK_BYTES };
-        let region = Region::create(device_, volume, Vec::new()).map_err(device("write the metadata slot"))?;
+        let region =
+            Region::create(device_, volume, Vec::new()).map_err(device("write the metadata slot"))?;
         region.add_chunks(&[chunk]).map_err(device("write the first metadata chunk"))?;
         let store = Self::on(region)?;
         let transaction = store.begin()?;

@@ -255,7 +255,13 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     }
 
     /// Up to `max` extents of a file that reach beyond block `from` and start before `to`.
-    pub(crate) fn extents(&self, ino: u64, from: u64, to: u64, max: usize) -> Result<Vec<Extent>, StoreError> {
+    pub(crate) fn extents(
+        &self,
+        ino: u64,
+        from: u64,
+        to: u64,
+        max: usize,
+    ) -> Result<Vec<Extent>, StoreError> {
         let mut extents = Vec::new();
         let decode = |key: &[u8], value: &[u8]| {
             read_extent(key, value).ok_or_else(|| damaged(format!("an extent of inode {ino}")))
@@ -392,7 +398,12 @@ impl Tables<'_> {
     }
 
     /// Stores the difference between two windows of a file's map.
-    pub(crate) fn replace_extents(&mut self, ino: u64, old: &[Extent], new: &[Extent]) -> Result<(), StoreError> {
+    pub(crate) fn replace_extents(
+        &mut self,
+        ino: u64,
+        old: &[Extent],
+        new: &[Extent],
+    ) -> Result<(), StoreError> {
         let mut kept = new.iter().peekable();
         for extent in old {
             while kept.next_if(|n| n.file < extent.file).is_some() {}
@@ -447,7 +458,12 @@ impl Tables<'_> {
         remove(&mut self.clients, &keys::client(id))
     }
 
-    pub(crate) fn put_reply(&mut self, id: ClientId, request_id: u64, reply: Bytes) -> Result<(), StoreError> {
+    pub(crate) fn put_reply(
+        &mut self,
+        id: ClientId,
+        request_id: u64,
+        reply: Bytes,
+    ) -> Result<(), StoreError> {
         self.changed = true;
         let value = StoredReply { reply }.encode_to_vec();
         put(&mut self.replies, &keys::request(id, request_id), &value)
