@@ -1,1 +1,15 @@
-//! Whole-system tests: tidy rules, real processes, crash and fault scenarios.
+//! The harness of the whole-system tests and of the demo: an embedded cluster of real processes, driven only through
+//! `csvctl`, as a script of an administrator would.
+//!
+//! **Invariant:** whatever happens, nothing stays behind: a dropped [`Cluster`] has no process, mount or folder left.
+#![expect(clippy::disallowed_methods, reason = "a harness bounds its waits and reports how long things took")]
+
+mod bins;
+mod cluster;
+mod ctl;
+mod image;
+
+pub use bins::binary;
+pub use cluster::Cluster;
+pub use ctl::{Ctl, CtlError};
+pub use image::{ExtImage, run_tool, sha256_of};

@@ -1,2 +1,60 @@
-//! Sets up the machine, runs the demo and the tests.
-fn main() {}
+//! Sets up the machine, builds, and runs the main job or the tests. It has no dependencies, so that it starts at once.
+//!
+//! ```text
+//! cargo xtask demo    set up, build, run the embedded three-node demo
+//! cargo xtask test    set up, build, run every check and test
+//! cargo xtask bench   set up, build, run the benchmarks beside the raw device
+//! ```
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for people at a terminal")]
+
+mod bench;
+mod packages;
+mod run;
+mod test;
+
+use std::process::ExitCode;
+
+use run::{Failure, cargo, root};
+
+const USAGE: &str = "usage: cargo xtask demo [DEMO OPTIONS] | test [--quick] | bench [NAME] | setup";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let command = args.next().unwrap_or_default();
+    let rest: Vec<String> = args.collect();
+    let outcome = match command.as_str() {
+        "demo" => demo(&rest),
+        "test" => test::run(&rest),
+        "bench" => bench::run(&rest),
+        "setup" => packages::ensure(packages::TEST),
+        _ => Err(Failure::usage(USAGE)),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("xtask: {failure}");
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+/// Builds the binaries in release mode and runs the main job on them.
+fn demo(options: &[String]) -> Result<(), Failure> {
+    packages::ensure(packages::DEMO)?;
+    cargo(&[
+        "build",
+        "--release",
+        "--locked",
+        "-p",
+        "csvd",
+        "-p",
+        "csvctl",
+        "-p",
+        "hv-runner",
+        "-p",
+        "cluster-tests",
+        "--bins",
+    ])?;
+    let target = run::target_dir();
+    run::command(target.join("release/demo").as_os_str(), options, &root())
+}

@@ -1,0 +1,149 @@
+//! An embedded cluster of three real nodes in a folder of its own.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::Ctl;
+
+/// A running embedded cluster. Dropping it stops and removes everything.
+#[derive(Debug)]
+pub struct Cluster {
+    folder: TempDir,
+    info: Value,
+}
+
+impl Cluster {
+    /// Starts three nodes with one volume, `vol1`, on a sparse LUN of `lun_size` (as `csvctl` takes it, such as `2G`).
+    ///
+    /// # Panics
+    /// When the cluster does not come up; the message has the reason that `csvctl` gave.
+    #[must_use]
+    pub fn start(lun_size: &str) -> Self {
+        Self::start_in(TempDir::with_prefix("csv-").expect("a temporary folder"), lun_size)
+    }
+
+    /// The same in a folder that already exists; it is removed afterwards.
+    ///
+    /// # Panics
+    /// As [`Cluster::start`].
+    #[must_use]
+    pub fn start_in(folder: TempDir, lun_size: &str) -> Self {
+        let mut cluster = Self { folder, info: Value::Null };
+        cluster.info = cluster.up(lun_size);
+        cluster
+    }
+
+    fn up(&self, lun_size: &str) -> Value {
+        let dir = self.dir().to_str().expect("a UTF-8 path").to_owned();
+        Ctl::local().must(&["dev", "up", "--dir", &dir, "--lun-size", lun_size, "--volume", "vol1"])
+    }
+
+    /// The cluster's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What `dev up` printed.
+    #[must_use]
+    pub fn info(&self) -> &Value {
+        &self.info
+    }
+
+    /// Name of node `number`, counted from 1.
+    #[must_use]
+    pub fn name(&self, number: usize) -> String {
+        self.text(number, "name")
+    }
+
+    /// `csvctl` connected to node `number`.
+    #[must_use]
+    pub fn ctl(&self, number: usize) -> Ctl {
+        Ctl::to(self.text(number, "socket"))
+    }
+
+    /// Where node `number` mounts the volume.
+    #[must_use]
+    pub fn mount(&self, number: usize) -> PathBuf {
+        self.text(number, "mount").into()
+    }
+
+    /// The LUN's file.
+    #[must_use]
+    pub fn lun(&self) -> PathBuf {
+        let uri = self.info["lun"].as_str().expect("dev up names the LUN");
+        uri.strip_prefix("file:").unwrap_or(uri).into()
+    }
+
+    fn text(&self, number: usize, field: &str) -> String {
+        self.info["nodes"][number - 1][field]
+            .as_str()
+            .unwrap_or_else(|| panic!("node {number} has no {field}: {}", self.info))
+            .into()
+    }
+
+    /// Rehearses a fault, see `csvctl dev fault`.
+    pub fn fault(&self, number: usize, what: &str) {
+        let dir = self.dir().to_str().expect("a UTF-8 path");
+        Ctl::local().must(&["dev", "fault", &self.name(number), what, "--dir", dir]);
+    }
+
+    /// Starts a killed node again.
+    pub fn start_node(&self, number: usize) {
+        let dir = self.dir().to_str().expect("a UTF-8 path");
+        Ctl::local().must(&["dev", "start", &self.name(number), "--dir", dir]);
+    }
+
+    /// Waits until the console of a VM shows a line that `wanted` accepts, and gives the line.
+    ///
+    /// # Panics
+    /// After `limit`, with the console's last lines.
+    pub fn console_line(
+        &self,
+        number: usize,
+        vm: &str,
+        limit: Duration,
+        mut wanted: impl FnMut(&str) -> bool,
+    ) -> String {
+        let started = Instant::now();
+        loop {
+            let console = self
+                .ctl(number)
+                .run(&["vm", "console", vm])
+                .map_or_else(|error| error.to_string(), |found| console_text(&found));
+            if let Some(line) = console.lines().rev().find(|line| wanted(line)) {
+                return line.to_owned();
+            }
+            let tail: Vec<_> = console.lines().rev().take(8).collect();
+            assert!(
+                started.elapsed() < limit,
+                "{vm} did not print the expected line within {limit:?}; last lines: {tail:?}"
+            );
+            self.wait_for_console(number, vm);
+        }
+    }
+
+    /// Blocks until the VM prints something, or a second has passed.
+    fn wait_for_console(&self, number: usize, vm: &str) {
+        // `--follow` returns with what comes next; without output it ends by its own limit.
+        drop(self.ctl(number).run(&["vm", "console", vm, "--follow", "--limit-ms", "1000"]));
+    }
+}
+
+/// The text of a `vm console` document.
+fn console_text(document: &Value) -> String {
+    document["text"].as_str().unwrap_or("").to_owned()
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if std::thread::panicking() && std::env::var_os("KEEP_CLUSTER").is_some() {
+            return;
+        }
+        let dir = self.dir().to_str().expect("a UTF-8 path");
+        drop(Ctl::local().run(&["dev", "down", "--dir", dir, "--destroy"]));
+    }
+}

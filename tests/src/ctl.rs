@@ -1,0 +1,110 @@
+//! `csvctl` as a script sees it: arguments in, one JSON document and an exit code out.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::binary;
+
+/// Calls `csvctl` against one node.
+#[derive(Clone, Debug)]
+pub struct Ctl {
+    socket: Option<PathBuf>,
+}
+
+/// A call that did not succeed.
+#[derive(Clone, Debug)]
+pub struct CtlError {
+    /// The command line.
+    pub command: String,
+    /// The exit code, see the manners in README; -1 when a signal ended it.
+    pub code: i32,
+    /// The document on stderr, or null when there was none.
+    pub error: Value,
+    /// All of stderr.
+    pub stderr: String,
+}
+
+impl CtlError {
+    /// `error.kind` of the document.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        self.error["error"]["kind"].as_str().unwrap_or("")
+    }
+
+    /// `error.message` of the document.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        self.error["error"]["message"].as_str().unwrap_or("")
+    }
+
+    /// `error.hint` of the document.
+    #[must_use]
+    pub fn hint(&self) -> &str {
+        self.error["error"]["hint"].as_str().unwrap_or("")
+    }
+}
+
+impl fmt::Display for CtlError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` ended with code {}: {}", self.command, self.code, self.stderr.trim())
+    }
+}
+
+impl std::error::Error for CtlError {}
+
+impl Ctl {
+    /// For commands that need no node.
+    #[must_use]
+    pub fn local() -> Self {
+        Self { socket: None }
+    }
+
+    /// For commands to the node behind `socket`.
+    #[must_use]
+    pub fn to(socket: impl Into<PathBuf>) -> Self {
+        Self { socket: Some(socket.into()) }
+    }
+
+    /// Runs `csvctl --json ARGUMENTS` to its end.
+    ///
+    /// # Errors
+    /// When it exits with anything but 0.
+    ///
+    /// # Panics
+    /// When it cannot be started, or succeeds without printing one JSON document: both break the contract.
+    pub fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<Value, CtlError> {
+        let mut command = Command::new(binary("csvctl"));
+        if let Some(socket) = &self.socket {
+            command.arg("--connect").arg(socket);
+        }
+        command.args(["--json", "--yes"]).args(arguments);
+        let output = command.output().expect("csvctl can be started");
+        let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.success() {
+            return Ok(serde_json::from_str(&stdout).unwrap_or_else(|error| {
+                panic!("{command:?} printed no JSON document ({error}): {stdout}{stderr}")
+            }));
+        }
+        let error =
+            stderr.lines().rev().find_map(|line| serde_json::from_str(line).ok()).unwrap_or(Value::Null);
+        Err(CtlError {
+            command: format!("{command:?}"),
+            code: output.status.code().unwrap_or(-1),
+            error,
+            stderr,
+        })
+    }
+
+    /// Runs a command that must succeed.
+    ///
+    /// # Panics
+    /// With the command and its error when it does not.
+    pub fn must<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Value {
+        self.run(arguments).unwrap_or_else(|error| panic!("{error}"))
+    }
+}

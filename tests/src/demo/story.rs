@@ -1,0 +1,188 @@
+//! The steps of the demo, in order.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use cluster_tests::{Cluster, Ctl, ExtImage, run_tool, sha256_of};
+use hv_guest::record;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::timeline::Timeline;
+
+/// Sectors of the scratch disk that the guest walks over.
+const SCRATCH_RECORDS: u64 = 2048;
+const VM: &str = "demo";
+/// The guest's output is awaited at most this long; the machine may be slow, the guest is not.
+const CONSOLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Runs the whole story. `keep` leaves the folder with images and logs behind.
+pub(crate) fn tell(keep: bool) {
+    let time = Timeline::start("Three nodes, one LUN, one VM that moves without its disk being copied");
+    let work = TempDir::with_prefix("csv-demo-").expect("a temporary folder");
+    let image = time.step("make an ext4 filesystem, then a VHDX of it", || make_image(work.path()));
+    let cluster = time.step("start three nodes on one LUN", || start_cluster());
+    time.step("copy the image in through node 1", || copy_in(&cluster, &work.path().join("disk.vhdx")));
+    if Path::new("/dev/kvm").exists() {
+        run_vm(&time, &cluster, work.path());
+    } else {
+        println!("   /dev/kvm is missing: the VM part is left out");
+        time.step("move the coordinator to node 2", || move_coordinator(&cluster, 2));
+    }
+    time.step("convert the disk back through node 3", || convert_back(&cluster, &image, work.path()));
+    time.step("check the volume", || check_volume(&cluster));
+    time.step("stop the cluster", || (drop(cluster), "no process, mount or file left".into()));
+    time.finish("Everything that was acknowledged is there.");
+    if keep {
+        println!("kept: {}", work.keep().display());
+    }
+}
+
+fn make_image(folder: &Path) -> (ExtImage, String) {
+    let image = ExtImage::create(folder, 60, 64);
+    let vhdx = folder.join("disk.vhdx");
+    run_tool(
+        "qemu-img",
+        &["convert", "-f", "raw", "-O", "vhdx", "-o", "subformat=dynamic", text(&image.raw), text(&vhdx)],
+    );
+    let size = fs::metadata(&vhdx).expect("the image").len();
+    (image, format!("64 MiB filesystem, 60 files, {} MiB VHDX by mke2fs and qemu-img", size >> 20))
+}
+
+fn start_cluster() -> (Cluster, String) {
+    let cluster = Cluster::start("4G");
+    let names: Vec<_> = (1..=3).map(|number| cluster.name(number)).collect();
+    (cluster, format!("{} healthy, volume vol1 mounted on each", names.join(", ")))
+}
+
+fn copy_in(cluster: &Cluster, vhdx: &Path) -> ((), String) {
+    fs::copy(vhdx, cluster.mount(1).join("disk.vhdx")).expect("copied into the mount");
+    let expected = sha256_of(vhdx);
+    for node in 1..=3 {
+        assert_eq!(
+            sha256_of(&cluster.mount(node).join("disk.vhdx")),
+            expected,
+            "node {node} reads other bytes"
+        );
+    }
+    ((), format!("sha256 {}... on all three nodes", &expected[..16]))
+}
+
+/// Everything that needs a virtual machine.
+fn run_vm(time: &Timeline, cluster: &Cluster, folder: &Path) {
+    time.step("start the VM on node 1", || start_vm(cluster));
+    time.step("the guest writes and flushes", || guest_progress(cluster, 1, 0));
+    let before = time.step("move the coordinator while it writes", || move_under_load(cluster));
+    time.step("quick-migrate the VM to node 2", || migrate(cluster, 1, 2));
+    let before = time.step("the guest goes on where it was", || guest_progress(cluster, 2, before));
+    time.step("quick-migrate the VM to node 3", || migrate(cluster, 2, 3));
+    time.step("the guest goes on where it was", || guest_progress(cluster, 3, before));
+    let acknowledged = time.step("stop the VM", || stop_vm(cluster));
+    time.step("check the scratch disk, sector by sector", || verify_scratch(cluster, folder, acknowledged));
+}
+
+fn start_vm(cluster: &Cluster) -> ((), String) {
+    let system = cluster.mount(1).join("disk.vhdx");
+    let scratch = cluster.mount(1).join("scratch.vhdx");
+    Ctl::local().must(&["vhdx", "create", text(&scratch), "--size", "64M"]);
+    let cmdline = format!("verify=0 write=1 range={SCRATCH_RECORDS} batch=8 pages=256 seed=7");
+    let ctl = cluster.ctl(1);
+    let disks = ["--disk", text(&system), "--disk", text(&scratch)];
+    ctl.must(&[&["vm", "create", VM, "--memory", "64M", "--cmdline", &cmdline][..], &disks].concat());
+    ctl.must(&["vm", "start", VM]);
+    ((), "disks: disk.vhdx (made by qemu-img), scratch.vhdx (made by csvctl)".into())
+}
+
+/// Waits until the guest has acknowledged more than `floor` records.
+fn guest_progress(cluster: &Cluster, node: usize, floor: u64) -> (u64, String) {
+    let line = cluster.console_line(node, VM, CONSOLE_LIMIT, |line| {
+        acknowledged(line).is_some_and(|sequence| sequence > floor)
+    });
+    let sequence = acknowledged(&line).expect("the line was chosen for it");
+    (sequence, format!("{sequence} records acknowledged after a flush"))
+}
+
+/// The sequence of a console line `ack gen=G seq=N`.
+fn acknowledged(line: &str) -> Option<u64> {
+    let rest = line.trim().strip_prefix("ack ")?;
+    rest.split_whitespace().find_map(|word| word.strip_prefix("seq="))?.parse().ok()
+}
+
+fn move_under_load(cluster: &Cluster) -> (u64, String) {
+    let (at_move, _) = guest_progress(cluster, 1, 0);
+    let ((), outcome) = move_coordinator(cluster, 2);
+    let (after, _) = guest_progress(cluster, 1, at_move);
+    (after, format!("{outcome}; the guest went on to {after}"))
+}
+
+fn move_coordinator(cluster: &Cluster, to: usize) -> ((), String) {
+    let moved = cluster.ctl(1).must(&["volume", "move", "vol1", "--to", &cluster.name(to)]);
+    ((), format!("{} -> {}, metadata paused {} ms", moved["from"], moved["to"], number(&moved["pause_ms"])))
+}
+
+fn migrate(cluster: &Cluster, from: usize, to: usize) -> ((), String) {
+    let report = cluster.ctl(from).must(&["vm", "migrate", VM, "--to", &cluster.name(to), "--type", "quick"]);
+    assert_eq!(report["memory_bytes_sent"], 0, "quick migration sends no memory over the network");
+    assert_eq!(report["disk_bytes_copied"], 0, "no disk is ever copied");
+    let split = &report["blackout"];
+    let parts: Vec<_> =
+        ["drain_ms", "memory_ms", "state_ms", "handoff_ms"].iter().map(|part| number(&split[part])).collect();
+    (
+        (),
+        format!(
+            "blackout {} ms (drain, memory, state, hand-off: {}), 0 disk bytes copied",
+            number(&report["blackout_ms"]),
+            parts.join(" + ")
+        ),
+    )
+}
+
+fn stop_vm(cluster: &Cluster) -> (u64, String) {
+    let (sequence, _) = guest_progress(cluster, 3, 0);
+    cluster.ctl(3).must(&["vm", "stop", VM]);
+    (sequence, format!("the last acknowledged record seen is {sequence}"))
+}
+
+fn verify_scratch(cluster: &Cluster, folder: &Path, acknowledged: u64) -> ((), String) {
+    let raw = to_raw(cluster, "scratch.vhdx", folder);
+    let image = fs::read(&raw).expect("the converted image");
+    let report = record::verify_image(&image, SCRATCH_RECORDS, acknowledged);
+    assert!(report.problems.is_empty(), "the scratch disk lost data: {:?}", report.problems);
+    ((), format!("{} records checked, none lost, none torn", report.checked))
+}
+
+fn convert_back(cluster: &Cluster, image: &ExtImage, folder: &Path) -> ((), String) {
+    let raw = to_raw(cluster, "disk.vhdx", folder);
+    let compared = image.verify(&raw, &folder.join("extracted"));
+    ((), format!("e2fsck clean, {compared} files identical"))
+}
+
+/// Converts an image on the volume with qemu-img, through node 3's mount.
+fn to_raw(cluster: &Cluster, name: &str, folder: &Path) -> PathBuf {
+    let source = cluster.mount(3).join(name);
+    let raw = folder.join(name).with_extension("raw");
+    run_tool("qemu-img", &["convert", "-f", "vhdx", "-O", "raw", text(&source), text(&raw)]);
+    raw
+}
+
+fn check_volume(cluster: &Cluster) -> ((), String) {
+    let report = cluster.ctl(2).must(&["volume", "check", "vol1"]);
+    (
+        (),
+        format!(
+            "{} inodes, {} problems",
+            number(&report["inodes"]),
+            report["problems"].as_array().map_or(0, Vec::len)
+        ),
+    )
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a UTF-8 path")
+}
+
+/// A JSON number as people read it.
+fn number(value: &Value) -> String {
+    value.as_f64().map_or_else(|| value.to_string(), |number| format!("{}", (number * 10.0).round() / 10.0))
+}

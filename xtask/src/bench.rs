@@ -1,0 +1,21 @@
+//! The benchmarks of `benchmarks/`, each with the raw device in the same run.
+
+use crate::packages;
+use crate::run::{Failure, cargo, command, root, target_dir};
+
+/// Runs all benchmarks, or the named one.
+pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
+    packages::ensure(packages::TEST)?;
+    cargo(&["build", "--release", "--workspace", "--bins", "--locked"])?;
+    let release = target_dir().join("release");
+    let known = ["node_io", "mount_io", "memory"];
+    let chosen: Vec<&str> = match options {
+        [] => known.to_vec(),
+        [name] if known.contains(&name.as_str()) => vec![name],
+        _ => return Err(Failure::usage("usage: cargo xtask bench [node_io|mount_io|memory]")),
+    };
+    for name in chosen {
+        command::<&str>(release.join(name).as_os_str(), &[], &root())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! The Debian packages that the demo and the tests call programs of.
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+use crate::run::Failure;
+
+/// A program that must be there, and the package that brings it.
+pub(crate) struct Need {
+    program: &'static str,
+    package: &'static str,
+}
+
+const fn need(program: &'static str, package: &'static str) -> Need {
+    Need { program, package }
+}
+
+/// What the demo calls: the C compiler for the guest, qemu-img and mke2fs as independent makers and judges of images.
+pub(crate) const DEMO: &[Need] = &[
+    need("cc", "gcc"),
+    need("ld", "binutils"),
+    need("qemu-img", "qemu-utils"),
+    need("mke2fs", "e2fsprogs"),
+    need("e2fsck", "e2fsprogs"),
+    need("debugfs", "e2fsprogs"),
+];
+
+/// What the tests and benchmarks call on top: load, system call traces, packed image samples.
+pub(crate) const TEST: &[Need] = &[
+    need("cc", "gcc"),
+    need("ld", "binutils"),
+    need("qemu-img", "qemu-utils"),
+    need("qemu-io", "qemu-utils"),
+    need("mke2fs", "e2fsprogs"),
+    need("e2fsck", "e2fsprogs"),
+    need("debugfs", "e2fsprogs"),
+    need("fio", "fio"),
+    need("strace", "strace"),
+    need("lsof", "lsof"),
+    need("xz", "xz-utils"),
+    need("bzip2", "bzip2"),
+];
+
+/// Installs what is missing when run by root on a system with apt, otherwise names the packages.
+pub(crate) fn ensure(needs: &[Need]) -> Result<(), Failure> {
+    let mut packages: Vec<&str> =
+        needs.iter().filter(|need| !on_path(need.program)).map(|need| need.package).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let list = packages.join(" ");
+    if !is_root() || !on_path("apt-get") {
+        return Err(Failure::new(format!(
+            "these packages are missing: {list}\n  install them, as root: apt-get install {list}"
+        )));
+    }
+    println!("xtask: installing {list}");
+    apt(&["update", "-qq"])?;
+    let mut install = vec!["install", "-y", "-qq", "--no-install-recommends"];
+    install.extend(&packages);
+    apt(&install)
+}
+
+fn apt(arguments: &[&str]) -> Result<(), Failure> {
+    let status = Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive").status();
+    match status {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(Failure::new(format!("apt-get {} ended with {status}", arguments.join(" ")))),
+        Err(error) => Err(Failure::new(format!("apt-get could not be started: {error}"))),
+    }
+}
+
+fn on_path(program: &str) -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    // Administrators' tools are not on every user's path, yet they are where they are.
+    env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|folder| Path::new(&folder).join(program).is_file())
+}
+
+fn is_root() -> bool {
+    // The owner of /proc/self is the effective user of this process.
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata("/proc/self").is_ok_and(|entry| entry.uid() == 0)
+}
