@@ -1,1 +1,25 @@
-//! Scenarios on real processes.
+//! Scenarios on real processes: three nodes, one LUN, the built programs, driven as an administrator's script would.
+#![expect(clippy::print_stderr, reason = "a skipped scenario says so")]
+
+mod bad_input;
+mod coherence;
+mod faults;
+mod moves;
+mod refusals;
+mod vm;
+
+use std::path::Path;
+
+/// Whether a device that a scenario needs is really there; says so when not.
+fn device_present(device: &str) -> bool {
+    let there = Path::new(device).exists();
+    if !there {
+        eprintln!("skipped: {device} is missing");
+    }
+    there
+}
+
+/// A path as an argument.
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a UTF-8 path")
+}

@@ -1,0 +1,53 @@
+//! Wrong calls and foreign peers.
+
+use cluster_tests::{Cluster, Ctl};
+use tempfile::TempDir;
+
+use crate::{device_present, text};
+
+#[test]
+fn a_second_dev_up_on_a_running_folder_is_refused() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let refused = Ctl::local().run(&["dev", "up", "--dir", text(cluster.dir())]).unwrap_err();
+    assert_eq!(refused.code, 4, "{refused}");
+    assert!(refused.hint().contains("dev down"), "{refused}");
+    cluster.ctl(1).must(&["health"]);
+}
+
+#[test]
+fn exit_codes_tell_usage_missing_and_unreachable_apart() {
+    let folder = TempDir::new().unwrap();
+    let nobody = Ctl::to(folder.path().join("nobody.sock"));
+    assert_eq!(nobody.run(&["volume", "list"]).unwrap_err().code, 5);
+    assert_eq!(Ctl::local().run(&["volume", "frobnicate"]).unwrap_err().code, 2);
+    if device_present("/dev/fuse") {
+        let cluster = Cluster::start("1G");
+        let missing = cluster.ctl(1).run(&["volume", "show", "nosuch"]).unwrap_err();
+        assert_eq!(missing.code, 3, "{missing}");
+        assert!(missing.message().contains("nosuch"), "{missing}");
+    }
+}
+
+#[test]
+fn a_vm_needs_disks_that_exist_on_a_cluster_volume() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let outside = TempDir::new().unwrap();
+    let image = outside.path().join("outside.vhdx");
+    Ctl::local().must(&["vhdx", "create", text(&image), "--size", "16M"]);
+    let refused =
+        cluster.ctl(1).run(&["vm", "create", "out", "--memory", "64M", "--disk", text(&image)]).unwrap_err();
+    assert!(refused.message().contains("outside.vhdx") && !refused.hint().is_empty(), "{refused}");
+    let missing = cluster.mount(1).join("missing.vhdx");
+    let refused = cluster
+        .ctl(1)
+        .run(&["vm", "create", "gone", "--memory", "64M", "--disk", text(&missing)])
+        .unwrap_err();
+    assert!(refused.message().contains("missing.vhdx"), "{refused}");
+    assert_eq!(cluster.ctl(2).must(&["vm", "list"])["vms"].as_array().map(Vec::len), Some(0));
+}
