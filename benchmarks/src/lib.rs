@@ -1,1 +1,40 @@
-//! Canonical workloads beside the raw device in one run.
+//! What the benchmarks share: medians, and a table of ratios against the raw device of the same run.
+#![expect(clippy::print_stdout, reason = "programs for people at a terminal")]
+
+/// One line of a comparison.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// The workload.
+    pub name: String,
+    /// The raw device's figure.
+    pub base: f64,
+    /// Ours, in the same unit; larger is better.
+    pub ours: f64,
+    /// The ratio to reach.
+    pub goal: f64,
+}
+
+/// The middle value; the mean of the two middle ones for an even count, 0 for none.
+#[must_use]
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => 0.0,
+        count if count % 2 == 1 => values[count / 2],
+        count => f64::midpoint(values[count / 2 - 1], values[count / 2]),
+    }
+}
+
+/// Prints the rows with their ratios, and whether each goal was reached in this run.
+pub fn print_table(title: &str, base: &str, ours: &str, rows: &[Row]) {
+    println!("{title}");
+    println!("  {:32} {base:>12} {ours:>12} {:>7} {:>6}", "workload", "ratio", "goal");
+    for row in rows {
+        let ratio = if row.base > 0.0 { row.ours / row.base } else { 0.0 };
+        let verdict = if ratio >= row.goal { "reached" } else { "missed" };
+        println!(
+            "  {:32} {:12.1} {:12.1} {ratio:7.2} {:6.2} {verdict}",
+            row.name, row.base, row.ours, row.goal
+        );
+    }
+}
