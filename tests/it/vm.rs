@@ -1,65 +1,19 @@
 //! A VM's life: its disk I/O goes past FUSE to the LUN, it moves without its disk, it loses nothing.
 
 use std::fs;
-use std::time::Duration;
 
-use cluster_tests::{Cluster, Ctl, run_tool};
-use hv_guest::record;
+use cluster_tests::{Cluster, Ctl, Guest};
 use tempfile::TempDir;
 
 use crate::{device_present, text};
 
-const LIMIT: Duration = Duration::from_secs(90);
-const RECORDS: u64 = 1024;
-
-fn acknowledged(line: &str) -> Option<u64> {
-    let rest = line.trim().strip_prefix("ack ")?;
-    rest.split_whitespace().find_map(|word| word.strip_prefix("seq="))?.parse().ok()
-}
-
-/// Creates and starts a VM with a read-only-used first disk and a scratch disk.
-fn start_vm(cluster: &Cluster, name: &str) {
-    for disk in ["system.vhdx", "scratch.vhdx"] {
-        Ctl::local().must(&[
-            "vhdx",
-            "create",
-            text(&cluster.mount(1).join(format!("{name}-{disk}"))),
-            "--size",
-            "32M",
-        ]);
+/// Creates two images through node 1's mount and starts a VM on them.
+fn start_vm(cluster: &Cluster, name: &str) -> Guest {
+    let image = |kind: &str| format!("{name}-{kind}.vhdx");
+    for kind in ["system", "scratch"] {
+        Ctl::local().must(&["vhdx", "create", text(&cluster.mount(1).join(image(kind))), "--size", "32M"]);
     }
-    let disk = |kind: &str| cluster.mount(1).join(format!("{name}-{kind}.vhdx"));
-    let cmdline = format!("verify=0 write=1 range={RECORDS} batch=8 pages=64 seed=3");
-    let ctl = cluster.ctl(1);
-    ctl.must(&[
-        "vm",
-        "create",
-        name,
-        "--memory",
-        "64M",
-        "--cmdline",
-        &cmdline,
-        "--disk",
-        text(&disk("system")),
-        "--disk",
-        text(&disk("scratch")),
-    ]);
-    ctl.must(&["vm", "start", name]);
-}
-
-fn progress(cluster: &Cluster, node: usize, name: &str, floor: u64) -> u64 {
-    let line = cluster
-        .console_line(node, name, LIMIT, |line| acknowledged(line).is_some_and(|sequence| sequence > floor));
-    acknowledged(&line).expect("chosen for it")
-}
-
-fn verify(cluster: &Cluster, name: &str, acknowledged: u64) {
-    let folder = TempDir::new().unwrap();
-    let raw = folder.path().join("scratch.raw");
-    let image = cluster.mount(3).join(format!("{name}-scratch.vhdx"));
-    run_tool("qemu-img", &["convert", "-f", "vhdx", "-O", "raw", text(&image), text(&raw)]);
-    let report = record::verify_image(&fs::read(raw).unwrap(), RECORDS, acknowledged);
-    assert!(report.problems.is_empty() && report.checked > 0, "{:?}", report.problems);
+    Guest::start(cluster, name, &image("system"), &image("scratch"), 1024)
 }
 
 // Invariants H1, H3, H6, E5, E6.
@@ -69,8 +23,8 @@ fn a_quick_migration_moves_the_vm_and_loses_no_acknowledged_sector() {
         return;
     }
     let cluster = Cluster::start("1G");
-    start_vm(&cluster, "mover");
-    let before = progress(&cluster, 1, "mover", 0);
+    let guest = start_vm(&cluster, "mover");
+    let before = guest.progress(&cluster, 1, 0);
     let report =
         cluster.ctl(1).must(&["vm", "migrate", "mover", "--to", &cluster.name(2), "--type", "quick"]);
     for field in ["memory_bytes_sent", "disk_bytes_copied"] {
@@ -79,9 +33,10 @@ fn a_quick_migration_moves_the_vm_and_loses_no_acknowledged_sector() {
     assert!(report["blackout"]["handoff_ms"].is_number() && report["total_ms"].is_number(), "{report}");
     let shown = cluster.ctl(3).must(&["vm", "show", "mover"]);
     assert_eq!(shown["owner"], cluster.name(2).as_str(), "{shown}");
-    let after = progress(&cluster, 2, "mover", before);
+    let after = guest.progress(&cluster, 2, before.sequence);
     cluster.ctl(3).must(&["vm", "stop", "mover"]);
-    verify(&cluster, "mover", after);
+    let folder = TempDir::new().unwrap();
+    guest.verify(&cluster, "mover-scratch.vhdx", after, folder.path());
 }
 
 #[test]
@@ -90,8 +45,8 @@ fn a_vm_writes_to_the_lun_itself_and_opens_nothing_under_the_mount() {
         return;
     }
     let cluster = Cluster::start("1G");
-    start_vm(&cluster, "direct");
-    progress(&cluster, 1, "direct", 0);
+    let guest = start_vm(&cluster, "direct");
+    let before = guest.progress(&cluster, 1, 0);
     let pid = cluster.ctl(1).must(&["vm", "show", "direct"])["pid"].as_u64().expect("the pid of hv");
     let open: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))
         .unwrap()
@@ -113,7 +68,7 @@ fn a_vm_writes_to_the_lun_itself_and_opens_nothing_under_the_mount() {
     };
     state("pause", "paused");
     state("resume", "running");
-    progress(&cluster, 1, "direct", 0);
+    let _ = guest.progress(&cluster, 1, before.sequence);
     cluster.ctl(1).must(&["vm", "stop", "direct"]);
     cluster.ctl(1).must(&["vm", "delete", "direct"]);
 }

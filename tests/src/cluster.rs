@@ -97,11 +97,11 @@ impl Cluster {
         Ctl::local().must(&["dev", "start", &self.name(number), "--dir", dir]);
     }
 
-    /// Waits until the console of a VM shows a line that `wanted` accepts, and gives the line.
+    /// Waits until `wanted` accepts the console of a VM, as node `number` shows it, and gives the console's text.
     ///
     /// # Panics
     /// After `limit`, with the console's last lines.
-    pub fn console_line(
+    pub fn console(
         &self,
         number: usize,
         vm: &str,
@@ -114,13 +114,13 @@ impl Cluster {
                 .ctl(number)
                 .run(&["vm", "console", vm])
                 .map_or_else(|error| error.to_string(), |found| console_text(&found));
-            if let Some(line) = console.lines().rev().find(|line| wanted(line)) {
-                return line.to_owned();
+            if wanted(&console) {
+                return console;
             }
             let tail: Vec<_> = console.lines().rev().take(8).collect();
             assert!(
                 started.elapsed() < limit,
-                "{vm} did not print the expected line within {limit:?}; last lines: {tail:?}"
+                "{vm} did not print what was expected within {limit:?}; last lines: {tail:?}"
             );
             self.wait_for_console(number, vm);
         }

@@ -7,9 +7,11 @@
 mod bins;
 mod cluster;
 mod ctl;
+mod guest;
 mod image;
 
 pub use bins::binary;
 pub use cluster::Cluster;
 pub use ctl::{Ctl, CtlError};
+pub use guest::Guest;
 pub use image::{ExtImage, run_tool, sha256_of};

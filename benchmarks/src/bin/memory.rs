@@ -34,7 +34,7 @@ fn main() {
             "verify=0 write=0 pages=1024",
         ]);
         ctl.must(&["vm", "start", "m"]);
-        cluster.console_line(1, "m", Duration::from_secs(60), |line| line.starts_with("tick"));
+        cluster.console(1, "m", Duration::from_secs(60), |console| console.contains("tick"));
         let pid = ctl.must(&["vm", "show", "m"])["pid"].as_u64().expect("a pid");
         println!(
             "  hv   {:8} {:6.1} MiB beside 256 MiB of guest RAM (goal: under 16)",

@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use cluster_tests::{Cluster, Ctl, ExtImage, run_tool, sha256_of};
-use hv_guest::record;
+use cluster_tests::{Cluster, Ctl, ExtImage, Guest, run_tool, sha256_of};
+use hv_guest::Ack;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -14,15 +13,12 @@ use crate::timeline::Timeline;
 /// Sectors of the scratch disk that the guest walks over.
 const SCRATCH_RECORDS: u64 = 2048;
 const VM: &str = "demo";
-/// The guest's output is awaited at most this long; the machine may be slow, the guest is not.
-const CONSOLE_LIMIT: Duration = Duration::from_secs(60);
-
 /// Runs the whole story. `keep` leaves the folder with images and logs behind.
 pub(crate) fn tell(keep: bool) {
     let time = Timeline::start("Three nodes, one LUN, one VM that moves without its disk being copied");
     let work = TempDir::with_prefix("csv-demo-").expect("a temporary folder");
     let image = time.step("make an ext4 filesystem, then a VHDX of it", || make_image(work.path()));
-    let cluster = time.step("start three nodes on one LUN", || start_cluster());
+    let cluster = time.step("start three nodes on one LUN", start_cluster);
     time.step("copy the image in through node 1", || copy_in(&cluster, &work.path().join("disk.vhdx")));
     if Path::new("/dev/kvm").exists() {
         run_vm(&time, &cluster, work.path());
@@ -71,49 +67,36 @@ fn copy_in(cluster: &Cluster, vhdx: &Path) -> ((), String) {
 
 /// Everything that needs a virtual machine.
 fn run_vm(time: &Timeline, cluster: &Cluster, folder: &Path) {
-    time.step("start the VM on node 1", || start_vm(cluster));
-    time.step("the guest writes and flushes", || guest_progress(cluster, 1, 0));
-    let before = time.step("move the coordinator while it writes", || move_under_load(cluster));
+    let guest = time.step("start the VM on node 1", || start_vm(cluster));
+    time.step("the guest writes and flushes", || guest_progress(&guest, cluster, 1, 0));
+    let before = time.step("move the coordinator while it writes", || move_under_load(&guest, cluster));
     time.step("quick-migrate the VM to node 2", || migrate(cluster, 1, 2));
-    let before = time.step("the guest goes on where it was", || guest_progress(cluster, 2, before));
+    let before =
+        time.step("the guest goes on where it was", || guest_progress(&guest, cluster, 2, before.sequence));
     time.step("quick-migrate the VM to node 3", || migrate(cluster, 2, 3));
-    time.step("the guest goes on where it was", || guest_progress(cluster, 3, before));
-    let acknowledged = time.step("stop the VM", || stop_vm(cluster));
-    time.step("check the scratch disk, sector by sector", || verify_scratch(cluster, folder, acknowledged));
+    time.step("the guest goes on where it was", || guest_progress(&guest, cluster, 3, before.sequence));
+    let acked = time.step("stop the VM", || stop_vm(&guest, cluster));
+    time.step("check the scratch disk, sector by sector", || verify_scratch(&guest, cluster, folder, acked));
 }
 
-fn start_vm(cluster: &Cluster) -> ((), String) {
-    let system = cluster.mount(1).join("disk.vhdx");
+fn start_vm(cluster: &Cluster) -> (Guest, String) {
     let scratch = cluster.mount(1).join("scratch.vhdx");
     Ctl::local().must(&["vhdx", "create", text(&scratch), "--size", "64M"]);
-    let cmdline = format!("verify=0 write=1 range={SCRATCH_RECORDS} batch=8 pages=256 seed=7");
-    let ctl = cluster.ctl(1);
-    let disks = ["--disk", text(&system), "--disk", text(&scratch)];
-    ctl.must(&[&["vm", "create", VM, "--memory", "64M", "--cmdline", &cmdline][..], &disks].concat());
-    ctl.must(&["vm", "start", VM]);
-    ((), "disks: disk.vhdx (made by qemu-img), scratch.vhdx (made by csvctl)".into())
+    let guest = Guest::start(cluster, VM, "disk.vhdx", "scratch.vhdx", SCRATCH_RECORDS);
+    (guest, "disks: disk.vhdx (made by qemu-img), scratch.vhdx (made by csvctl)".into())
 }
 
 /// Waits until the guest has acknowledged more than `floor` records.
-fn guest_progress(cluster: &Cluster, node: usize, floor: u64) -> (u64, String) {
-    let line = cluster.console_line(node, VM, CONSOLE_LIMIT, |line| {
-        acknowledged(line).is_some_and(|sequence| sequence > floor)
-    });
-    let sequence = acknowledged(&line).expect("the line was chosen for it");
-    (sequence, format!("{sequence} records acknowledged after a flush"))
+fn guest_progress(guest: &Guest, cluster: &Cluster, node: usize, floor: u64) -> (Ack, String) {
+    let ack = guest.progress(cluster, node, floor);
+    (ack, format!("{} records acknowledged after a flush", ack.sequence))
 }
 
-/// The sequence of a console line `ack gen=G seq=N`.
-fn acknowledged(line: &str) -> Option<u64> {
-    let rest = line.trim().strip_prefix("ack ")?;
-    rest.split_whitespace().find_map(|word| word.strip_prefix("seq="))?.parse().ok()
-}
-
-fn move_under_load(cluster: &Cluster) -> (u64, String) {
-    let (at_move, _) = guest_progress(cluster, 1, 0);
+fn move_under_load(guest: &Guest, cluster: &Cluster) -> (Ack, String) {
+    let at_move = guest.progress(cluster, 1, 0);
     let ((), outcome) = move_coordinator(cluster, 2);
-    let (after, _) = guest_progress(cluster, 1, at_move);
-    (after, format!("{outcome}; the guest went on to {after}"))
+    let after = guest.progress(cluster, 1, at_move.sequence);
+    (after, format!("{outcome}; the guest went on to record {}", after.sequence))
 }
 
 fn move_coordinator(cluster: &Cluster, to: usize) -> ((), String) {
@@ -138,18 +121,15 @@ fn migrate(cluster: &Cluster, from: usize, to: usize) -> ((), String) {
     )
 }
 
-fn stop_vm(cluster: &Cluster) -> (u64, String) {
-    let (sequence, _) = guest_progress(cluster, 3, 0);
+fn stop_vm(guest: &Guest, cluster: &Cluster) -> (Ack, String) {
+    let acked = guest.progress(cluster, 3, 0);
     cluster.ctl(3).must(&["vm", "stop", VM]);
-    (sequence, format!("the last acknowledged record seen is {sequence}"))
+    (acked, format!("the last acknowledgement seen is of record {}", acked.sequence))
 }
 
-fn verify_scratch(cluster: &Cluster, folder: &Path, acknowledged: u64) -> ((), String) {
-    let raw = to_raw(cluster, "scratch.vhdx", folder);
-    let image = fs::read(&raw).expect("the converted image");
-    let report = record::verify_image(&image, SCRATCH_RECORDS, acknowledged);
-    assert!(report.problems.is_empty(), "the scratch disk lost data: {:?}", report.problems);
-    ((), format!("{} records checked, none lost, none torn", report.checked))
+fn verify_scratch(guest: &Guest, cluster: &Cluster, folder: &Path, acked: Ack) -> ((), String) {
+    let report = guest.verify(cluster, "scratch.vhdx", acked, folder);
+    ((), format!("{} promised records are there, none lost, none torn", report.records_promised))
 }
 
 fn convert_back(cluster: &Cluster, image: &ExtImage, folder: &Path) -> ((), String) {

@@ -1,0 +1,67 @@
+//! The test guest as the scenarios use it: a VM with a disk that is only read and one that it writes.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+use std::time::Duration;
+
+use hv_guest::{Ack, Layout, Report, last_ack, verify_image};
+
+use crate::{Cluster, run_tool};
+
+/// Guest output is awaited at most this long; the machine may be slow, the guest is not.
+const CONSOLE_LIMIT: Duration = Duration::from_secs(90);
+
+/// A VM that runs the sector writer.
+#[derive(Clone, Debug)]
+pub struct Guest {
+    name: String,
+    layout: Layout,
+}
+
+impl Guest {
+    /// Defines and starts the VM on node 1. Both disks are images on the volume, named below its root.
+    ///
+    /// # Panics
+    /// When it is refused.
+    #[must_use]
+    pub fn start(cluster: &Cluster, name: &str, read_disk: &str, written_disk: &str, range: u64) -> Self {
+        let layout = Layout { range, sectors: 1, seed: 7 };
+        let disk = |image: &str| cluster.mount(1).join(image).to_str().expect("a UTF-8 path").to_owned();
+        let cmdline = format!("verify=0 write=1 range={range} sectors=1 batch=8 pages=256 seed=7");
+        let (read_disk, written_disk) = (disk(read_disk), disk(written_disk));
+        let ctl = cluster.ctl(1);
+        let disks = ["--disk", &read_disk, "--disk", &written_disk];
+        ctl.must(&[&["vm", "create", name, "--memory", "64M", "--cmdline", &cmdline][..], &disks].concat());
+        ctl.must(&["vm", "start", name]);
+        Self { name: name.into(), layout }
+    }
+
+    /// Waits, asking node `node`, until the guest has acknowledged more than `floor` records.
+    ///
+    /// # Panics
+    /// When it does not within the limit, or found an error itself.
+    #[must_use]
+    pub fn progress(&self, cluster: &Cluster, node: usize, floor: u64) -> Ack {
+        let console = cluster.console(node, &self.name, CONSOLE_LIMIT, |console| {
+            assert!(!console.contains("FAIL"), "the guest found an error: {console}");
+            last_ack(console.as_bytes()).is_some_and(|ack| ack.sequence > floor)
+        });
+        last_ack(console.as_bytes()).expect("just seen")
+    }
+
+    /// Converts the written disk with qemu-img through node 3's mount and checks it against an acknowledgement.
+    ///
+    /// # Panics
+    /// When anything that was acknowledged is missing, or anything is torn.
+    pub fn verify(&self, cluster: &Cluster, written_disk: &str, acked: Ack, folder: &Path) -> Report {
+        let raw = folder.join(format!("{}-written.raw", self.name));
+        let image = cluster.mount(3).join(written_disk);
+        let text = |path: &Path| path.to_str().expect("a UTF-8 path").to_owned();
+        run_tool("qemu-img", &["convert", "-f", "vhdx", "-O", "raw", &text(&image), &text(&raw)]);
+        let reader = BufReader::new(File::open(&raw).expect("the converted image"));
+        let report = verify_image(reader, self.layout, acked).expect("a readable image");
+        assert!(report.is_clean() && report.records_promised > 0, "the disk lost data: {report:?}");
+        report
+    }
+}
