@@ -51,6 +51,8 @@ struct Slot {
 
 #[derive(Clone)]
 enum LaneState {
+    /// No attempt has ended yet.
+    Fresh,
     Down(Arc<str>),
     Up(Connection),
 }
@@ -65,15 +67,12 @@ impl LaneState {
 
     fn down_reason(&self) -> Option<Arc<str>> {
         match self {
+            Self::Fresh => Some(Arc::from("not connected yet")),
             Self::Down(reason) => Some(Arc::clone(reason)),
             Self::Up(connection) if connection.is_closed() => Some(connection.link().reason()),
             Self::Up(_) => None,
         }
     }
-}
-
-fn not_yet() -> LaneState {
-    LaneState::Down(Arc::from("not connected yet"))
 }
 
 impl Mesh {
@@ -102,7 +101,7 @@ impl Mesh {
             node,
             address: address.to_owned(),
             removed: self.closing.child_token(),
-            control: watch::Sender::new(not_yet()),
+            control: watch::Sender::new(LaneState::Fresh),
             bulk: OnceLock::new(),
         });
         if let Some(old) = peers.insert(node, Arc::clone(&slot)) {
@@ -154,8 +153,7 @@ impl Mesh {
                 if let Some(connection) = state.connection() {
                     return Ok(connection.clone());
                 }
-                let tried = matches!(&*state, LaneState::Down(reason) if &**reason != "not connected yet");
-                if class == Class::Bulk && tried {
+                if class == Class::Bulk && matches!(&*state, LaneState::Down(_)) {
                     return Err(not_connected(node, &state));
                 }
             }
@@ -202,7 +200,7 @@ impl Mesh {
     fn bulk_lane<'a>(&self, slot: &'a Arc<Slot>) -> &'a watch::Sender<LaneState> {
         slot.bulk.get_or_init(|| {
             self.run_lane(Arc::clone(slot), Class::Bulk);
-            watch::Sender::new(not_yet())
+            watch::Sender::new(LaneState::Fresh)
         })
     }
 
@@ -316,7 +314,7 @@ impl Lane {
     fn state(&self) -> &watch::Sender<LaneState> {
         match self.class {
             Class::Control => &self.slot.control,
-            Class::Bulk => self.slot.bulk.get_or_init(|| watch::Sender::new(not_yet())),
+            Class::Bulk => self.slot.bulk.get_or_init(|| watch::Sender::new(LaneState::Fresh)),
         }
     }
 }
