@@ -1,0 +1,201 @@
+//! What the parts of an open disk share: the request path, the flush thread and the growth thread.
+//!
+//! ```text
+//!   submit ----- resolve -----> file I/O ----- completion: publish
+//!      |            | no fresh space, or first write of the session
+//!      |            v
+//!      |       growth thread: begin session, grow, zero stale space, resubmit
+//!      | flush
+//!      v
+//!   flush thread: snapshot dirty pages -> log -> one flush -> acknowledge
+//! ```
+//! Locks: `space` (rank 1) and the queues (rank 2), each held for a few instructions, never across I/O.
+//!
+//! **Invariant:** only the flush thread writes headers and log.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use blockio::{ImageFile, IoError};
+
+use crate::bat::Bat;
+use crate::error::VhdxError;
+use crate::flush::FlushJob;
+use crate::format::{PAGE, index};
+use crate::grow::GrowthJob;
+use crate::log::Page;
+use crate::metadata::DiskParams;
+use crate::space::{Space, Unlogged};
+
+/// Locks a mutex whose holders cannot leave it half-changed.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A queue with one consumer thread.
+pub(crate) struct Queue<T> {
+    jobs: Mutex<VecDeque<T>>,
+    more: Condvar,
+}
+
+impl<T> Queue<T> {
+    pub(crate) fn new() -> Self {
+        Self { jobs: Mutex::new(VecDeque::new()), more: Condvar::new() }
+    }
+
+    pub(crate) fn push(&self, job: T) {
+        lock(&self.jobs).push_back(job);
+        self.more.notify_one();
+    }
+
+    /// Waits for work and takes all of it.
+    pub(crate) fn take_all(&self) -> VecDeque<T> {
+        let mut jobs = lock(&self.jobs);
+        while jobs.is_empty() {
+            jobs = self.more.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+        }
+        std::mem::take(&mut *jobs)
+    }
+}
+
+/// Counts the I/O in flight per block, by a small table of counters that blocks share.
+///
+/// Sharing only delays the reuse of freed space, it never allows it too early.
+pub(crate) struct Busy(Vec<AtomicU32>);
+
+const BUSY_SLOTS: usize = 1024;
+
+impl Busy {
+    fn new() -> Self {
+        Self((0..BUSY_SLOTS).map(|_| AtomicU32::new(0)).collect())
+    }
+
+    /// Before the entry of `block` is read.
+    pub(crate) fn enter(&self, block: u64) {
+        self.slot(block).fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// After the last byte was moved.
+    pub(crate) fn leave(&self, block: u64) {
+        self.slot(block).fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Whether no I/O that could know the former place of `block` is left.
+    pub(crate) fn is_idle(&self, block: u64) -> bool {
+        self.slot(block).load(Ordering::SeqCst) == 0
+    }
+
+    fn slot(&self, block: u64) -> &AtomicU32 {
+        &self.0[index(block % BUSY_SLOTS as u64)]
+    }
+}
+
+/// State of an open disk.
+pub(crate) struct Core {
+    pub(crate) file: Arc<dyn ImageFile>,
+    pub(crate) params: DiskParams,
+    pub(crate) bat: Bat,
+    pub(crate) busy: Busy,
+    /// Rank 1. Protects free space, pending blocks, dirty pages, and every change of a BAT entry.
+    pub(crate) space: Mutex<Space>,
+    /// Signalled when growth ends.
+    pub(crate) space_changed: Condvar,
+    /// The session has begun: headers name a live log.
+    pub(crate) session: AtomicBool,
+    /// Something was written since the last flush began.
+    pub(crate) written: AtomicBool,
+    /// Bytes that the file has; reads behind are zeros.
+    pub(crate) file_bytes: AtomicU64,
+    pub(crate) flushes: Queue<FlushJob>,
+    pub(crate) growth: Queue<GrowthJob>,
+    in_flight: AtomicUsize,
+    drained: (Mutex<()>, Condvar),
+    closed: AtomicBool,
+    poison: OnceLock<String>,
+}
+
+impl Core {
+    pub(crate) fn new(
+        file: Arc<dyn ImageFile>,
+        params: DiskParams,
+        bat: Bat,
+        space: Space,
+        file_bytes: u64,
+    ) -> Self {
+        Self {
+            file,
+            params,
+            bat,
+            busy: Busy::new(),
+            space: Mutex::new(space),
+            space_changed: Condvar::new(),
+            session: AtomicBool::new(false),
+            written: AtomicBool::new(false),
+            file_bytes: AtomicU64::new(file_bytes),
+            flushes: Queue::new(),
+            growth: Queue::new(),
+            in_flight: AtomicUsize::new(0),
+            drained: (Mutex::new(()), Condvar::new()),
+            closed: AtomicBool::new(false),
+            poison: OnceLock::new(),
+        }
+    }
+
+    /// Whether requests may go on.
+    pub(crate) fn check_usable(&self) -> Result<(), IoError> {
+        if let Some(cause) = self.poison.get() {
+            return Err(IoError::Poisoned { cause: cause.clone() });
+        }
+        if self.closed.load(Ordering::SeqCst) { Err(IoError::Closed) } else { Ok(()) }
+    }
+
+    /// Whether the disk was poisoned.
+    pub(crate) fn poisoned(&self) -> Option<VhdxError> {
+        self.poison.get().map(|cause| VhdxError::Poisoned { cause: cause.clone() })
+    }
+
+    /// Stops the disk for good: what is durable is no longer known.
+    pub(crate) fn poison(&self, error: &VhdxError) -> VhdxError {
+        let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+        let cause = self.poison.get_or_init(|| format!("{error}{source}"));
+        tracing::error!(file = %self.file.identity(), cause, "disk stopped");
+        VhdxError::Poisoned { cause: cause.clone() }
+    }
+
+    /// Refuses requests from now on and waits until none is in flight.
+    pub(crate) fn drain(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        let mut guard = lock(&self.drained.0);
+        while self.in_flight.load(Ordering::SeqCst) > 0 {
+            guard = self.drained.1.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// A request begins.
+    pub(crate) fn begin_io(&self) {
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// A request ended.
+    pub(crate) fn end_io(&self) {
+        if self.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 && self.closed.load(Ordering::SeqCst) {
+            // Under the lock, so that a drain between its check and its wait is not missed.
+            let _guard = lock(&self.drained.0);
+            self.drained.1.notify_all();
+        }
+    }
+
+    /// The pages that the next log entries must carry, as they are now.
+    pub(crate) fn take_unlogged(&self) -> (Unlogged, Vec<Page>) {
+        let mut space = lock(&self.space);
+        let unlogged = space.take_unlogged();
+        let page = |page: &u64| Page {
+            file_offset: self.bat.page_offset(*page),
+            content: self.bat.page_bytes(*page),
+        };
+        let pages: Vec<Page> = unlogged.pages.iter().map(page).collect();
+        debug_assert!(pages.iter().all(|page| page.content.len() == index(PAGE)), "whole pages");
+        (unlogged, pages)
+    }
+}

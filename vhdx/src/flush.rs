@@ -1,0 +1,277 @@
+//! The flush thread: the only writer of headers and log.
+//!
+//! ```text
+//! first write   header A: new file write id, no log + empty log entry + cut and grow -> flush -> header B: log id -> flush
+//! guest flush   [generation end, if the half-ring is full] -> log entries -> flush -> acknowledge all who asked before
+//! gen. end      logged pages in place + empty entry in the other half -> flush -> header: its id -> flush
+//! close         guest flush -> pages in place -> flush -> header: no log -> flush -> other header -> flush -> cut
+//! ```
+//! Callers that ask while a flush runs wait together for the next one.
+//!
+//! **Invariant:** nothing is acknowledged before the flush that covers it succeeded; after a failure nothing is acknowledged
+//! any more.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::SyncSender;
+
+use blockio::{Completion, ImageFile};
+use uuid::Uuid;
+
+use crate::core::{Core, lock};
+use crate::error::{VhdxError, doing};
+use crate::format::MIB;
+use crate::grow;
+use crate::header::CurrentHeader;
+use crate::log::{Encoded, LogWriter, PAGES_PER_ENTRY, Page};
+use crate::recover::clear_log_id;
+use crate::space::Extent;
+
+/// What the flush thread is asked to do.
+pub(crate) enum FlushJob {
+    /// Make what is complete durable.
+    Flush(Completion),
+    /// Begin the session, then tell.
+    Begin(SyncSender<Result<(), VhdxError>>),
+    /// Leave a clean file behind, then tell.
+    Close(SyncSender<Result<Closed, VhdxError>>),
+    /// End without touching the file.
+    Stop,
+}
+
+/// What a closed disk left behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Closed {
+    /// The file write id, for the one who opens it next in a planned hand-over.
+    pub file_write_id: Uuid,
+    /// Size of the file.
+    pub file_bytes: u64,
+}
+
+/// State of the session, owned by the flush thread.
+pub(crate) struct Session {
+    core: Arc<Core>,
+    header: CurrentHeader,
+    /// End of what was in use at open.
+    used_end: u64,
+    log: Option<LogWriter>,
+    /// Pages of this generation that are durable in the log and not yet in place.
+    logged: BTreeMap<u64, Vec<u8>>,
+    /// The other header is one update behind.
+    header_behind: bool,
+    closed: Option<Closed>,
+}
+
+impl Session {
+    pub(crate) fn new(core: Arc<Core>, header: CurrentHeader, used_end: u64) -> Self {
+        Self {
+            core,
+            header,
+            used_end,
+            log: None,
+            logged: BTreeMap::new(),
+            header_behind: false,
+            closed: None,
+        }
+    }
+
+    /// Body of the flush thread.
+    pub(crate) fn run(mut self) {
+        loop {
+            let mut flushes = Vec::new();
+            let mut stop = false;
+            for job in self.core.flushes.take_all() {
+                match job {
+                    FlushJob::Flush(done) => flushes.push(done),
+                    FlushJob::Begin(tell) => drop(tell.send(self.begin())),
+                    FlushJob::Close(tell) => drop(tell.send(self.close())),
+                    FlushJob::Stop => stop = true,
+                }
+            }
+            if !flushes.is_empty() {
+                let outcome = self.guarded(Self::flush).map_err(VhdxError::into_io);
+                for done in flushes {
+                    done(outcome.clone());
+                }
+            }
+            if stop {
+                return;
+            }
+        }
+    }
+
+    /// Runs a step whose failure stops the disk.
+    fn guarded<T>(&mut self, step: impl FnOnce(&mut Self) -> Result<T, VhdxError>) -> Result<T, VhdxError> {
+        if let Some(error) = self.core.poisoned() {
+            return Err(error);
+        }
+        step(self).map_err(|error| self.core.poison(&error))
+    }
+
+    fn file(&self) -> &dyn ImageFile {
+        &*self.core.file
+    }
+
+    fn begin(&mut self) -> Result<(), VhdxError> {
+        if self.log.is_some() {
+            return Ok(());
+        }
+        self.guarded(Self::begin_session)
+    }
+
+    fn begin_session(&mut self) -> Result<(), VhdxError> {
+        let (ring_offset, ring_bytes) = self.header.log_area();
+        self.header.update(&*self.core.file, |header| header.file_write_id = Uuid::new_v4().to_bytes_le())?;
+        let fresh = self.cut_and_grow()?;
+        let mut log = LogWriter::new(ring_offset, ring_bytes);
+        let first = log.append(&[], fresh.offset + fresh.len);
+        self.write(first)?;
+        self.flush_file("the first log entry")?;
+        let id = log.id;
+        self.header.update(&*self.core.file, |header| {
+            header.data_write_id = Uuid::new_v4().to_bytes_le();
+            header.log_id = id.to_bytes_le();
+            header.log_version = 0.into();
+        })?;
+        self.flush_file("the header")?;
+        (self.log, self.header_behind) = (Some(log), true);
+        self.publish(fresh);
+        self.core.session.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Cuts off what a crashed session left at the end, which need not be zero, and adds space that is.
+    fn cut_and_grow(&self) -> Result<Extent, VhdxError> {
+        let set_len =
+            |size| self.file().set_len(size).map_err(doing(format!("setting the file's size to {size}")));
+        if self.core.file_bytes.load(Ordering::SeqCst) != self.used_end {
+            set_len(self.used_end)?;
+        }
+        let wanted = grow::next_step(&mut lock(&self.core.space));
+        // No room is no reason to fail here: the first allocation will say so.
+        let grown = wanted > 0 && set_len(self.used_end + wanted).is_ok();
+        Ok(Extent { offset: self.used_end, len: if grown { wanted } else { 0 }, former_block: None })
+    }
+
+    fn publish(&self, fresh: Extent) {
+        let mut space = lock(&self.core.space);
+        space.file_end = fresh.offset + fresh.len;
+        self.core.file_bytes.store(space.file_end, Ordering::SeqCst);
+        space.add_fresh(fresh);
+    }
+
+    /// Makes everything durable that was complete when this began.
+    fn flush(&mut self) -> Result<(), VhdxError> {
+        if self.log.is_none() {
+            return Ok(());
+        }
+        // Before the snapshot: what is written after this sets it again.
+        let written = self.core.written.swap(false, Ordering::SeqCst);
+        let (unlogged, pages) = self.core.take_unlogged();
+        if pages.is_empty() && !written {
+            return Ok(());
+        }
+        if self.header_behind {
+            self.header.catch_up(&*self.core.file)?;
+            self.header_behind = false;
+        }
+        let growth = if pages.is_empty() { None } else { grow::extend_ahead(&self.core) };
+        for pages in pages.chunks(PAGES_PER_ENTRY) {
+            self.log(pages)?;
+        }
+        self.flush_file("the log")?;
+        if let Some(growth) = growth {
+            grow::finish(&self.core, [growth]);
+        }
+        for page in pages {
+            self.logged.insert(page.file_offset, page.content);
+        }
+        lock(&self.core.space).logged(unlogged);
+        Ok(())
+    }
+
+    /// Appends one entry; ends the generation first if its half of the ring is full.
+    fn log(&mut self, pages: &[Page]) -> Result<(), VhdxError> {
+        let log = self.log.as_ref().expect("the session has begun");
+        if !log.fits(pages.len()) {
+            self.end_generation()?;
+        }
+        let file_bytes = lock(&self.core.space).file_end;
+        let log = self.log.as_mut().expect("the session has begun");
+        let entry = log.append(pages, file_bytes);
+        self.write(entry)
+    }
+
+    fn end_generation(&mut self) -> Result<(), VhdxError> {
+        self.write_in_place()?;
+        let file_bytes = lock(&self.core.space).file_end;
+        let log = self.log.as_mut().expect("the session has begun");
+        let mut next = log.successor();
+        let first = next.append(&[], file_bytes);
+        self.write(first)?;
+        self.flush_file("the end of a log generation")?;
+        let id = next.id;
+        self.header.update(&*self.core.file, |header| header.log_id = id.to_bytes_le())?;
+        self.flush_file("the header")?;
+        (self.log, self.header_behind) = (Some(next), true);
+        Ok(())
+    }
+
+    /// Writes the pages that are durable in the log to their places.
+    fn write_in_place(&mut self) -> Result<(), VhdxError> {
+        for (offset, content) in std::mem::take(&mut self.logged) {
+            self.file()
+                .write_at(offset, &content)
+                .map_err(doing(format!("writing the BAT at {offset:#x}")))?;
+        }
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<Closed, VhdxError> {
+        if let Some(closed) = self.closed {
+            return Ok(closed);
+        }
+        let closed = self.guarded(Self::close_session)?;
+        self.closed = Some(closed);
+        Ok(closed)
+    }
+
+    fn close_session(&mut self) -> Result<Closed, VhdxError> {
+        if self.log.is_some() {
+            self.flush()?;
+            self.write_in_place()?;
+            self.flush_file("the BAT")?;
+            clear_log_id(&*self.core.file, &mut self.header)?;
+            self.log = None;
+            self.core.session.store(false, Ordering::SeqCst);
+            self.cut_surplus()?;
+        }
+        Ok(Closed {
+            file_write_id: Uuid::from_bytes_le(self.header.header.file_write_id),
+            file_bytes: self.core.file.geometry().size_bytes,
+        })
+    }
+
+    /// Gives back what was grown and not used. No log names it any more.
+    fn cut_surplus(&self) -> Result<(), VhdxError> {
+        let shape = self.core.bat.shape;
+        let owned = (0..shape.blocks).filter_map(|block| self.core.bat.get(block).owned_offset());
+        // `used_end` of the open counts regions and log; blocks may have been given up since, which the next open sees.
+        let end = owned.map(|offset| offset + shape.block_bytes).fold(self.used_end, u64::max);
+        debug_assert!(end.is_multiple_of(MIB), "everything is 1 MiB aligned");
+        if end < self.core.file_bytes.load(Ordering::SeqCst) {
+            self.file().set_len(end).map_err(doing(format!("cutting the file to {end} bytes")))?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, entry: Encoded) -> Result<(), VhdxError> {
+        let at = entry.file_offset;
+        self.file().write_at(at, &entry.content).map_err(doing(format!("writing a log entry at {at:#x}")))
+    }
+
+    fn flush_file(&self, what: &str) -> Result<(), VhdxError> {
+        self.file().flush().map_err(doing(format!("flushing the file for {what}")))
+    }
+}

@@ -1,0 +1,274 @@
+//! The metadata region: what the virtual disk is.
+//!
+//! ```text
+//! 0       table: header, up to 2047 entries (id, offset, length, flags)
+//! 64 KiB  items, anywhere, never overlapping
+//! ```
+//! **Invariant:** every size that leaves this module is in its lawful range, so that no later division or loop depends on
+//! the file's good will.
+
+use std::collections::HashMap;
+
+use uuid::Uuid;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::error::{VhdxError, corrupt};
+use crate::findings::Findings;
+use crate::format::{
+    BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, DISK_BYTES_MAX, ITEM_DISK_ID, ITEM_DISK_SIZE, ITEM_FILE_PARAMETERS,
+    ITEM_INCOMPLETE, ITEM_IS_REQUIRED, ITEM_IS_USER, ITEM_IS_VIRTUAL_DISK, ITEM_LOGICAL_SECTOR,
+    ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, METADATA_BYTES_MAX, MIB, MetadataEntry, MetadataTableHeader,
+    PARAM_HAS_PARENT, PARAM_LEAVE_ALLOCATED, TABLE_BYTES, TABLE_ENTRIES_MAX, index,
+};
+use crate::region::Area;
+use crate::view::View;
+
+/// What the virtual disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DiskParams {
+    /// Size of the disk.
+    pub(crate) disk_bytes: u64,
+    /// Size of a payload block.
+    pub(crate) block_bytes: u64,
+    /// Logical sector size: 512 or 4096.
+    pub(crate) logical_sector: u32,
+    /// Physical sector size, a hint to the guest.
+    pub(crate) physical_sector: u32,
+    /// SCSI page 83 identity.
+    pub(crate) disk_id: Uuid,
+    /// Blocks stay allocated (fixed).
+    pub(crate) fixed: bool,
+    /// A differencing image.
+    pub(crate) has_parent: bool,
+}
+
+struct Items {
+    region: Area,
+    by_id: HashMap<Uuid, MetadataEntry>,
+}
+
+/// Reads and checks the region.
+pub(crate) fn read(view: &View, region: Area, findings: &mut Findings) -> Result<DiskParams, VhdxError> {
+    if region.length > METADATA_BYTES_MAX {
+        return Err(VhdxError::Limit {
+            what: "the length of the metadata region",
+            found: region.length,
+            bound: METADATA_BYTES_MAX,
+        });
+    }
+    let items = read_table(view, region, findings)?;
+    if items.by_id.contains_key(&ITEM_INCOMPLETE) {
+        return Err(VhdxError::Incomplete);
+    }
+    let params: [u8; 8] = items.value(view, ITEM_FILE_PARAMETERS, "file parameters")?;
+    let size: [u8; 8] = items.value(view, ITEM_DISK_SIZE, "virtual disk size")?;
+    let disk_id: [u8; 16] = items.value(view, ITEM_DISK_ID, "virtual disk id")?;
+    let logical: [u8; 4] = items.value(view, ITEM_LOGICAL_SECTOR, "logical sector size")?;
+    let physical: [u8; 4] = items.value(view, ITEM_PHYSICAL_SECTOR, "physical sector size")?;
+    let [b0, b1, b2, b3, f0, f1, f2, f3] = params;
+    let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+    let found = DiskParams {
+        disk_bytes: u64::from_le_bytes(size),
+        block_bytes: u64::from(u32::from_le_bytes([b0, b1, b2, b3])),
+        logical_sector: u32::from_le_bytes(logical),
+        physical_sector: u32::from_le_bytes(physical),
+        disk_id: Uuid::from_bytes_le(disk_id),
+        fixed: flags & PARAM_LEAVE_ALLOCATED != 0,
+        has_parent: flags & PARAM_HAS_PARENT != 0,
+    };
+    if flags & !(PARAM_LEAVE_ALLOCATED | PARAM_HAS_PARENT) != 0 {
+        let error = corrupt("file parameters", region.offset, format!("reserved bits are set: {flags:#x}"));
+        findings.warn(error.to_string());
+        findings.block_writing(error);
+    }
+    items.check_parent(&found, findings)?;
+    found.check().map_err(|found| corrupt("metadata item", region.offset, found))?;
+    Ok(found)
+}
+
+fn read_table(view: &View, region: Area, findings: &mut Findings) -> Result<Items, VhdxError> {
+    let table = view.read(region.offset, index(TABLE_BYTES), "metadata table")?;
+    let (header, rest) =
+        MetadataTableHeader::ref_from_prefix(&table).expect("the table is longer than its header");
+    if header.signature != *b"metadata" {
+        return Err(corrupt("metadata table", region.offset, "its signature is not `metadata`"));
+    }
+    let count = header.entry_count.get();
+    if count > TABLE_ENTRIES_MAX {
+        return Err(corrupt(
+            "metadata table",
+            region.offset,
+            format!("{count} entries, at most {TABLE_ENTRIES_MAX} fit"),
+        ));
+    }
+    let (mut by_id, mut seen, mut spans) = (HashMap::new(), HashMap::new(), Vec::new());
+    for number in 0..usize::from(count) {
+        let place = region.offset + 32 + crate::format::bytes(number) * 32;
+        let (entry, _) = MetadataEntry::ref_from_prefix(&rest[number * 32..]).expect("the count was checked");
+        let id = check_entry(entry, place, region)?;
+        let user = entry.flags.get() & ITEM_IS_USER != 0;
+        if seen.insert((id, user), ()).is_some() {
+            return Err(corrupt("metadata table entry", place, format!("item {id} occurs twice")));
+        }
+        if entry.length.get() > 0 {
+            spans.push((entry.offset.get(), entry.offset.get() + entry.length.get(), id));
+        }
+        if !user {
+            check_known(entry, place, id, findings)?;
+            by_id.insert(id, *entry);
+        }
+    }
+    spans.sort_unstable();
+    if let Some(pair) = spans.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+        let found = format!("items {} and {} overlap at {:#x}", pair[0].2, pair[1].2, pair[1].0);
+        return Err(corrupt("metadata table", region.offset, found));
+    }
+    Ok(Items { region, by_id })
+}
+
+fn check_entry(entry: &MetadataEntry, place: u64, region: Area) -> Result<Uuid, VhdxError> {
+    let id = Uuid::from_bytes_le(entry.id);
+    let (offset, length) = (u64::from(entry.offset.get()), u64::from(entry.length.get()));
+    let bad = |found: String| Err(corrupt("metadata table entry", place, found));
+    if id.is_nil() {
+        return bad("its item id is zero".to_owned());
+    }
+    if length == 0 {
+        return if offset == 0 {
+            Ok(id)
+        } else {
+            bad(format!("empty item {id} has offset {offset:#x}, not 0"))
+        };
+    }
+    if offset < TABLE_BYTES || length > MIB || offset + length > region.length {
+        return bad(format!(
+            "item {id} has {length:#x} bytes at {offset:#x}, outside of the item area of the region"
+        ));
+    }
+    if entry.flags.get() & ITEM_IS_USER != 0 && entry.flags.get() & ITEM_IS_REQUIRED != 0 {
+        return bad(format!("user item {id} is marked as required"));
+    }
+    Ok(id)
+}
+
+fn check_known(
+    entry: &MetadataEntry,
+    place: u64,
+    id: Uuid,
+    findings: &mut Findings,
+) -> Result<(), VhdxError> {
+    let flags = entry.flags.get() & (ITEM_IS_VIRTUAL_DISK | ITEM_IS_REQUIRED);
+    let wanted = match id {
+        ITEM_FILE_PARAMETERS | ITEM_PARENT_LOCATOR => ITEM_IS_REQUIRED,
+        ITEM_DISK_SIZE | ITEM_DISK_ID | ITEM_LOGICAL_SECTOR | ITEM_PHYSICAL_SECTOR => {
+            ITEM_IS_VIRTUAL_DISK | ITEM_IS_REQUIRED
+        }
+        ITEM_INCOMPLETE => return Ok(()),
+        _ if flags & ITEM_IS_REQUIRED != 0 => {
+            return Err(VhdxError::Unsupported {
+                what: format!("required metadata item {id} in the table at {place:#x}"),
+                hint: "the image needs a newer reader; convert it with the tool that made it",
+            });
+        }
+        _ => return Ok(()),
+    };
+    if flags != wanted {
+        findings
+            .warn(format!("metadata item {id} at {place:#x} has flags {flags:#x}, usual are {wanted:#x}"));
+    }
+    Ok(())
+}
+
+impl Items {
+    fn value<const N: usize>(&self, view: &View, id: Uuid, name: &'static str) -> Result<[u8; N], VhdxError> {
+        let Some(entry) = self.by_id.get(&id) else {
+            return Err(corrupt("metadata table", self.region.offset, format!("there is no {name} item")));
+        };
+        let at = self.region.offset + u64::from(entry.offset.get());
+        if entry.length.get() as usize != N {
+            let found = format!("the {name} item has {} bytes instead of {N}", entry.length.get());
+            return Err(corrupt("metadata item", at, found));
+        }
+        let value = view.read(at, N, name)?;
+        Ok(value.try_into().expect("N bytes were read"))
+    }
+
+    fn check_parent(&self, params: &DiskParams, findings: &mut Findings) -> Result<(), VhdxError> {
+        let locator = self.by_id.contains_key(&ITEM_PARENT_LOCATOR);
+        match (params.has_parent, locator) {
+            (true, false) => Err(corrupt(
+                "metadata table",
+                self.region.offset,
+                "the image has a parent, but there is no parent locator",
+            )),
+            (false, true) => {
+                findings.warn(
+                    "there is a parent locator, but the image says that it has no parent; it is ignored",
+                );
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl DiskParams {
+    /// Whether all values are lawful; the reason if not.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let Self { disk_bytes, block_bytes, logical_sector, physical_sector, .. } = *self;
+        if !block_bytes.is_power_of_two() || !(BLOCK_BYTES_MIN..=BLOCK_BYTES_MAX).contains(&block_bytes) {
+            return Err(format!("block size {block_bytes}; it must be a power of two from 1 MiB to 256 MiB"));
+        }
+        if ![512, 4096].contains(&logical_sector) {
+            return Err(format!("logical sector size {logical_sector}; it must be 512 or 4096"));
+        }
+        if ![512, 4096].contains(&physical_sector) {
+            return Err(format!("physical sector size {physical_sector}; it must be 512 or 4096"));
+        }
+        if disk_bytes == 0
+            || disk_bytes > DISK_BYTES_MAX
+            || !disk_bytes.is_multiple_of(u64::from(logical_sector))
+        {
+            return Err(format!(
+                "disk size {disk_bytes}; it must be a multiple of the sector size {logical_sector}, up to 64 TiB"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The first bytes of a metadata region that describes this disk; the rest of the region is zero.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let flags = if self.fixed { PARAM_LEAVE_ALLOCATED } else { 0 };
+        let block = u32::try_from(self.block_bytes).expect("at most 256 MiB");
+        let params = [block.to_le_bytes(), flags.to_le_bytes()].concat();
+        let disk = ITEM_IS_VIRTUAL_DISK | ITEM_IS_REQUIRED;
+        let items: [(Uuid, u32, Vec<u8>); 5] = [
+            (ITEM_FILE_PARAMETERS, ITEM_IS_REQUIRED, params),
+            (ITEM_DISK_SIZE, disk, self.disk_bytes.to_le_bytes().to_vec()),
+            (ITEM_LOGICAL_SECTOR, disk, self.logical_sector.to_le_bytes().to_vec()),
+            (ITEM_PHYSICAL_SECTOR, disk, self.physical_sector.to_le_bytes().to_vec()),
+            (ITEM_DISK_ID, disk, self.disk_id.to_bytes_le().to_vec()),
+        ];
+        let mut region = vec![0; index(TABLE_BYTES)];
+        let header = MetadataTableHeader {
+            signature: *b"metadata",
+            reserved: 0.into(),
+            entry_count: 5.into(),
+            reserved2: [0; 20],
+        };
+        region[..32].copy_from_slice(header.as_bytes());
+        for (number, (id, flags, value)) in items.into_iter().enumerate() {
+            let entry = MetadataEntry {
+                id: id.to_bytes_le(),
+                offset: u32::try_from(region.len()).expect("small").into(),
+                length: u32::try_from(value.len()).expect("small").into(),
+                flags: flags.into(),
+                reserved: 0.into(),
+            };
+            let at = 32 + number * 32;
+            region[at..at + 32].copy_from_slice(entry.as_bytes());
+            region.extend(value);
+        }
+        region
+    }
+}

@@ -1,0 +1,158 @@
+//! The three ways to open an image.
+//!
+//! | call | reads | dirty log | writes |
+//! |---|---|---|---|
+//! | [`Builder::read_only`] | everything | replayed in memory | nothing, ever |
+//! | [`Builder::inactive`] | headers, tables, BAT | not looked at | nothing, until [`Standby::activate`] |
+//! | [`Builder::writable`] | everything | replayed into the file | nothing else before the first write |
+//!
+//! **Invariant:** which of them was chosen is in the type of what comes out.
+
+use std::sync::Arc;
+
+use blockio::ImageFile;
+use uuid::Uuid;
+
+use crate::disk::Disk;
+use crate::error::VhdxError;
+use crate::image::{Image, check_granularity};
+use crate::load::{Loaded, LogPolicy};
+use crate::recover::recover;
+
+/// Opens images.
+pub struct Builder {
+    file: Arc<dyn ImageFile>,
+    options: Options,
+}
+
+/// How a writable disk behaves.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Options {
+    /// Clear the id of a log that has no entry.
+    pub(crate) repair: bool,
+    /// Bytes to grow the file by; zero for the default.
+    pub(crate) growth_bytes: u64,
+}
+
+impl Builder {
+    /// Starts opening the image in `file`.
+    #[must_use]
+    pub fn open(file: Arc<dyn ImageFile>) -> Self {
+        Self { file, options: Options::default() }
+    }
+
+    /// Allows a writable open to clear a log id that no log entry bears (a killed qemu leaves this).
+    #[must_use]
+    pub fn repair(mut self, repair: bool) -> Self {
+        self.options.repair = repair;
+        self
+    }
+
+    /// Grows the file in steps of this many bytes instead of the default (64 MiB or 8 blocks, doubling up to 1 GiB).
+    #[must_use]
+    pub fn growth_bytes(mut self, growth_bytes: u64) -> Self {
+        self.options.growth_bytes = growth_bytes;
+        self
+    }
+
+    /// Opens for reading. A dirty log is replayed in memory only.
+    ///
+    /// # Errors
+    /// By [`VhdxError::kind`]; nothing was changed.
+    pub fn read_only(self) -> Result<Image, VhdxError> {
+        let (loaded, _) = Loaded::open(&self.file, LogPolicy::InMemory)?;
+        check_granularity(&loaded)?;
+        Ok(Image::new(loaded))
+    }
+
+    /// Opens as the target of a migration: reads what there is to warm up and to fail early, replays and writes nothing.
+    ///
+    /// # Errors
+    /// By [`VhdxError::kind`]; nothing was changed.
+    pub fn inactive(self) -> Result<Standby, VhdxError> {
+        let (loaded, _) = Loaded::open(&self.file, LogPolicy::Ignore)?;
+        check_granularity(&loaded)?;
+        Ok(Standby { loaded, options: self.options })
+    }
+
+    /// Opens for writing. The caller must hold the right to write the file, alone.
+    ///
+    /// A dirty log is replayed into the file. Beyond that, a disk that is never written leaves the file untouched.
+    ///
+    /// # Errors
+    /// By [`VhdxError::kind`].
+    pub fn writable(self) -> Result<Disk, VhdxError> {
+        recover(&self.file, self.options)?;
+        let (loaded, mut findings) = Loaded::open(&self.file, LogPolicy::InMemory)?;
+        check_granularity(&loaded)?;
+        if let Some(error) = findings.write_blockers.pop() {
+            return Err(error);
+        }
+        Disk::start(loaded, self.options)
+    }
+}
+
+impl std::fmt::Debug for Builder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Builder")
+            .field("file", &self.file.identity())
+            .field("options", &self.options)
+            .finish()
+    }
+}
+
+/// An image that another node still writes: known, but not in use here.
+#[derive(Debug)]
+pub struct Standby {
+    loaded: Loaded,
+    options: Options,
+}
+
+impl Standby {
+    /// Size of the virtual disk when it was looked at.
+    #[must_use]
+    pub fn disk_bytes(&self) -> u64 {
+        self.loaded.params.disk_bytes
+    }
+
+    /// Sector size of the virtual disk.
+    #[must_use]
+    pub fn logical_sector(&self) -> u32 {
+        self.loaded.params.logical_sector
+    }
+
+    /// Takes the disk over, after the record of ownership says so. Everything is read anew; nothing read before counts.
+    ///
+    /// # Errors
+    /// As [`Builder::writable`].
+    pub fn activate(self) -> Result<Disk, VhdxError> {
+        self.builder().writable()
+    }
+
+    /// The same after a planned hand-over: the former owner closed the disk and announced its [`Disk::file_write_id`].
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::InvalidInput`] when the file was changed since, or was not closed. Nothing was changed.
+    pub fn activate_handed_over(self, file_write_id: Uuid) -> Result<Disk, VhdxError> {
+        let view = crate::view::View::of(&self.loaded.view.file);
+        let header = crate::header::CurrentHeader::read(&view)?;
+        let found = Uuid::from_bytes_le(header.header.file_write_id);
+        if found != file_write_id {
+            return Err(VhdxError::InvalidInput(format!(
+                "the image bears the file write id {found}, handed over was {file_write_id}: somebody else wrote it since; \
+                 find the other writer before opening it"
+            )));
+        }
+        if let Some(log_id) = header.header.log_id() {
+            return Err(VhdxError::InvalidInput(format!(
+                "the image was handed over with the live log {log_id}: its former owner did not close it; fence that node, \
+                 then open the image for writing"
+            )));
+        }
+        self.builder().writable()
+    }
+
+    fn builder(self) -> Builder {
+        Builder { file: self.loaded.view.file, options: self.options }
+    }
+}

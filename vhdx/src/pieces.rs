@@ -1,0 +1,82 @@
+//! One request of a guest as several requests to the file.
+//!
+//! **Invariant:** the guest's completion runs once, after the last piece, with the first error if there was any.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use blockio::{BlockDevice, Completion, ImageFile, IoError, IoOp, IoRequest};
+
+struct Join {
+    left: AtomicUsize,
+    outcome: Mutex<(Result<(), IoError>, Option<Completion>)>,
+}
+
+impl Join {
+    fn finished(&self, outcome: Result<(), IoError>) {
+        if outcome.is_err() {
+            let mut state = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+            if state.0.is_ok() {
+                state.0 = outcome;
+            }
+        }
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let mut state = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+            let done = state.1.take().expect("the last piece finishes once");
+            let outcome = std::mem::replace(&mut state.0, Ok(()));
+            drop(state);
+            done(outcome);
+        }
+    }
+}
+
+/// Submits all `ops` to the file; `done` learns the outcome of all.
+pub(crate) fn submit_all(file: &dyn ImageFile, ops: Vec<IoOp>, done: Completion) {
+    let mut ops = ops;
+    match ops.len() {
+        0 => done(Ok(())),
+        1 => file.submit(IoRequest { op: ops.remove(0), done }),
+        many => {
+            let join =
+                Arc::new(Join { left: AtomicUsize::new(many), outcome: Mutex::new((Ok(()), Some(done))) });
+            for op in ops {
+                let join = Arc::clone(&join);
+                file.submit(IoRequest { op, done: Box::new(move |outcome| join.finished(outcome)) });
+            }
+        }
+    }
+}
+
+/// Refuses what does not fit the disk: never clamp silently.
+pub(crate) fn check_request(disk: &dyn BlockDevice, op: &IoOp) -> Result<(), IoError> {
+    let (name, offset, len) = match op {
+        IoOp::Read { offset, buf } => ("read", *offset, crate::format::bytes(buf.len())),
+        IoOp::Write { offset, buf, .. } => ("write", *offset, crate::format::bytes(buf.len())),
+        IoOp::Discard { offset, len } => ("discard", *offset, *len),
+        IoOp::WriteZeroes { offset, len, .. } => ("write-zeroes", *offset, *len),
+        IoOp::Flush => return Ok(()),
+    };
+    check_range(disk, name, offset, len)
+}
+
+/// The same for a range.
+pub(crate) fn check_range(
+    disk: &dyn BlockDevice,
+    op: &'static str,
+    offset: u64,
+    len: u64,
+) -> Result<(), IoError> {
+    let geometry = disk.geometry();
+    let sector = u64::from(geometry.block_bytes);
+    let inside = offset.checked_add(len).is_some_and(|end| end <= geometry.size_bytes);
+    if inside && offset.is_multiple_of(sector) && len.is_multiple_of(sector) {
+        return Ok(());
+    }
+    Err(IoError::OutOfRange {
+        op,
+        offset,
+        len,
+        size_bytes: geometry.size_bytes,
+        block_bytes: geometry.block_bytes,
+    })
+}

@@ -1,0 +1,284 @@
+//! Free space of the file, and what happens to a block between its first write and the log.
+//!
+//! ```text
+//!            grown and flushed                 first write in flight         written            log entry durable
+//!   (file) ------------------> fresh --------> pending ------------> dirty page ------------> (mapped)
+//!                                ^                |  aborted                                     | discarded
+//!                                |                v                                              v
+//!                                +--- zeroed --- stale <---- drop durable, no I/O left ------- freed
+//! ```
+//! **Invariant:** what is handed out reads as zeros, durably, and lies below a size of the file that is durable. That is why
+//! an allocation needs no flush of its own.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use crate::format::MIB;
+
+/// A free part of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// First byte.
+    pub(crate) offset: u64,
+    /// Number of bytes.
+    pub(crate) len: u64,
+    /// The block that it belonged to, whose last I/O may still be in flight.
+    pub(crate) former_block: Option<u64>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Pending {
+    offset: u64,
+    writers: usize,
+}
+
+/// Free space and unlogged changes.
+#[derive(Debug)]
+pub(crate) struct Space {
+    block_bytes: u64,
+    fresh: VecDeque<Extent>,
+    stale: Vec<Extent>,
+    freed: Vec<Extent>,
+    pending: BTreeMap<u64, Pending>,
+    dirty: BTreeSet<u64>,
+    logging: BTreeSet<u64>,
+    /// Blocks of the disk that have no place in the file.
+    unplaced: u64,
+    /// End of the file, durable.
+    pub(crate) file_end: u64,
+    /// Somebody is growing the file right now.
+    pub(crate) growing: bool,
+    /// Bytes of the next growth step.
+    pub(crate) step: u64,
+    /// Steps do not double.
+    pub(crate) fixed_step: bool,
+}
+
+/// What a flush has to log.
+#[derive(Debug, Default)]
+pub(crate) struct Unlogged {
+    /// Pages of the BAT.
+    pub(crate) pages: Vec<u64>,
+    /// Space that these pages give up.
+    pub(crate) freed: Vec<Extent>,
+}
+
+impl Space {
+    /// Space of an image in which `unplaced` blocks have no place yet, with `gaps` of unknown content.
+    pub(crate) fn new(block_bytes: u64, unplaced: u64, gaps: Vec<Extent>, step: u64) -> Self {
+        Self {
+            block_bytes,
+            fresh: VecDeque::new(),
+            stale: gaps,
+            freed: Vec::new(),
+            pending: BTreeMap::new(),
+            dirty: BTreeSet::new(),
+            logging: BTreeSet::new(),
+            unplaced,
+            file_end: 0,
+            growing: false,
+            step,
+            fixed_step: false,
+        }
+    }
+
+    /// Whole blocks that can be handed out now.
+    pub(crate) fn fresh_blocks(&self) -> u64 {
+        self.fresh.iter().map(|extent| extent.len / self.block_bytes).sum()
+    }
+
+    /// Bytes that are worth adding: no more than the disk still lacks.
+    pub(crate) fn wanted_bytes(&self) -> u64 {
+        self.unplaced.saturating_sub(self.fresh_blocks()).saturating_mul(self.block_bytes)
+    }
+
+    /// The step that follows `step`: twice as much, up to `max` or 32 blocks.
+    pub(crate) fn step_after(&self, step: u64, max: u64) -> u64 {
+        if self.fixed_step {
+            step
+        } else {
+            step.saturating_mul(2).min(max.max(32 * self.block_bytes)).max(step)
+        }
+    }
+
+    /// Whether it is time to get more space ahead of need.
+    pub(crate) fn runs_low(&self) -> bool {
+        !self.growing && self.wanted_bytes() > 0 && self.fresh_blocks() * self.block_bytes < self.step / 2
+    }
+
+    /// Adds durable, zero space.
+    pub(crate) fn add_fresh(&mut self, extent: Extent) {
+        match self.fresh.back_mut() {
+            Some(last) if last.offset + last.len == extent.offset => last.len += extent.len,
+            _ => self.fresh.push_back(extent),
+        }
+    }
+
+    /// Takes up to `max` bytes of space that must be zeroed before it is fresh, as far as `idle` says that no I/O is left.
+    pub(crate) fn take_stale(&mut self, max: u64, idle: impl Fn(u64) -> bool) -> Vec<Extent> {
+        let (mut taken, mut total) = (Vec::new(), 0);
+        self.stale.retain(|extent| {
+            let take = total < max && extent.former_block.is_none_or(&idle);
+            if take {
+                total += extent.len;
+                taken.push(*extent);
+            }
+            !take
+        });
+        taken
+    }
+
+    /// Puts space back that could not be zeroed.
+    pub(crate) fn put_stale(&mut self, extents: impl IntoIterator<Item = Extent>) {
+        self.stale.extend(extents);
+    }
+
+    /// The place of a block whose first write is in flight; the caller becomes one of its writers.
+    pub(crate) fn join(&mut self, block: u64) -> u64 {
+        let pending = self.pending.get_mut(&block).expect("a block in transition is pending");
+        pending.writers += 1;
+        pending.offset
+    }
+
+    /// Hands out a place for `block`.
+    pub(crate) fn allocate(&mut self, block: u64) -> Option<u64> {
+        while let Some(first) = self.fresh.front_mut() {
+            if first.len < self.block_bytes {
+                self.fresh.pop_front();
+                continue;
+            }
+            let offset = first.offset;
+            first.offset += self.block_bytes;
+            first.len -= self.block_bytes;
+            self.unplaced = self.unplaced.saturating_sub(1);
+            self.pending.insert(block, Pending { offset, writers: 1 });
+            return Some(offset);
+        }
+        None
+    }
+
+    /// A writer of a pending block is done. True for the first one: it publishes the block.
+    pub(crate) fn settle(&mut self, block: u64, offset: u64) -> bool {
+        let ours = self.pending.get(&block).is_some_and(|pending| pending.offset == offset);
+        if ours {
+            self.pending.remove(&block);
+        }
+        ours
+    }
+
+    /// A writer of a pending block failed. True for the last one: nobody wrote the block, its place is free again.
+    pub(crate) fn abort(&mut self, block: u64, offset: u64) -> bool {
+        let Some(pending) = self.pending.get_mut(&block).filter(|pending| pending.offset == offset) else {
+            return false;
+        };
+        pending.writers -= 1;
+        if pending.writers > 0 {
+            return false;
+        }
+        self.pending.remove(&block);
+        self.unplaced += 1;
+        // Some of the failed write may have reached it.
+        self.stale.push(Extent { offset, len: self.block_bytes, former_block: Some(block) });
+        true
+    }
+
+    /// A page of the BAT changed.
+    pub(crate) fn mark_dirty(&mut self, page: u64) {
+        self.dirty.insert(page);
+    }
+
+    /// A block gave up its place; reusable when the log says so, durably.
+    pub(crate) fn free(&mut self, block: u64, offset: u64) {
+        self.unplaced += 1;
+        self.freed.push(Extent { offset, len: self.block_bytes, former_block: Some(block) });
+    }
+
+    /// An anchor gave up its place because its block gets a new one.
+    pub(crate) fn free_anchor(&mut self, block: u64, offset: u64) {
+        self.freed.push(Extent { offset, len: self.block_bytes, former_block: Some(block) });
+    }
+
+    /// Whether the mapping of this page is durable.
+    pub(crate) fn is_durable(&self, page: u64) -> bool {
+        !self.dirty.contains(&page) && !self.logging.contains(&page)
+    }
+
+    /// Takes everything that the next log entries must say.
+    pub(crate) fn take_unlogged(&mut self) -> Unlogged {
+        self.logging = std::mem::take(&mut self.dirty);
+        Unlogged { pages: self.logging.iter().copied().collect(), freed: std::mem::take(&mut self.freed) }
+    }
+
+    /// What was taken is durable.
+    pub(crate) fn logged(&mut self, unlogged: Unlogged) {
+        self.logging.clear();
+        self.stale.extend(unlogged.freed);
+    }
+}
+
+/// The gaps between what is used, in whole blocks: their content is unknown.
+///
+/// `used` are (offset, length) of everything that belongs to somebody.
+pub(crate) fn gaps(mut used: Vec<(u64, u64)>, block_bytes: u64) -> Vec<Extent> {
+    used.sort_unstable();
+    let mut gaps = Vec::new();
+    let mut at = MIB;
+    for (offset, len) in used {
+        if offset > at && offset - at >= block_bytes {
+            let len = (offset - at) / block_bytes * block_bytes;
+            gaps.push(Extent { offset: at, len, former_block: None });
+        }
+        at = at.max(offset + len);
+    }
+    gaps
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn space() -> Space {
+        let mut space = Space::new(2 * MIB, 10, Vec::new(), 64 * MIB);
+        space.add_fresh(Extent { offset: 8 * MIB, len: 5 * MIB, former_block: None });
+        space
+    }
+
+    #[test]
+    fn a_rest_smaller_than_a_block_is_not_handed_out() {
+        let mut space = space();
+        assert_eq!(space.allocate(0), Some(8 * MIB));
+        assert_eq!(space.allocate(1), Some(10 * MIB));
+        assert_eq!(space.allocate(2), None);
+    }
+
+    #[test]
+    fn space_of_a_failed_first_write_must_be_zeroed_before_reuse() {
+        let mut space = space();
+        let offset = space.allocate(3).expect("there is room");
+        assert_eq!(space.join(3), offset);
+        assert!(!space.abort(3, offset), "another writer is left");
+        assert!(space.abort(3, offset));
+        assert_eq!(space.fresh_blocks(), 1);
+        assert_eq!(space.take_stale(u64::MAX, |_| false), [], "I/O may be left");
+        assert_eq!(space.take_stale(u64::MAX, |_| true).len(), 1);
+    }
+
+    #[test]
+    fn freed_space_is_stale_only_after_the_log_dropped_it() {
+        let mut space = space();
+        space.free(1, 20 * MIB);
+        assert_eq!(space.take_stale(u64::MAX, |_| true), []);
+        let unlogged = space.take_unlogged();
+        space.logged(unlogged);
+        assert_eq!(space.take_stale(u64::MAX, |_| true)[0].offset, 20 * MIB);
+    }
+
+    #[test]
+    fn gaps_are_whole_blocks_between_what_is_used() {
+        let used = vec![(4 * MIB, MIB), (0, 2 * MIB), (12 * MIB, 2 * MIB)];
+        let found = gaps(used, 2 * MIB);
+        assert_eq!(
+            found.iter().map(|gap| (gap.offset, gap.len)).collect::<Vec<_>>(),
+            [(2 * MIB, 2 * MIB), (5 * MIB, 6 * MIB)]
+        );
+    }
+}
