@@ -197,6 +197,8 @@ impl Job {
         if let (Ok(()), Some(given), Some(memory)) = (&outcome, &self.bounced, &self.memory) {
             copy_between(memory, given);
         }
+        // Whoever waits may want the buffer back as its only owner.
+        drop((self.memory, self.bounced));
         (self.done)(outcome);
     }
 

@@ -89,7 +89,9 @@ fn held_requests_wait_and_go_on_in_order() {
     for n in 1..=3_u8 {
         let (tell, buf) = (tell.clone(), IoBuf::zeroed(512));
         buf.copy_from(&[n; 512]);
-        let done = Box::new(move |outcome: Result<(), IoError>| drop(tell.send((n, outcome.is_ok()))));
+        let done = Box::new(move |outcome: Result<(), IoError>| {
+            tell.send((n, outcome.is_ok())).expect("the test waits");
+        });
         device.submit(IoRequest { op: IoOp::Write { offset: 0, buf, fua: false }, done });
     }
     device.wait_held(3);
