@@ -1,1 +1,25 @@
-//! The FUSE mount of a cluster volume.
+//! The FUSE mount of a cluster volume: POSIX calls of any program, through the node library.
+//!
+//! ```text
+//!   kernel --/dev/fuse--> 2 reader threads --+-- read, write, fsync: submitted to the node, no thread waits
+//!                                            |         completion on the device's I/O thread replies
+//!                                            +-- names, attributes: a pool of workers, one waits per call
+//! ```
+//!
+//! Nothing is cached by the kernel: every file is direct I/O, attributes and names live 0 s and missing names are not
+//! remembered. So what one node has done is what the next call on another node sees, and nothing in the kernel ever has
+//! to be invalidated while a grant is recalled (F1, F2, F3, F6).
+//!
+//! **Invariant:** no thread that reads from `/dev/fuse` waits for the coordinator, and closing a file never waits behind
+//! calls that do (F2, F9).
+
+mod attr;
+mod buffers;
+mod data;
+mod directory;
+mod handles;
+mod mount;
+mod ops;
+mod pool;
+
+pub use mount::{Mount, MountError, MountOptions, mount};

@@ -1,0 +1,87 @@
+//! Data of files: submitted to the node library, answered from its completion.
+//!
+//! A read lands in the buffer that the reply is sent from. A write is copied once, out of the kernel's request, whose
+//! place in memory is not one that direct I/O can use.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use blockio::IoBuf;
+use csvfs::node::FsError;
+use fuser::{Errno, ReplyData, ReplyEmpty, ReplyWrite};
+
+use crate::attr::errno;
+use crate::buffers::Buffers;
+use crate::handles::OpenFile;
+
+/// Reads up to `len` bytes at `offset` and replies.
+pub(crate) fn read(file: &OpenFile, buffers: &Arc<Buffers>, offset: u64, len: u32, reply: ReplyData) {
+    let whole = IoBuf::from(buffers.take(len as usize));
+    let wanted = whole.slice(0..len as usize);
+    let buffers = Arc::clone(buffers);
+    file.file.read(offset, wanted, move |outcome| match outcome {
+        Ok(count) => reply_with(whole, count, &buffers, reply),
+        Err(error) => reply.error(errno(&error)),
+    });
+}
+
+fn reply_with(whole: IoBuf, count: usize, buffers: &Buffers, reply: ReplyData) {
+    match whole.try_into_aligned() {
+        Ok(buf) => {
+            reply.data(&buf[..count]);
+            buffers.give(buf);
+        }
+        // Somebody below still holds a handle to the memory, so it may only be copied from.
+        Err(shared) => reply.data(&shared.slice(0..count).to_vec()),
+    }
+}
+
+/// Writes `data` and replies.
+///
+/// The kernel's offset of an appending write comes from the size that it knows, which another node may have changed:
+/// the node library finds the end itself, under EX. The descriptor's own position still follows the kernel's belief.
+pub(crate) fn write(
+    file: &Arc<OpenFile>,
+    buffers: &Arc<Buffers>,
+    offset: u64,
+    data: &[u8],
+    reply: ReplyWrite,
+) {
+    let mut buf = buffers.take(data.len());
+    buf[..data.len()].copy_from_slice(data);
+    let whole = IoBuf::from(buf);
+    let part = whole.slice(0..data.len());
+    let (buffers, opened) = (Arc::clone(buffers), Arc::clone(file));
+    let answer = move |outcome: Result<usize, FsError>| {
+        match outcome {
+            Ok(count) => reply.written(u32::try_from(count).expect("at most what was written")),
+            Err(error) => {
+                opened.may_be_cut.store(opened.direct, Ordering::Release);
+                reply.error(errno(&error));
+            }
+        }
+        buffers.give_back(whole);
+    };
+    if file.append {
+        let len = data.len();
+        file.file.append(part, move |outcome| answer(outcome.map(|_offset| len)));
+    } else {
+        file.file.write(offset, part, answer);
+    }
+}
+
+/// Makes what was written durable and replies.
+pub(crate) fn fsync(file: &OpenFile, data_only: bool, reply: ReplyEmpty) {
+    let answer = move |outcome: Result<(), FsError>| match outcome {
+        Ok(()) => reply.ok(),
+        Err(error) => reply.error(errno(&error)),
+    };
+    if data_only {
+        file.file.datasync(answer);
+    } else {
+        file.file.fsync(answer);
+    }
+}
+
+/// What a request on a handle that does not exist gets.
+pub(crate) const BAD_HANDLE: Errno = Errno::EBADF;

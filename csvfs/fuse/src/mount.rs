@@ -1,0 +1,235 @@
+//! Putting a volume into the file tree, and taking it out again.
+//!
+//! ```text
+//!   mount:    check the mountpoint -> clear a dead mount of an earlier daemon -> mount(2), handshake -> serve
+//!   unmount:  umount(2) -- busy --> detach (no new users; those with open files go on) -> wait -> abort the connection
+//! ```
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::thread::{Builder, JoinHandle};
+use std::time::Duration;
+
+use csvfs::node::Node;
+use fuser::{Config, MountOption, Session, SessionACL};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+use crate::ops::Ops;
+
+/// Threads that read requests of one mount.
+const READERS: usize = 2;
+/// How long programs with open files may hold a detached mount.
+const DETACHED_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How to mount.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// The volume's name, for `mount` and `df`.
+    pub volume: String,
+    /// Whether users other than the mounting one may use the mount; their permissions are checked as on any filesystem.
+    pub allow_other: bool,
+    /// Whether the mount refuses all changes.
+    pub read_only: bool,
+}
+
+impl Default for MountOptions {
+    fn default() -> Self {
+        Self { volume: "volume".to_owned(), allow_other: true, read_only: false }
+    }
+}
+
+/// Why a mount could not be made or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The mountpoint cannot be used.
+    #[error("cannot mount at {}: {why}", mountpoint.display())]
+    Mountpoint {
+        /// Where.
+        mountpoint: PathBuf,
+        /// What is wrong, and what to do.
+        why: String,
+    },
+    /// The kernel refused.
+    #[error("cannot mount at {}: {source}{hint}", mountpoint.display())]
+    Mount {
+        /// Where.
+        mountpoint: PathBuf,
+        /// What to do.
+        hint: &'static str,
+        /// The refusal.
+        source: io::Error,
+    },
+    /// The mount could not be taken out of the file tree.
+    #[error("cannot unmount {}: {source} (see `fuser -vm` for who uses it)", mountpoint.display())]
+    Unmount {
+        /// Where.
+        mountpoint: PathBuf,
+        /// The refusal.
+        source: io::Error,
+    },
+}
+
+/// A mounted volume. Dropping it unmounts.
+#[derive(Debug)]
+pub struct Mount {
+    mountpoint: PathBuf,
+    /// Names the mount's connection in `/sys/fs/fuse`.
+    minor: Option<u32>,
+    serving: Option<JoinHandle<()>>,
+    ended: mpsc::Receiver<()>,
+}
+
+/// Mounts the volume that `node` is attached to.
+///
+/// # Errors
+/// With the mountpoint and what to do about it.
+pub fn mount(
+    node: Arc<Node>,
+    mountpoint: impl AsRef<Path>,
+    options: &MountOptions,
+) -> Result<Mount, MountError> {
+    let mountpoint = usable(mountpoint.as_ref())?;
+    let refused =
+        |source: io::Error| MountError::Mount { mountpoint: mountpoint.clone(), hint: hint(&source), source };
+    let session = Session::new(Ops::new(node), &mountpoint, &config(options)).map_err(refused)?;
+    let (tell, ended) = mpsc::sync_channel(1);
+    let (name, at) = (format!("fuse:{}", options.volume), mountpoint.clone());
+    let serve = move || {
+        if let Err(error) = session.run() {
+            tracing::warn!(mountpoint = %at.display(), %error, "the mount ended");
+        }
+        // Nobody listens when the mount was left to end by itself.
+        let _ = tell.send(());
+    };
+    let serving = Builder::new().name(name.chars().take(15).collect()).spawn(serve).map_err(refused)?;
+    let minor = connection(&mountpoint);
+    tracing::info!(mountpoint = %mountpoint.display(), volume = options.volume, "mounted");
+    Ok(Mount { mountpoint, minor, serving: Some(serving), ended })
+}
+
+fn config(options: &MountOptions) -> Config {
+    let mut config = Config::default();
+    config.mount_options = vec![
+        MountOption::FSName(options.volume.clone()),
+        MountOption::Subtype("csvfs".to_owned()),
+        MountOption::DefaultPermissions,
+        // Times of access are not kept: every read would be a write of metadata.
+        MountOption::NoAtime,
+        // A volume is shared by machines: what one root put there must not raise rights on another.
+        MountOption::NoDev,
+        MountOption::NoSuid,
+        if options.read_only { MountOption::RO } else { MountOption::RW },
+    ];
+    config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
+    config.n_threads = Some(READERS);
+    config.clone_fd = true;
+    config
+}
+
+/// The mountpoint as an absolute path, after a look at what is there.
+fn usable(mountpoint: &Path) -> Result<PathBuf, MountError> {
+    let refused = |why: String| MountError::Mountpoint { mountpoint: mountpoint.to_owned(), why };
+    let about = match std::fs::metadata(mountpoint) {
+        // A daemon that was killed leaves its mount behind, dead: nothing in it can be used by anyone.
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
+            tracing::info!(mountpoint = %mountpoint.display(), "clearing the dead mount of an earlier daemon");
+            rustix::mount::unmount(mountpoint, UnmountFlags::DETACH)
+                .map_err(|error| refused(format!("a dead mount is there and cannot be cleared: {error}")))?;
+            std::fs::metadata(mountpoint)
+        }
+        other => other,
+    };
+    match about {
+        Ok(about) if !about.is_dir() => Err(refused("it is not a directory".to_owned())),
+        Ok(_) => mountpoint.canonicalize().map_err(|error| refused(error.to_string())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(refused("there is no such directory (create it first)".to_owned()))
+        }
+        Err(error) => Err(refused(error.to_string())),
+    }
+}
+
+/// Minor device number of what is mounted, without asking the mount itself: that would wait for the coordinator.
+fn connection(mountpoint: &Path) -> Option<u32> {
+    let quick = AtFlags::STATX_DONT_SYNC;
+    rustix::fs::statx(CWD, mountpoint, quick, StatxFlags::empty()).ok().map(|about| about.stx_dev_minor)
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
+            " (is there a /dev/fuse? load the kernel module: modprobe fuse)"
+        }
+        Some(libc::EPERM | libc::EACCES) => {
+            " (mounting needs root, or CAP_SYS_ADMIN and access to /dev/fuse)"
+        }
+        Some(libc::EBUSY) => " (something else is mounted there)",
+        _ => "",
+    }
+}
+
+impl Mount {
+    /// Where it is mounted.
+    #[must_use]
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Takes the volume out of the file tree and waits until its last request is answered. Programs that have files
+    /// open there keep them for a few seconds and then get errors.
+    ///
+    /// # Errors
+    /// When the kernel refuses even a lazy unmount.
+    pub fn unmount(mut self) -> Result<(), MountError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), MountError> {
+        let Some(serving) = self.serving.take() else { return Ok(()) };
+        let taken_out = if serving.is_finished() { Ok(()) } else { self.take_out() };
+        match &taken_out {
+            Ok(()) => drop(serving.join()),
+            // Joining would wait for ever. The kernel ends the connection with the process.
+            Err(error) => tracing::error!(%error, "the mount stays"),
+        }
+        taken_out
+    }
+
+    fn take_out(&self) -> Result<(), MountError> {
+        let refused =
+            |error: Errno| MountError::Unmount { mountpoint: self.mountpoint.clone(), source: error.into() };
+        match rustix::mount::unmount(&self.mountpoint, UnmountFlags::NOFOLLOW) {
+            Ok(()) => return Ok(()),
+            // Nothing is mounted there any more: somebody else has unmounted it.
+            Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(Errno::BUSY) => {
+                tracing::warn!(mountpoint = %self.mountpoint.display(), "in use: detached, open files may be finished");
+                rustix::mount::unmount(&self.mountpoint, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+                    .map_err(refused)?;
+            }
+            Err(error) => return Err(refused(error)),
+        }
+        if self.ended.recv_timeout(DETACHED_PATIENCE).is_err() {
+            self.abort()?;
+        }
+        Ok(())
+    }
+
+    /// Ends the kernel's side: all calls of programs on this mount fail from now on.
+    fn abort(&self) -> Result<(), MountError> {
+        let minor = self.minor.ok_or_else(|| io::Error::from(Errno::NODEV));
+        minor
+            .and_then(|minor| std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1"))
+            .map_err(|source| MountError::Unmount { mountpoint: self.mountpoint.clone(), source })
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        // Errors were logged; there is nobody left to tell.
+        drop(self.end());
+    }
+}
