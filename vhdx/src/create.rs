@@ -24,6 +24,8 @@ use crate::region::{self, Area};
 const LOG: Area = Area { offset: MIB, length: MIB, owner: "log" };
 const METADATA: Area = Area { offset: 2 * MIB, length: MIB, owner: "metadata region" };
 const BAT_OFFSET: u64 = 3 * MIB;
+/// Step by which a file grows while blocks are placed.
+const GROWTH: u64 = 1024 * MIB;
 const CREATOR: &str = concat!("csv vhdx ", env!("CARGO_PKG_VERSION"));
 
 /// What to create.
@@ -87,6 +89,7 @@ pub(crate) struct Draft<'a> {
     pub(crate) shape: BatShape,
     entries: Vec<u64>,
     next_block: u64,
+    file_bytes: u64,
 }
 
 /// Makes an image in `file`. Everything that was in the file is lost.
@@ -103,13 +106,20 @@ impl<'a> Draft<'a> {
         let params = spec.params()?;
         let shape = BatShape::of(&params);
         let data_start = BAT_OFFSET + shape.region_bytes();
-        let mut draft =
-            Self { file, params, shape, entries: vec![0; index(shape.entries)], next_block: data_start };
+        let mut draft = Self {
+            file,
+            params,
+            shape,
+            entries: vec![0; index(shape.entries)],
+            next_block: data_start,
+            file_bytes: data_start,
+        };
         // What was there must not shine through a block that is never written.
         file.set_len(0).map_err(doing("emptying the file"))?;
         draft.grow(data_start)?;
         if params.fixed {
-            draft.grow(data_start + shape.blocks * shape.block_bytes)?;
+            draft.file_bytes = data_start + shape.blocks * shape.block_bytes;
+            draft.grow(draft.file_bytes)?;
             for block in 0..shape.blocks {
                 draft.place(block);
             }
@@ -125,6 +135,15 @@ impl<'a> Draft<'a> {
             self.next_block += self.shape.block_bytes;
         }
         *entry & !0xF_FFFF
+    }
+
+    /// Makes the file longer in steps; [`Draft::finish`] cuts the surplus.
+    pub(crate) fn grow_ahead(&mut self) -> Result<(), VhdxError> {
+        if self.next_block > self.file_bytes {
+            self.file_bytes = self.next_block + GROWTH;
+            self.grow(self.file_bytes)?;
+        }
+        Ok(())
     }
 
     /// Makes the file long enough for all placed blocks.

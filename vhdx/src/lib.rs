@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 mod bat;
+mod check;
+mod convert;
 mod core;
 mod create;
 mod disk;
@@ -26,6 +28,8 @@ mod resolve;
 mod space;
 mod view;
 
+pub use check::{Report, check};
+pub use convert::{DataMap, Progress, from_raw, to_raw};
 pub use create::{Spec, create};
 pub use disk::Disk;
 pub use error::{ErrorKind, VhdxError};

@@ -45,11 +45,6 @@ impl Patches {
         self.by_start.insert(range.start, (range.end, Patch::Zero));
     }
 
-    /// Whether nothing differs from the medium.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.by_start.is_empty()
-    }
-
     /// Whether any part of the range differs from the medium.
     pub(crate) fn touches(&self, range: Range<u64>) -> bool {
         self.overlapping(range).next().is_some()
