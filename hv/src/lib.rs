@@ -1,4 +1,36 @@
-//! One virtual machine on KVM.
+//! One virtual machine on KVM: a vCPU, RAM in a memfd, the kernel's interrupt chips, a serial console and virtio disks.
+//!
+//! ```text
+//!   Vm --- vcpu (thread: KVM_RUN) --- bus --- serial --> Console (bounded ring)
+//!    |                                  \---- virtio::mmio -- block::Disk (worker thread) --> dyn BlockDevice
+//!    |--- kvm::Machine (chips, interrupt lines, notifications)
+//!    \--- state (versioned messages)    snapshot (RAM and state in one file)
+//! ```
+//! What is behind a disk is not known here: any [`blockio::BlockDevice`] will do.
+
+pub mod boot;
+mod console;
+mod devices;
+mod kvm;
+mod memory;
+pub mod snapshot;
+pub mod state;
+mod vcpu;
+mod vm;
+
+pub use boot::{BootError, BootSource};
+pub use console::{Console, ConsoleText};
+pub use devices::virtio::block::DiskStats;
+pub use devices::virtio::queue::DrainTimeout;
+pub use kvm::{HostCaps, KvmError};
+pub use memory::{GuestRam, MemoryError, PAGE_BYTES};
+pub use vm::{DiskConfig, RunState, Vm, VmConfig, VmError};
 
 /// Disks of one VM: each has a virtio-mmio slot and an interrupt line of its own.
 pub const DISKS_MAX: usize = 8;
+
+/// Messages of the control socket of an hv process.
+pub mod control {
+    #![expect(missing_docs, reason = "generated messages; their documentation is in proto/hv.proto")]
+    include!(concat!(env!("OUT_DIR"), "/hv.rs"));
+}

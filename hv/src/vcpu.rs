@@ -1,0 +1,322 @@
+//! A virtual CPU and its thread.
+//!
+//! ```text
+//!   Vm --command, signal--> thread:  stopped: wait for a command      running: KVM_RUN, serve the exit, look for commands
+//! ```
+//! A command to a running vCPU is sent first and signalled second. The signal's handler sets `immediate_exit`, so a signal
+//! that comes just before KVM_RUN is not lost: the call returns at once.
+//!
+//! **Invariant:** a vCPU that answers `Pause` has completed the instruction it left in (H5): its registers are true.
+#![expect(unsafe_code, reason = "the signal handler writes into the page that KVM shares with a vCPU")]
+
+use std::cell::Cell;
+use std::os::unix::thread::JoinHandleExt;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::devices::bus::{Bus, Effect};
+use crate::kvm::processor::{self, Entry};
+use crate::kvm::{KvmError, Tried};
+use crate::memory::GuestRam;
+use crate::state;
+use crate::vm::VmError;
+
+/// Plenty for this thread's shallow calls; it keeps a VM's memory small.
+const STACK_BYTES: usize = 256 << 10;
+/// An instruction that goes over page borders leaves a few times before it is complete.
+const PARTIAL_EXITS_MAX: usize = 64;
+/// How long an answer may take before the signal is sent again.
+const ANSWER_ROUND: Duration = Duration::from_secs(1);
+/// Rounds before a vCPU counts as lost.
+const ANSWER_ROUNDS_MAX: u32 = 30;
+/// Longest instruction.
+const INSTRUCTION_BYTES_MAX: usize = 15;
+
+/// Why a vCPU stopped by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// The guest ended or reset itself.
+    Ended(String),
+    /// The guest cannot go on; what the processor looked like.
+    Crashed(String),
+}
+
+type Answer<T> = Sender<T>;
+
+enum Command {
+    Run(Answer<()>),
+    Pause(Answer<Result<(), KvmError>>),
+    Boot(Entry, Box<kvm_bindings::CpuId>, Answer<Result<(), KvmError>>),
+    Save(Answer<Result<state::Vcpu, KvmError>>),
+    Restore(Box<state::Vcpu>, Answer<Result<(), VmError>>),
+    Quit,
+}
+
+/// What a vCPU's thread works with.
+pub(crate) struct VcpuContext {
+    pub(crate) id: u32,
+    pub(crate) fd: VcpuFd,
+    pub(crate) ram: GuestRam,
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) msrs: Vec<u32>,
+    pub(crate) xsave_bytes: usize,
+    pub(crate) exits: Arc<AtomicU64>,
+    /// Told when the vCPU stops by itself.
+    pub(crate) on_stop: Box<dyn Fn(Stop) + Send>,
+}
+
+/// A handle to a vCPU's thread; ends it when dropped.
+#[derive(Debug)]
+pub(crate) struct Vcpu {
+    commands: Sender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpu {
+    /// Starts the thread; the vCPU is stopped.
+    pub(crate) fn spawn(context: VcpuContext) -> Result<Self, KvmError> {
+        install_signal_handler()?;
+        let (commands, receiver) = mpsc::channel();
+        let runner = Runner { context, commands: receiver, running: false };
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{}", runner.context.id))
+            .stack_size(STACK_BYTES)
+            .spawn(move || runner.serve())
+            .tried("starting a vCPU's thread")?;
+        Ok(Self { commands, thread: Some(thread) })
+    }
+
+    pub(crate) fn run(&self) -> Result<(), VmError> {
+        self.ask(Command::Run)
+    }
+
+    pub(crate) fn pause(&self) -> Result<(), VmError> {
+        Ok(self.ask(Command::Pause)??)
+    }
+
+    pub(crate) fn boot(&self, entry: Entry, cpuid: kvm_bindings::CpuId) -> Result<(), VmError> {
+        Ok(self.ask(|answer| Command::Boot(entry, Box::new(cpuid), answer))??)
+    }
+
+    pub(crate) fn save(&self) -> Result<state::Vcpu, VmError> {
+        Ok(self.ask(Command::Save)??)
+    }
+
+    pub(crate) fn restore(&self, saved: &state::Vcpu) -> Result<(), VmError> {
+        let saved = Box::new(saved.clone());
+        self.ask(|answer| Command::Restore(saved, answer))?
+    }
+
+    fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, VmError> {
+        let (answer, answered) = mpsc::channel();
+        self.commands.send(command(answer)).map_err(|_| VmError::VcpuGone)?;
+        for round in 0..ANSWER_ROUNDS_MAX {
+            self.kick();
+            match answered.recv_timeout(ANSWER_ROUND) {
+                Ok(result) => return Ok(result),
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(VmError::VcpuGone),
+                Err(mpsc::RecvTimeoutError::Timeout) => {
+                    tracing::warn!(round, "a vCPU does not answer; its signal is sent again");
+                }
+            }
+        }
+        Err(VmError::VcpuGone)
+    }
+
+    fn kick(&self) {
+        if let Some(thread) = &self.thread {
+            // SAFETY: the thread has not been joined, so its id is valid; the handler of the signal is installed.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+        }
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        drop(self.commands.send(Command::Quit));
+        self.kick();
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+thread_local! {
+    /// The page that KVM shares with this thread's vCPU. Constant-initialised, so that a handler may read it at any time.
+    static SHARED_PAGE: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn leave_guest(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let _ = SHARED_PAGE.try_with(|page| {
+        let page = page.get();
+        if !page.is_null() {
+            // SAFETY: set by this very thread to its vCPU's mapping, and cleared before the mapping goes.
+            unsafe { ptr::addr_of_mut!((*page).immediate_exit).write_volatile(1) };
+        }
+    });
+}
+
+fn install_signal_handler() -> Result<(), KvmError> {
+    static INSTALLED: OnceLock<Result<(), errno::Error>> = OnceLock::new();
+    (*INSTALLED.get_or_init(|| register_signal_handler(SIGRTMIN(), leave_guest)))
+        .tried("installing the signal handler of vCPUs")
+}
+
+struct Runner {
+    context: VcpuContext,
+    commands: Receiver<Command>,
+    running: bool,
+}
+
+impl Runner {
+    fn serve(mut self) {
+        SHARED_PAGE.set(ptr::from_mut(self.context.fd.get_kvm_run()));
+        loop {
+            let command = match self.running {
+                true => self.commands.try_recv(),
+                false => self.commands.recv().map_err(|_| TryRecvError::Disconnected),
+            };
+            match command {
+                Ok(Command::Quit) | Err(TryRecvError::Disconnected) => break,
+                Ok(command) => self.obey(command),
+                Err(TryRecvError::Empty) => self.step(),
+            }
+        }
+        SHARED_PAGE.set(ptr::null_mut());
+    }
+
+    /// Answers go to somebody who waits; one that has given up does not matter.
+    fn obey(&mut self, command: Command) {
+        let context = &mut self.context;
+        match command {
+            Command::Run(answer) => {
+                processor::tell_clock_stopped(&context.fd);
+                self.running = true;
+                let _ = answer.send(());
+            }
+            Command::Pause(answer) => {
+                self.running = false;
+                drop(answer.send(self.complete_instruction()));
+            }
+            Command::Boot(entry, cpuid, answer) => {
+                let set = context.fd.set_cpuid2(&cpuid).tried("setting CPUID");
+                let booted = set.and_then(|()| processor::boot(&context.fd, entry, crate::boot::GDT));
+                drop(answer.send(booted));
+            }
+            Command::Save(answer) => {
+                let saved = processor::save(&context.fd, context.id, &context.msrs, context.xsave_bytes);
+                drop(answer.send(saved));
+            }
+            Command::Restore(saved, answer) => {
+                drop(answer.send(processor::restore(&context.fd, &saved, context.xsave_bytes)));
+            }
+            Command::Quit => unreachable!("served by the caller"),
+        }
+    }
+
+    /// A vCPU that left for a port or a register finishes that instruction at the next entry. Without this, its registers
+    /// are those before the instruction, and a value that was read is lost (H5).
+    fn complete_instruction(&mut self) -> Result<(), KvmError> {
+        for _ in 0..PARTIAL_EXITS_MAX {
+            self.context.fd.set_kvm_immediate_exit(1);
+            let left = self.enter();
+            self.context.fd.set_kvm_immediate_exit(0);
+            match left {
+                Left::Interrupted => return Ok(()),
+                Left::Served => {}
+                Left::Stopped(stop) => {
+                    (self.context.on_stop)(stop);
+                    return Ok(());
+                }
+            }
+        }
+        Err(KvmError { what: "completing an instruction".into(), cause: errno::Error::new(libc::EBUSY) })
+    }
+
+    fn step(&mut self) {
+        match self.enter() {
+            // Cleared before the next look at the commands, so a signal in between is seen.
+            Left::Interrupted => self.context.fd.set_kvm_immediate_exit(0),
+            Left::Served => {}
+            Left::Stopped(stop) => {
+                self.running = false;
+                (self.context.on_stop)(stop);
+            }
+        }
+    }
+
+    fn enter(&mut self) -> Left {
+        let VcpuContext { fd, bus, exits, .. } = &mut self.context;
+        exits.fetch_add(1, Ordering::Relaxed);
+        let crash = match fd.run() {
+            Ok(VcpuExit::IoOut(port, bytes)) => return Left::after(bus.port_write(port, bytes)),
+            Ok(VcpuExit::IoIn(port, into)) => {
+                bus.port_read(port, into);
+                return Left::Served;
+            }
+            Ok(VcpuExit::MmioWrite(address, bytes)) => {
+                bus.mmio_write(address, bytes);
+                return Left::Served;
+            }
+            Ok(VcpuExit::MmioRead(address, into)) => {
+                bus.mmio_read(address, into);
+                return Left::Served;
+            }
+            Ok(VcpuExit::Intr) => return Left::Interrupted,
+            Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => return Left::Interrupted,
+            Ok(VcpuExit::Shutdown) => "the guest shut down by a triple fault".into(),
+            Ok(VcpuExit::InternalError) => "KVM cannot execute an instruction of the guest".into(),
+            Ok(other) => format!("unexpected exit {other:?}"),
+            Err(error) => format!("running the vCPU failed: {error}"),
+        };
+        Left::Stopped(Stop::Crashed(self.describe(crash)))
+    }
+
+    /// What is needed to see why a guest cannot go on: registers, and the bytes at the instruction pointer.
+    fn describe(&mut self, what: String) -> String {
+        let VcpuContext { fd, ram, .. } = &mut self.context;
+        let suberror = processor::internal_error(fd);
+        let Ok(r) = fd.get_regs() else { return what };
+        let mut bytes = [0; INSTRUCTION_BYTES_MAX];
+        let code = fd.translate_gva(r.rip).ok().filter(|found| found.valid != 0);
+        let code = code.and_then(|found| ram.read(found.physical_address, &mut bytes).ok());
+        let code = code.map_or("not readable".into(), |()| format!("{bytes:02x?}"));
+        format!(
+            "{what}{suberror}: rip={:#x} rflags={:#x} rsp={:#x} rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} rsi={:#x} \
+             rdi={:#x} instruction bytes {code}",
+            r.rip, r.rflags, r.rsp, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi
+        )
+    }
+}
+
+/// How an entry into the guest ended.
+enum Left {
+    /// By a signal, or immediately as asked.
+    Interrupted,
+    /// For a device, which has answered.
+    Served,
+    /// For good.
+    Stopped(Stop),
+}
+
+impl Left {
+    fn after(effect: Effect) -> Self {
+        match effect {
+            Effect::None => Self::Served,
+            Effect::Reset => Self::Stopped(Stop::Ended("the guest asked for a reset".into())),
+            Effect::Exit(0) => Self::Stopped(Stop::Ended("the guest ended".into())),
+            Effect::Exit(code) => Self::Stopped(Stop::Crashed(format!(
+                "the guest reported failure {code}; its console says which"
+            ))),
+        }
+    }
+}

@@ -1,0 +1,447 @@
+//! One virtual machine.
+//!
+//! ```text
+//!   build --> Created --resume--> Running <--pause / resume--> Paused --drain, save_state--> (saved)
+//!                ^ restore_state                 |
+//!                                                +--> Stopped, Crashed: kept, so that one can look at it
+//! ```
+//! **Invariants:** device threads and the vCPU run only in `Running`; a state is saved only when paused and drained, the
+//! chips after everything that may still raise an interrupt (H3).
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use blockio::BlockDevice;
+
+use crate::DISKS_MAX;
+use crate::boot::{self, BootError, BootSource};
+use crate::console::Console;
+use crate::devices::bus::{Bus, SLOT_LINES, Slot, window};
+use crate::devices::serial::{COM1_LINE, SerialPort};
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::block::{Disk, DiskStats, shape_of};
+use crate::devices::virtio::mmio::{NOTIFY, Transport};
+use crate::devices::virtio::queue::DrainTimeout;
+use crate::devices::virtio::request::Shape;
+use crate::kvm::{HostCaps, KvmError, Machine, Tried};
+use crate::memory::{GuestRam, MemoryError};
+use crate::state::{self, STATE_VERSION, SavedMachine, StateError};
+use crate::vcpu::{Stop, Vcpu, VcpuContext};
+
+/// A worker's calls are shallow, too; the depth is in the disk's own stack of layers.
+const WORKER_STACK_BYTES: usize = 256 << 10;
+
+/// What a VM is made of.
+#[derive(Debug)]
+pub struct VmConfig<'a> {
+    /// Guest RAM in bytes.
+    pub memory_bytes: u64,
+    /// What to boot; `None` for a VM whose state will be restored.
+    pub boot: Option<BootSource<'a>>,
+    /// Disks in the order of their slots.
+    pub disks: Vec<DiskConfig>,
+    /// Console output that is kept, in bytes.
+    pub console_bytes: usize,
+}
+
+/// A disk of a VM.
+pub struct DiskConfig {
+    /// Its content; `None` when it will be attached before the VM runs, after a restore.
+    pub device: Option<Arc<dyn BlockDevice>>,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// What the guest sees as serial number: at most 20 bytes, the same wherever the VM runs.
+    pub serial: String,
+}
+
+impl std::fmt::Debug for DiskConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DiskConfig")
+            .field("read_only", &self.read_only)
+            .field("serial", &self.serial)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where a VM is in its life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// At its entry, or restored; it has not run here.
+    Created,
+    /// Its vCPU executes.
+    Running,
+    /// Stopped by us, ready to go on.
+    Paused,
+    /// The guest has ended itself.
+    Stopped(String),
+    /// The guest cannot go on; why.
+    Crashed(String),
+}
+
+/// Why something could not be done to a VM.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// RAM could not be made.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel could not be loaded.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// A saved state does not fit.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// Requests in flight did not end.
+    #[error(transparent)]
+    Drain(#[from] DrainTimeout),
+    /// There are too many disks.
+    #[error("{0} disks were asked for; a VM has at most {DISKS_MAX}")]
+    Disks(usize),
+    /// A disk is not there.
+    #[error("disk {0} has no content yet: attach it before the VM runs")]
+    NotAttached(u32),
+    /// The VM has no such disk.
+    #[error("the VM has no disk {0}")]
+    NoDisk(u32),
+    /// The VM is in a state in which this cannot be done.
+    #[error("a VM that is {found:?} cannot be {wanted}")]
+    WrongState {
+        /// What was asked for.
+        wanted: &'static str,
+        /// Its state.
+        found: RunState,
+    },
+    /// A vCPU's thread has ended or does not answer.
+    #[error("the vCPU does not answer")]
+    VcpuGone,
+}
+
+/// What may change at any time, by the vCPU's thread or by a caller.
+#[derive(Debug)]
+struct Life {
+    /// Protects the state only. No other lock is taken under it.
+    state: Mutex<RunState>,
+    changed: Condvar,
+    console: Arc<Console>,
+}
+
+/// A virtual machine with one vCPU.
+#[derive(Debug)]
+pub struct Vm {
+    // Fields are dropped in this order: the vCPU first, the machine after everything that uses it.
+    vcpu: Vcpu,
+    workers: Vec<JoinHandle<()>>,
+    bus: Arc<Bus>,
+    life: Arc<Life>,
+    exits: Arc<AtomicU64>,
+    ram: GuestRam,
+    /// The guest's clock when it was last stopped; protects that only.
+    stopped_at: Mutex<Option<state::Clock>>,
+    machine: Machine,
+}
+
+impl Vm {
+    /// Makes a VM that has not run yet.
+    ///
+    /// # Errors
+    /// What could not be made; nothing is left behind.
+    pub fn build(config: VmConfig<'_>) -> Result<Self, VmError> {
+        if config.disks.len() > DISKS_MAX {
+            return Err(VmError::Disks(config.disks.len()));
+        }
+        let disks = config.disks.len();
+        let ram = GuestRam::new(config.memory_bytes)?;
+        let machine = Machine::new(ram.clone())?;
+        let console = Arc::new(Console::new(config.console_bytes));
+        let bus = Arc::new(make_bus(&machine, &ram, &console, config.disks)?);
+        let life = Arc::new(Life { state: Mutex::new(RunState::Created), changed: Condvar::new(), console });
+        let exits = Arc::new(AtomicU64::new(0));
+        let vcpu = Vcpu::spawn(VcpuContext {
+            id: 0,
+            fd: machine.create_vcpu(0)?,
+            ram: ram.clone(),
+            bus: Arc::clone(&bus),
+            msrs: machine.saved_msrs()?,
+            xsave_bytes: HostCaps::probe()?.xsave_bytes,
+            exits: Arc::clone(&exits),
+            on_stop: Box::new({
+                let life = Arc::clone(&life);
+                move |stop| life.ended(stop)
+            }),
+        })?;
+        if let Some(source) = &config.boot {
+            let entry = boot::load(&ram, source, disks)?;
+            vcpu.boot(entry, machine.cpuid(0)?)?;
+        }
+        let workers = bus.slots.iter().map(spawn_worker).collect::<Result<_, _>>()?;
+        Ok(Self { vcpu, workers, bus, life, exits, ram, stopped_at: Mutex::default(), machine })
+    }
+
+    /// Lets the VM run, for the first time or again. Every queue is looked at once before the vCPU goes on.
+    ///
+    /// # Errors
+    /// When it has ended, or a disk has no content.
+    pub fn resume(&self) -> Result<(), VmError> {
+        self.expect_state("run", |state| matches!(state, RunState::Created | RunState::Paused))?;
+        if let Some(slot) = self.bus.slots.iter().find(|slot| !slot.disk.is_attached()) {
+            return Err(VmError::NotAttached(slot.disk.slot()));
+        }
+        for slot in &self.bus.slots {
+            slot.disk.release();
+        }
+        self.life.set(RunState::Running);
+        self.vcpu.run()
+    }
+
+    /// Stops the vCPU. Disk requests that it has posted go on; [`Vm::drain`] waits for them.
+    ///
+    /// # Errors
+    /// When it does not run, or the vCPU does not answer.
+    pub fn pause(&self) -> Result<(), VmError> {
+        self.expect_state("paused", |state| matches!(state, RunState::Running))?;
+        self.vcpu.pause()?;
+        // Read at once: whatever comes next takes time that the guest has not lived.
+        *self.stopped_at() = Some(self.machine.clock()?);
+        let mut state = self.life.lock();
+        // It may have ended by itself in the very last moment.
+        if *state == RunState::Running {
+            *state = RunState::Paused;
+        }
+        Ok(())
+    }
+
+    /// Waits until no disk request is in flight, and takes no new ones until the VM resumes.
+    ///
+    /// # Errors
+    /// [`VmError::Drain`] when the storage does not answer; the VM can still resume.
+    pub fn drain(&self) -> Result<(), VmError> {
+        for slot in &self.bus.slots {
+            slot.disk.hold_and_drain()?;
+        }
+        Ok(())
+    }
+
+    /// The whole state but RAM. The VM is unchanged and may resume.
+    ///
+    /// # Errors
+    /// When it is not paused, or KVM does not tell something.
+    pub fn save_state(&self) -> Result<SavedMachine, VmError> {
+        self.expect_state("saved", |state| matches!(state, RunState::Paused))?;
+        self.drain()?;
+        let disks = self.bus.slots.iter().map(save_disk).collect();
+        let serial = Some(self.bus.serial.save());
+        // Devices are silent now. What they have raised must be in the chips and the APIC before these are read.
+        self.machine.settle_lines()?;
+        let vcpus = vec![self.vcpu.save()?];
+        let output = self.console().read(0, usize::MAX);
+        let mut machine = SavedMachine {
+            version: STATE_VERSION,
+            memory_bytes: self.ram.bytes(),
+            clock: *self.stopped_at(),
+            vcpus,
+            serial,
+            disks,
+            console: Some(state::Console { start: output.from, data: output.data }),
+            ..SavedMachine::default()
+        };
+        self.machine.save_chips(&mut machine)?;
+        Ok(machine)
+    }
+
+    /// Takes over a saved state. RAM is loaded separately, before the VM runs.
+    ///
+    /// # Errors
+    /// When the state does not fit this VM or is damaged; the VM must then be dropped.
+    pub fn restore_state(&self, saved: &SavedMachine) -> Result<(), VmError> {
+        self.expect_state("restored", |state| matches!(state, RunState::Created))?;
+        saved.check_version()?;
+        if saved.memory_bytes != self.ram.bytes() {
+            return Err(StateError::mismatch("RAM in bytes", saved.memory_bytes, self.ram.bytes()).into());
+        }
+        if saved.disks.len() != self.bus.slots.len() {
+            let what = "the number of disks";
+            return Err(StateError::mismatch(what, saved.disks.len(), self.bus.slots.len()).into());
+        }
+        let [vcpu] = saved.vcpus.as_slice() else {
+            return Err(StateError::mismatch("the number of vCPUs", saved.vcpus.len(), 1).into());
+        };
+        self.vcpu.restore(vcpu)?;
+        self.machine.restore_chips(saved)?;
+        let console = state::part(saved.console.as_ref(), "console")?;
+        self.console().restore(console.start, &console.data);
+        self.bus.serial.restore(state::part(saved.serial.as_ref(), "serial port")?)?;
+        for disk in &saved.disks {
+            restore_disk(self.slot(disk.slot)?, disk)?;
+        }
+        Ok(())
+    }
+
+    /// Gives a disk its content, once its writer elsewhere is gone. It must have the size that the guest knows.
+    ///
+    /// # Errors
+    /// When there is no such disk, or its size differs.
+    pub fn attach_disk(&self, slot: u32, device: Arc<dyn BlockDevice>) -> Result<(), VmError> {
+        Ok(self.slot(slot)?.disk.attach(device)?)
+    }
+
+    /// Drains all disks and lets go of their content, so that it can be closed.
+    ///
+    /// # Errors
+    /// When requests do not end.
+    pub fn detach_disks(&self) -> Result<(), VmError> {
+        self.drain()?;
+        for slot in &self.bus.slots {
+            slot.disk.detach();
+        }
+        Ok(())
+    }
+
+    /// What the guest has said.
+    #[must_use]
+    pub fn console(&self) -> &Arc<Console> {
+        &self.life.console
+    }
+
+    /// Its RAM.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// Where it is in its life.
+    #[must_use]
+    pub fn run_state(&self) -> RunState {
+        self.life.lock().clone()
+    }
+
+    /// Waits until the VM is no longer running, at most `limit`.
+    #[must_use]
+    pub fn wait_while_running(&self, limit: Duration) -> RunState {
+        let runs = |state: &mut RunState| *state == RunState::Running;
+        let waited = self.life.changed.wait_timeout_while(self.life.lock(), limit, runs);
+        waited.unwrap_or_else(PoisonError::into_inner).0.clone()
+    }
+
+    /// How often the guest has left for this process.
+    #[must_use]
+    pub fn exits(&self) -> u64 {
+        self.exits.load(Ordering::Relaxed)
+    }
+
+    /// What each disk has done.
+    #[must_use]
+    pub fn disk_stats(&self) -> Vec<DiskStats> {
+        self.bus.slots.iter().map(|slot| slot.disk.stats()).collect()
+    }
+
+    fn slot(&self, slot: u32) -> Result<&Slot, VmError> {
+        let index = usize::try_from(slot).unwrap_or(usize::MAX);
+        self.bus.slots.get(index).ok_or(VmError::NoDisk(slot))
+    }
+
+    fn expect_state(
+        &self,
+        wanted: &'static str,
+        fits: impl FnOnce(&RunState) -> bool,
+    ) -> Result<(), VmError> {
+        let state = self.life.lock();
+        if fits(&state) { Ok(()) } else { Err(VmError::WrongState { wanted, found: state.clone() }) }
+    }
+
+    fn stopped_at(&self) -> MutexGuard<'_, Option<state::Clock>> {
+        self.stopped_at.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        for slot in &self.bus.slots {
+            slot.disk.stop();
+        }
+        for worker in self.workers.drain(..) {
+            drop(worker.join());
+        }
+        self.life.console.close();
+    }
+}
+
+impl Life {
+    fn lock(&self) -> MutexGuard<'_, RunState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, state: RunState) {
+        *self.lock() = state;
+        self.changed.notify_all();
+    }
+
+    fn ended(&self, stop: Stop) {
+        match &stop {
+            Stop::Ended(why) => tracing::info!(%why, "the guest has ended"),
+            Stop::Crashed(why) => tracing::error!(%why, "the guest has crashed"),
+        }
+        self.set(match stop {
+            Stop::Ended(why) => RunState::Stopped(why),
+            Stop::Crashed(why) => RunState::Crashed(why),
+        });
+        self.console.close();
+    }
+}
+
+fn make_bus(
+    machine: &Machine,
+    ram: &GuestRam,
+    console: &Arc<Console>,
+    disks: Vec<DiskConfig>,
+) -> Result<Bus, VmError> {
+    let serial = SerialPort::new(Arc::clone(console), machine.line(COM1_LINE)?);
+    let mut slots = Vec::new();
+    for ((slot, line), config) in (0..).zip(SLOT_LINES).zip(disks) {
+        slots.push(make_slot(machine, ram, slot, line, config)?);
+    }
+    Ok(Bus { serial, slots })
+}
+
+fn make_slot(
+    machine: &Machine,
+    ram: &GuestRam,
+    slot: u32,
+    line: u32,
+    config: DiskConfig,
+) -> Result<Slot, VmError> {
+    let shape = match &config.device {
+        Some(device) => shape_of(&device.geometry(), config.read_only),
+        None => Shape { size_bytes: 0, block_bytes: 512, read_only: config.read_only, can_discard: false },
+    };
+    let disk =
+        Disk::new(slot, config.serial, shape, ram.clone(), machine.line(line)?).tried("making a disk")?;
+    let disk = Arc::new(disk);
+    if let Some(device) = config.device {
+        disk.attach(device)?;
+    }
+    machine.notify_on_write(window(slot) + NOTIFY, disk.wake())?;
+    let device: Arc<dyn VirtioDevice> = disk.clone();
+    Ok(Slot { disk, transport: Transport::new(device, ram.clone()) })
+}
+
+fn spawn_worker(slot: &Slot) -> Result<JoinHandle<()>, KvmError> {
+    let disk = Arc::clone(&slot.disk);
+    thread::Builder::new()
+        .name(format!("disk{}", disk.slot()))
+        .stack_size(WORKER_STACK_BYTES)
+        .spawn(move || disk.serve())
+        .tried("starting a disk's thread")
+}
+
+fn save_disk(slot: &Slot) -> state::Disk {
+    state::Disk { transport: Some(slot.transport.save()), ..slot.disk.save() }
+}
+
+fn restore_disk(slot: &Slot, saved: &state::Disk) -> Result<(), StateError> {
+    slot.disk.restore(saved)?;
+    slot.transport.restore(state::part(saved.transport.as_ref(), "registers of a disk")?)
+}
