@@ -32,5 +32,6 @@ pub const DISKS_MAX: usize = 8;
 /// Messages of the control socket of an hv process.
 pub mod control {
     #![expect(missing_docs, reason = "generated messages; their documentation is in proto/hv.proto")]
+    #![expect(clippy::module_inception, reason = "the generator names a module after the message Control")]
     include!(concat!(env!("OUT_DIR"), "/hv.rs"));
 }

@@ -16,6 +16,10 @@ use prost::Message;
 use crate::memory::{GuestRam, MemoryError, PAGE_BYTES};
 use crate::state::{Run, SavedImage, SavedMachine, StateError};
 
+/// A page as the length of a buffer.
+const PAGE_LEN: usize = 4096;
+const _: () = assert!(PAGE_LEN as u64 == PAGE_BYTES);
+
 const MAGIC: &[u8; 8] = b"CSVHVSAV";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 4096;
@@ -221,9 +225,9 @@ pub fn read_ram(file: &dyn BlockDevice, image: &SavedImage, ram: &GuestRam) -> R
 /// Offset and length of the runs of RAM that are not zero.
 fn runs_of(ram: &GuestRam) -> Result<Vec<(u64, u64)>, SnapshotError> {
     let mut runs: Vec<(u64, u64)> = Vec::new();
-    let mut page = [0; PAGE_BYTES as usize];
+    let mut page = [0; PAGE_LEN];
     for (start, end) in ram.touched_ranges()? {
-        for offset in (start..end).step_by(PAGE_BYTES as usize) {
+        for offset in (start..end).step_by(PAGE_LEN) {
             ram.linear_buf(offset, PAGE_BYTES)?.copy_to(&mut page);
             if page.iter().all(|byte| *byte == 0) {
                 continue;

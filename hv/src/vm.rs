@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   build --> Created --resume--> Running <--pause / resume--> Paused --drain, save_state--> (saved)
-//!                ^ restore_state                 |
-//!                                                +--> Stopped, Crashed: kept, so that one can look at it
+//!                | restore_state      ^           |
+//!                +--> Restored -------+           +--> Stopped, Crashed: kept, so that one can look at it
 //! ```
 //! **Invariants:** device threads and the vCPU run only in `Running`; a state is saved only when paused and drained, the
 //! chips after everything that may still raise an interrupt (H3).
@@ -68,8 +68,10 @@ impl std::fmt::Debug for DiskConfig {
 /// Where a VM is in its life.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RunState {
-    /// At its entry, or restored; it has not run here.
+    /// At its entry; it has not run.
     Created,
+    /// Taken over from elsewhere; it has not run here.
+    Restored,
     /// Its vCPU executes.
     Running,
     /// Stopped by us, ready to go on.
@@ -186,7 +188,9 @@ impl Vm {
     /// # Errors
     /// When it has ended, or a disk has no content.
     pub fn resume(&self) -> Result<(), VmError> {
-        self.expect_state("run", |state| matches!(state, RunState::Created | RunState::Paused))?;
+        self.expect_state("run", |state| {
+            !matches!(state, RunState::Running | RunState::Stopped(_) | RunState::Crashed(_))
+        })?;
         if let Some(slot) = self.bus.slots.iter().find(|slot| !slot.disk.is_attached()) {
             return Err(VmError::NotAttached(slot.disk.slot()));
         }
@@ -230,7 +234,7 @@ impl Vm {
     /// # Errors
     /// When it is not paused, or KVM does not tell something.
     pub fn save_state(&self) -> Result<SavedMachine, VmError> {
-        self.expect_state("saved", |state| matches!(state, RunState::Paused))?;
+        self.expect_state("saved", |state| matches!(state, RunState::Paused | RunState::Restored))?;
         self.drain()?;
         let disks = self.bus.slots.iter().map(save_disk).collect();
         let serial = Some(self.bus.serial.save());
@@ -277,6 +281,8 @@ impl Vm {
         for disk in &saved.disks {
             restore_disk(self.slot(disk.slot)?, disk)?;
         }
+        *self.stopped_at() = saved.clock;
+        self.life.set(RunState::Restored);
         Ok(())
     }
 

@@ -249,7 +249,7 @@ fn check_record(
         match Sector::decode(part) {
             Err(what) => report.add(lba, what),
             Ok(None) if promised > 0 => {
-                report.add(lba, format!("empty, sequence {promised} was acknowledged"))
+                report.add(lba, format!("empty, sequence {promised} was acknowledged"));
             }
             Ok(None) => {}
             Ok(Some(found)) => match misplaced(layout, acked, lba, promised, found) {

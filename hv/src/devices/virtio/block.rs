@@ -157,7 +157,7 @@ impl Disk {
             Op::Refuse(status) => Flight::refuse(self, head, request.status_at, status),
             Op::Identify { parts } => Flight::identify(self, head, request.status_at, &parts),
             Op::Read { offset, parts } => {
-                Flight::read(self, head, request.status_at, &*backend, offset, parts)
+                Flight::read(self, head, request.status_at, &*backend, offset, parts);
             }
             Op::Write { offset, parts } => {
                 // Without the flush feature the driver takes every completed write as stable.
@@ -167,7 +167,7 @@ impl Disk {
             Op::Flush => Flight::flush(self, head, request.status_at, &*backend),
             Op::Discard(ranges) => Flight::discard(self, head, request.status_at, &*backend, &ranges),
             Op::WriteZeroes(ranges) => {
-                Flight::write_zeroes(self, head, request.status_at, &*backend, &ranges)
+                Flight::write_zeroes(self, head, request.status_at, &*backend, &ranges);
             }
         }
     }
@@ -188,6 +188,12 @@ impl Disk {
     pub(crate) fn attach(&self, backend: Arc<dyn BlockDevice>) -> Result<(), StateError> {
         let (known, found) = (self.shape(), backend.geometry());
         let what = |name: &str| format!("{name} of disk {}", self.slot);
+        if known.size_bytes == 0 {
+            // No guest has seen this disk yet.
+            *self.shape.write().unwrap_or_else(PoisonError::into_inner) = shape_of(&found, known.read_only);
+            *self.backend.write().unwrap_or_else(PoisonError::into_inner) = Some(backend);
+            return Ok(());
+        }
         if found.size_bytes != known.size_bytes {
             return Err(StateError::mismatch(what("the size"), known.size_bytes, found.size_bytes));
         }

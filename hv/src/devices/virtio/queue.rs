@@ -221,7 +221,7 @@ impl Inner {
     }
 }
 
-fn parts_of<'a>(chain: virtio_queue::DescriptorChain<&'a crate::memory::RamMap>) -> Vec<Part> {
+fn parts_of(chain: virtio_queue::DescriptorChain<&crate::memory::RamMap>) -> Vec<Part> {
     let mut parts = Vec::new();
     let mut complete = false;
     for descriptor in chain.take(PARTS_MAX) {

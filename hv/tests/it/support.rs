@@ -7,14 +7,15 @@ use blockio::{BlockDevice, MemoryDevice};
 use hv::{BootSource, DiskConfig, RunState, Vm, VmConfig};
 use hv_guest::{Ack, Layout, Report};
 
-pub const RAM_BYTES: u64 = 16 << 20;
-pub const LAYOUT: Layout = Layout { range: 256, sectors: 8, seed: 7 };
-pub const CMDLINE: &str = "verify=0 write=1 range=256 batch=8 ack=1 pages=64 pace=1 span=64 seed=7 gen=1";
+pub(crate) const RAM_BYTES: u64 = 16 << 20;
+pub(crate) const LAYOUT: Layout = Layout { range: 256, sectors: 8, seed: 7 };
+pub(crate) const CMDLINE: &str =
+    "verify=0 write=1 range=256 batch=8 ack=1 pages=64 pace=1 span=64 seed=7 gen=1";
 /// Far longer than anything here takes; only a hang reaches it.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// False, with a line that says so, where there is no KVM.
-pub fn kvm_is_here() -> bool {
+pub(crate) fn kvm_is_here() -> bool {
     let here = std::path::Path::new("/dev/kvm").exists();
     if !here {
         println!("skipped: /dev/kvm is missing");
@@ -22,13 +23,13 @@ pub fn kvm_is_here() -> bool {
     here
 }
 
-pub struct Disks {
-    pub source: Arc<MemoryDevice>,
-    pub scratch: Arc<MemoryDevice>,
+pub(crate) struct Disks {
+    pub(crate) source: Arc<MemoryDevice>,
+    pub(crate) scratch: Arc<MemoryDevice>,
 }
 
 impl Disks {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let source = MemoryDevice::new(1 << 20);
         let content: Vec<u8> =
             (0..64_u32 << 10).map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
@@ -36,7 +37,7 @@ impl Disks {
         Self { source: Arc::new(source), scratch: Arc::new(MemoryDevice::new(LAYOUT.range * 4096)) }
     }
 
-    pub fn configs(&self, attached: bool) -> Vec<DiskConfig> {
+    pub(crate) fn configs(&self, attached: bool) -> Vec<DiskConfig> {
         let config = |device: &Arc<MemoryDevice>, read_only, serial: &str| DiskConfig {
             device: attached.then(|| Arc::clone(device) as Arc<dyn BlockDevice>),
             read_only,
@@ -45,34 +46,34 @@ impl Disks {
         vec![config(&self.source, true, "source"), config(&self.scratch, false, "scratch")]
     }
 
-    pub fn attach_to(&self, vm: &Vm) {
+    pub(crate) fn attach_to(&self, vm: &Vm) {
         vm.attach_disk(0, self.source.clone()).unwrap();
         vm.attach_disk(1, self.scratch.clone()).unwrap();
     }
 
-    pub fn verify(&self, acked: Ack) -> Report {
+    pub(crate) fn verify(&self, acked: Ack) -> Report {
         let mut image = vec![0; usize::try_from(self.scratch.geometry().size_bytes).unwrap()];
         self.scratch.read_at(0, &mut image).unwrap();
         hv_guest::verify_image(&image[..], LAYOUT, acked).unwrap()
     }
 }
 
-pub fn writer(disks: Vec<DiskConfig>) -> Vm {
+pub(crate) fn writer(disks: Vec<DiskConfig>) -> Vm {
     let boot = BootSource { kernel: hv_guest::SECTOR_WRITER, initrd: None, cmdline: CMDLINE };
     Vm::build(VmConfig { memory_bytes: RAM_BYTES, boot: Some(boot), disks, console_bytes: 1 << 20 }).unwrap()
 }
 
 /// A VM without a kernel, for a state to be restored into.
-pub fn empty(disks: Vec<DiskConfig>) -> Vm {
+pub(crate) fn empty(disks: Vec<DiskConfig>) -> Vm {
     Vm::build(VmConfig { memory_bytes: RAM_BYTES, boot: None, disks, console_bytes: 1 << 20 }).unwrap()
 }
 
-pub fn text(vm: &Vm) -> String {
+pub(crate) fn text(vm: &Vm) -> String {
     String::from_utf8_lossy(&vm.console().read(0, usize::MAX).data).into_owned()
 }
 
 /// Waits until the console fulfils `until`; fails when the guest fails or ends.
-pub fn wait_console(vm: &Vm, what: &str, until: impl Fn(&str) -> bool) {
+pub(crate) fn wait_console(vm: &Vm, what: &str, until: impl Fn(&str) -> bool) {
     loop {
         let before = vm.console().end();
         let said = text(vm);
@@ -90,7 +91,7 @@ pub fn wait_console(vm: &Vm, what: &str, until: impl Fn(&str) -> bool) {
 }
 
 /// Waits until the guest has acknowledged more than `sequence`.
-pub fn wait_ack_beyond(vm: &Vm, sequence: u64) -> Ack {
+pub(crate) fn wait_ack_beyond(vm: &Vm, sequence: u64) -> Ack {
     wait_console(vm, "an acknowledgement", |said| acked(said).is_some_and(|ack| ack.sequence > sequence));
     acked(&text(vm)).unwrap()
 }

@@ -1,10 +1,7 @@
 //! The built-in guest on KVM: it boots, its disk holds what it acknowledged, it can be stopped and go on.
-#![expect(clippy::print_stdout, reason = "a skipped test says so")]
 
-mod support;
-
+use crate::support::{Disks, LAYOUT, kvm_is_here, text, wait_ack_beyond, wait_console, writer};
 use hv::{RunState, Vm, VmConfig, VmError};
-use support::{Disks, kvm_is_here, text, wait_ack_beyond, wait_console, writer};
 
 #[test]
 fn what_the_guest_acknowledged_is_on_its_disk() {
@@ -21,7 +18,7 @@ fn what_the_guest_acknowledged_is_on_its_disk() {
     let acked = hv_guest::last_ack(text(&vm).as_bytes()).unwrap();
     let report = disks.verify(acked);
     assert!(report.is_clean(), "{report:?}");
-    assert_eq!(report.records_promised, support::LAYOUT.range);
+    assert_eq!(report.records_promised, LAYOUT.range);
     let stats = vm.disk_stats();
     assert!(
         stats[0].reads > 0 && stats[1].writes >= acked.sequence && stats[1].flushes >= acked.sequence / 8
