@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
-use blockio::{BlockDevice, Geometry, ImageFile, IoBuf, IoError, IoOp, IoRequest};
+use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp, IoRequest};
 
+use super::core::Pin;
+use super::inode::Inode;
+use super::io::{self, DataOp, What};
 use super::{Attr, FsError, Node};
 
 /// State of a run of a file.
@@ -39,55 +42,58 @@ pub enum SeekFrom {
 
 /// An open file. Dropping it closes it; what is buffered goes to the coordinator then.
 ///
-/// Completions run on the device's I/O thread or on a worker of the node: they must not block.
+/// Completions run on the device's I/O thread or on a worker of the node: they must not block. The calls that return a
+/// result wait for the coordinator and must not be made from a completion.
 pub struct File {
+    // Before `node`: a file is closed while its node is there.
+    pin: Pin,
     node: Arc<Node>,
-    ino: u64,
 }
 
 impl std::fmt::Debug for File {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("File").field("ino", &self.ino).finish_non_exhaustive()
+        f.debug_struct("File").field("ino", &self.ino()).finish_non_exhaustive()
     }
 }
 
 impl File {
-    pub(super) fn new(node: Arc<Node>, ino: u64) -> Arc<Self> {
-        Arc::new(Self { node, ino })
+    pub(super) fn new(node: Arc<Node>, pin: Pin) -> Arc<Self> {
+        Arc::new(Self { pin, node })
     }
 
     /// Inode number.
     #[must_use]
     pub fn ino(&self) -> u64 {
-        self.ino
+        self.pin.inode.ino
     }
 
     /// Fills `buf` from `offset`; completes with the number of bytes, fewer only at the end of the file.
     pub fn read(&self, offset: u64, buf: IoBuf, done: impl FnOnce(Result<usize, FsError>) + Send + 'static) {
-        drop((offset, buf));
-        done(Err(unfinished()));
+        self.submit_op(What::Read, offset, buf, false, bytes_to(done));
     }
 
     /// Writes `buf` at `offset`, growing the file if needed. When it has completed, every node's read sees it.
     pub fn write(&self, offset: u64, buf: IoBuf, done: impl FnOnce(Result<usize, FsError>) + Send + 'static) {
-        drop((offset, buf));
-        done(Err(unfinished()));
+        self.submit_op(What::Write, offset, buf, false, bytes_to(done));
     }
 
     /// Writes `buf` at the end of the file, wherever other nodes have moved it; completes with the offset.
     pub fn append(&self, buf: IoBuf, done: impl FnOnce(Result<u64, FsError>) + Send + 'static) {
-        drop(buf);
-        done(Err(unfinished()));
+        self.submit_op(What::Append, 0, buf, false, Box::new(done));
+    }
+
+    fn submit_op(&self, what: What, offset: u64, buf: IoBuf, exact: bool, done: io::Done) {
+        self.pin.inode.submit(DataOp { what, offset, buf, exact, done });
     }
 
     /// Completes when all completed writes, the size and the times are durable.
     pub fn fsync(&self, done: impl FnOnce(Result<(), FsError>) + Send + 'static) {
-        done(Err(unfinished()));
+        self.pin.inode.sync(true, Box::new(done));
     }
 
     /// Like [`File::fsync`], without what is not needed to find the data again: the times.
     pub fn datasync(&self, done: impl FnOnce(Result<(), FsError>) + Send + 'static) {
-        done(Err(unfinished()));
+        self.pin.inode.sync(false, Box::new(done));
     }
 
     /// Attributes now.
@@ -95,7 +101,7 @@ impl File {
     /// # Errors
     /// When the coordinator refuses.
     pub fn attr(&self) -> Result<Attr, FsError> {
-        self.node.getattr(self.ino)
+        self.pin.inode.attr()
     }
 
     /// Size in bytes now.
@@ -103,7 +109,7 @@ impl File {
     /// # Errors
     /// As for [`File::attr`].
     pub fn size(&self) -> Result<u64, FsError> {
-        Ok(self.attr()?.size_bytes)
+        self.pin.inode.size_now()
     }
 
     /// Changes the size: cuts off the end, or grows with a hole.
@@ -111,8 +117,7 @@ impl File {
     /// # Errors
     /// When the coordinator refuses, or the LUN fails.
     pub fn set_size(&self, size_bytes: u64) -> Result<(), FsError> {
-        let _ = size_bytes;
-        Err(unfinished())
+        self.pin.inode.set_size(size_bytes)
     }
 
     /// Allocates space for a range, so that writes there cannot fail for want of it.
@@ -120,8 +125,7 @@ impl File {
     /// # Errors
     /// When there is no space.
     pub fn allocate(&self, offset: u64, len: u64, keep_size: bool) -> Result<(), FsError> {
-        let _ = (offset, len, keep_size);
-        Err(unfinished())
+        self.pin.inode.allocate_range(offset, len, keep_size)
     }
 
     /// The next hole or data at or after an offset; `ENXIO` when there is none before the end.
@@ -129,23 +133,23 @@ impl File {
     /// # Errors
     /// `ENXIO`, or when the coordinator refuses.
     pub fn seek(&self, from: SeekFrom) -> Result<u64, FsError> {
-        let _ = from;
-        Err(unfinished())
+        self.pin.inode.seek(from)
     }
 
-    /// Where the file lies on the LUN, holes left out.
+    /// Where the file lies on the LUN, holes left out. Extents beyond the end of the file were allocated ahead.
     ///
     /// # Errors
     /// When the coordinator refuses.
     pub fn map(&self) -> Result<Vec<Extent>, FsError> {
-        Err(unfinished())
+        self.pin.inode.extents()
     }
 }
 
-fn unfinished() -> FsError {
-    FsError::invalid(libc::ENOSYS, "not there yet")
+fn bytes_to(done: impl FnOnce(Result<usize, FsError>) + Send + 'static) -> io::Done {
+    Box::new(move |outcome| done(outcome.map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX))))
 }
 
+/// As a device a file has fixed bounds: requests beyond its size are refused, and only [`ImageFile::set_len`] changes it.
 impl BlockDevice for File {
     fn geometry(&self) -> Geometry {
         Geometry { size_bytes: self.size().unwrap_or(0), block_bytes: 1, can_discard: false }
@@ -155,15 +159,76 @@ impl BlockDevice for File {
         let IoRequest { op, done } = request;
         match op {
             IoOp::Read { offset, buf } => {
-                self.read(offset, buf, move |r| done(r.map(drop).map_err(|e| e.into_io("read", offset))));
+                let done = Box::new(move |r: Result<u64, FsError>| done(ended(r, "read", offset)));
+                self.submit_op(What::Read, offset, buf, true, done);
             }
-            IoOp::Write { offset, buf, .. } => {
-                self.write(offset, buf, move |r| done(r.map(drop).map_err(|e| e.into_io("write", offset))));
+            IoOp::Write { offset, buf, fua: false } => {
+                let done = Box::new(move |r: Result<u64, FsError>| done(ended(r, "write", offset)));
+                self.submit_op(What::Write, offset, buf, true, done);
             }
-            IoOp::Flush => self.datasync(move |r| done(r.map_err(|e| e.into_io("flush", 0)))),
+            IoOp::Write { offset, buf, fua: true } => self.write_through(offset, buf, done),
+            IoOp::Flush => self.datasync(move |r| done(ended(r, "flush", 0))),
             IoOp::Discard { .. } => done(Ok(())),
-            IoOp::WriteZeroes { offset, .. } => done(Err(unfinished().into_io("write zeroes", offset))),
+            IoOp::WriteZeroes { offset, len, .. } => Zeroing::start(&self.pin.inode, offset, len, done),
         }
+    }
+}
+
+fn ended<T>(outcome: Result<T, FsError>, op: &'static str, offset: u64) -> Result<(), IoError> {
+    outcome.map(drop).map_err(|error| error.into_io(op, offset))
+}
+
+impl File {
+    fn write_through(&self, offset: u64, buf: IoBuf, done: Completion) {
+        let inode = self.pin.inode.clone();
+        let written = Box::new(move |r: Result<u64, FsError>| match r {
+            Err(error) => done(Err(error.into_io("write", offset))),
+            Ok(_) => inode.sync(false, Box::new(move |r| done(ended(r, "write", offset)))),
+        });
+        self.submit_op(What::Write, offset, buf, true, written);
+    }
+}
+
+/// Zeros a range step by step; what was never written is left alone.
+struct Zeroing {
+    inode: Arc<Inode>,
+    zeros: IoBuf,
+    at: u64,
+    end: u64,
+    done: Completion,
+}
+
+impl Zeroing {
+    const STEP_BYTES: u64 = 1 << 20;
+
+    fn start(inode: &Arc<Inode>, offset: u64, len: u64, done: Completion) {
+        let Some(end) = offset.checked_add(len) else {
+            return done(Err(
+                FsError::invalid(libc::EINVAL, "beyond any file").into_io("write zeroes", offset)
+            ));
+        };
+        let step = usize::try_from(len.min(Self::STEP_BYTES)).unwrap_or_default();
+        let zeros = IoBuf::zeroed(step);
+        Self { inode: inode.clone(), zeros, at: offset, end, done }.step();
+    }
+
+    fn step(mut self) {
+        if self.at >= self.end {
+            return (self.done)(Ok(()));
+        }
+        let offset = self.at;
+        let len = usize::try_from(self.end - offset).unwrap_or(usize::MAX).min(self.zeros.len());
+        self.at += len as u64;
+        let inode = self.inode.clone();
+        let buf = self.zeros.slice(0..len);
+        let next = Box::new(move |r: Result<u64, FsError>| match r {
+            Err(error) => (self.done)(Err(error.into_io("write zeroes", offset))),
+            Ok(_) => {
+                let workers = self.inode.core.workers.clone();
+                workers.run(move || self.step());
+            }
+        });
+        inode.submit(DataOp { what: What::Zero, offset, buf, exact: true, done: next });
     }
 }
 
@@ -173,6 +238,6 @@ impl ImageFile for File {
     }
 
     fn identity(&self) -> String {
-        self.node.file_identity(self.ino)
+        format!("csvfs:{}:{}", self.node.volume, self.ino())
     }
 }

@@ -19,22 +19,36 @@
 //! **Invariant:** data is read or written only under a grant that permits it, and a grant is given back only when no
 //! request of it is in flight and what it buffered is with the coordinator (C6, E3).
 
+mod advance;
 mod attr;
+mod core;
 mod error;
 mod file;
+mod grants;
+mod growth;
+mod hold;
+mod inode;
+mod io;
 mod link;
+mod map;
 mod names;
+mod ranges;
 mod session;
+mod space;
+mod sync;
+mod transfer;
 mod workers;
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak, mpsc};
 use std::time::Duration;
 
+use self::core::Core;
 use blockio::BlockDevice;
 use bytes::Bytes;
 use lockmgr::{ClientId, Term, VolumeId};
 use pb::request::Op;
-use session::{Holder, Holdings, Session};
+use session::{Holder, Session};
 use workers::Workers;
 
 use crate::proto as pb;
@@ -47,6 +61,9 @@ pub use names::{NAME_BYTES_MAX, ROOT_INO};
 
 /// How long the first attach waits for a coordinator.
 const ATTACH_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a detach waits for what is buffered to be durable.
+const DETACH_PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a node needs to use a volume.
 pub struct NodeParams {
@@ -77,16 +94,30 @@ pub struct NodeStats {
     pub flushes: u64,
 }
 
-/// A client of a volume.
+/// A client of a volume. Dropping it without [`Node::detach`] leaves what it holds to the coordinator, as a crash would.
 pub struct Node {
-    session: Arc<Session>,
-    device: Arc<dyn BlockDevice>,
-    workers: Arc<Workers>,
+    core: Arc<Core>,
+    volume: VolumeId,
+}
+
+impl std::fmt::Debug for NodeParams {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NodeParams")
+            .field("client", &self.client)
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
 }
 
 impl std::fmt::Debug for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Node").field("term", &self.session.term()).finish_non_exhaustive()
+        f.debug_struct("Node").field("term", &self.core.session.term()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.core.end(&FsError::Detached);
     }
 }
 
@@ -94,49 +125,76 @@ impl Node {
     /// Attaches to the volume's coordinator.
     ///
     /// # Errors
-    /// When the coordinator refuses, or none answers for a while.
+    /// When the coordinator refuses, none answers for a while, or the LUN's blocks are larger than the volume's.
     pub fn attach(params: NodeParams) -> Result<Arc<Self>, FsError> {
+        let unit = params.device.geometry().block_bytes;
+        if u64::from(unit) > map::BLOCK_BYTES {
+            let what =
+                format!("the LUN's blocks have {unit} bytes, more than the volume's {}", map::BLOCK_BYTES);
+            return Err(FsError::invalid(libc::EINVAL, what));
+        }
         let workers = Arc::new(Workers::new());
         let volume = Bytes::copy_from_slice(params.volume.0.as_bytes());
         let who = (params.client.into(), volume, params.name);
         let session = Session::new(params.link, who, params.term.0, workers.clone());
-        let node = Arc::new(Self { session, device: params.device, workers });
+        let core = Core::new(params.device, session, workers);
+        let node = Arc::new(Self { core, volume: params.volume });
         let (tell, told) = mpsc::sync_channel(1);
-        let holder: Weak<dyn Holder> = Arc::downgrade(&node) as Weak<dyn Holder>;
-        node.session.start(holder, move |outcome| drop(tell.send(outcome)));
+        let holder: Weak<dyn Holder> = Arc::downgrade(&node.core) as Weak<dyn Holder>;
+        node.core.session.start(holder, move |outcome| drop(tell.send(outcome)));
         match told.recv_timeout(ATTACH_PATIENCE) {
             Ok(outcome) => outcome.map(|_| node),
-            Err(_) => {
-                let why = FsError::Unreachable { why: format!("waited {} s", ATTACH_PATIENCE.as_secs()) };
-                node.session.close(&why);
-                Err(why)
-            }
+            Err(_) => Err(FsError::Unreachable { why: format!("waited {} s", ATTACH_PATIENCE.as_secs()) }),
         }
     }
 
     /// A push for this client: a recall, or a new coordinator. Never blocks.
     pub fn deliver(&self, push: pb::Push) {
+        let term = push.term;
         match push.what {
-            Some(pb::push::What::NewCoordinator(_)) => self.session.new_coordinator(push.term),
-            Some(pb::push::What::Recall(_)) | None => {}
+            Some(pb::push::What::NewCoordinator(_)) => self.core.session.new_coordinator(term),
+            Some(pb::push::What::Recall(recall)) => {
+                let core = self.core.clone();
+                let to = recall.to().into();
+                self.core.workers.run(move || core.recalled(recall.ino, to, (term, recall.seq)));
+            }
+            None => {}
         }
     }
 
-    /// Opens a regular file.
+    /// Opens a regular file. Handles of one file share everything.
     ///
     /// # Errors
     /// `ENOENT`, `EISDIR` and the like.
     pub fn open(self: &Arc<Self>, ino: u64) -> Result<Arc<File>, FsError> {
-        let attr = self.ask_attr(Op::Open(pb::Open { ino }))?;
-        Ok(self.opened(attr))
+        let pin = self.core.pin(ino);
+        if pin.inode.lock().registered == 0 {
+            let attr = self.ask_attr(Op::Open(pb::Open { ino }))?;
+            pin.inode.lock().registered += 1;
+            if attr.kind != FileKind::Regular {
+                let errno = if attr.kind == FileKind::Directory { libc::EISDIR } else { libc::EINVAL };
+                return Err(FsError::invalid(errno, format!("inode {ino} is no regular file")));
+            }
+        }
+        Ok(File::new(self.clone(), pin))
     }
 
-    /// Attributes now.
+    /// A file that the coordinator has counted as opened.
+    fn opened(self: &Arc<Self>, attr: Attr) -> Arc<File> {
+        let pin = self.core.pin(attr.ino);
+        pin.inode.lock().registered += 1;
+        File::new(self.clone(), pin)
+    }
+
+    /// Attributes now. Of a file that is open here and not changed elsewhere, without a message.
     ///
     /// # Errors
     /// When the coordinator refuses.
     pub fn getattr(&self, ino: u64) -> Result<Attr, FsError> {
-        self.ask_attr(Op::GetAttr(pb::GetAttr { ino }))
+        match self.core.find(ino) {
+            Some(pin) => pin.inode.attr(),
+            None => self.ask_attr(Op::GetAttr(pb::GetAttr { ino })),
+        }
     }
 
     /// Changes attributes and gives the new ones.
@@ -144,49 +202,60 @@ impl Node {
     /// # Errors
     /// When the coordinator refuses.
     pub fn setattr(&self, ino: u64, set: &SetAttr) -> Result<Attr, FsError> {
-        self.ask_attr(Op::SetAttr(names::set_attr_request(ino, set)))
+        if set.size_bytes.is_some() {
+            return self.core.pin(ino).inode.set_attr(set);
+        }
+        match self.core.find(ino) {
+            Some(pin) => pin.inode.set_attr(set),
+            None => self.ask_attr(Op::SetAttr(names::set_attr_request(ino, set))),
+        }
     }
 
     /// Gives everything back and leaves the volume. Waiting calls fail with [`FsError::Detached`].
     ///
     /// # Errors
-    /// When buffered changes could not be made durable.
+    /// When buffered changes could not be made durable, or no coordinator answers.
     pub fn detach(&self) -> Result<(), FsError> {
-        let outcome = self.ask_done(Op::Detach(pb::Detach {}));
-        self.session.close(&FsError::Detached);
-        self.workers.close();
+        let given_back = self.core.give_back(DETACH_PATIENCE);
+        let outcome = if given_back {
+            self.ask_done(Op::Detach(pb::Detach {}))
+        } else {
+            let why = "not everything could be given back before the detach".to_owned();
+            Err(self.core.stopped().unwrap_or(FsError::Unreachable { why }))
+        };
+        self.core.end(&FsError::Detached);
         outcome
     }
 
     /// Counters since the attach.
     #[must_use]
     pub fn stats(&self) -> NodeStats {
-        NodeStats { requests_sent: self.session.requests_sent(), ..NodeStats::default() }
+        NodeStats {
+            requests_sent: self.core.session.requests_sent(),
+            recalls: self.core.recalls.load(Ordering::Relaxed),
+            files: self.core.files_count() as u64,
+            flushes: self.core.flushes.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Why this node stopped writing to the volume, if it did.
+    #[must_use]
+    pub fn stopped(&self) -> Option<FsError> {
+        self.core.stopped()
     }
 
     fn ask(&self, op: Op) -> Result<pb::reply::Result, FsError> {
-        self.session.call_blocking(op)
-    }
-
-    fn opened(self: &Arc<Self>, attr: Attr) -> Arc<File> {
-        File::new(self.clone(), attr.ino)
+        self.core.session.call_blocking(op)
     }
 
     fn with_local_changes(&self, attr: Attr) -> Attr {
-        attr
+        match self.core.find(attr.ino) {
+            Some(pin) => pin.inode.with_local_changes(attr),
+            None => attr,
+        }
     }
 
-    fn names_changed(&self) {}
-
-    fn file_identity(&self, ino: u64) -> String {
-        format!("csvfs:{:x}:{ino}:{}", self.session.volume(), self.device.geometry().size_bytes)
+    fn names_changed(&self) {
+        self.core.names_changed();
     }
-}
-
-impl Holder for Node {
-    fn holdings(&self) -> Holdings {
-        Holdings::default()
-    }
-    fn attached(&self, _term: u64) {}
-    fn refused(&self, _why: &FsError) {}
 }

@@ -13,7 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -27,7 +27,14 @@ const RETRY_MS_MIN: u64 = 10;
 const RETRY_MS_MAX: u64 = 200;
 
 /// Called with the outcome of a request, on the link's thread: hands over, no more.
-pub(super) type Done = Box<dyn FnOnce(Result<pb::reply::Result, FsError>) + Send>;
+pub(super) type Done = Box<dyn FnOnce(Result<Answered, FsError>) + Send>;
+
+/// A reply that is no failure, and the term of who gave it.
+#[derive(Debug)]
+pub(super) struct Answered {
+    pub(super) term: u64,
+    pub(super) result: pb::reply::Result,
+}
 
 /// What the node holds, for an Attach.
 #[derive(Default)]
@@ -40,8 +47,6 @@ pub(super) struct Holdings {
 pub(super) trait Holder: Send + Sync {
     /// What is held now. Takes the locks of files: called with no lock held.
     fn holdings(&self) -> Holdings;
-    /// Grants of `term` and later are numbered anew.
-    fn attached(&self, term: u64);
     /// The coordinator refused the claims: nothing that is held is valid.
     fn refused(&self, why: &FsError);
 }
@@ -52,7 +57,7 @@ pub(super) struct Session {
     volume: Bytes,
     name: String,
     workers: Arc<Workers>,
-    holder: Mutex<Option<Weak<dyn Holder>>>,
+    holder: OnceLock<Weak<dyn Holder>>,
     /// Rank 5: taken under a file's lock, never held while sending or calling out.
     state: Mutex<State>,
     requests_sent: AtomicU64,
@@ -110,7 +115,7 @@ impl Session {
             volume,
             name,
             workers,
-            holder: Mutex::new(None),
+            holder: OnceLock::new(),
             state: Mutex::new(state),
             requests_sent: AtomicU64::new(0),
         })
@@ -122,7 +127,9 @@ impl Session {
         holder: Weak<dyn Holder>,
         first: impl FnOnce(Result<pb::Attached, FsError>) + Send + 'static,
     ) {
-        *self.holder.lock().unwrap_or_else(PoisonError::into_inner) = Some(holder);
+        if self.holder.set(holder).is_err() {
+            return first(Err(FsError::Protocol("a session starts once".into())));
+        }
         self.lock().first = Some(Box::new(first));
         self.attach();
     }
@@ -131,7 +138,7 @@ impl Session {
     pub(super) fn call(
         self: &Arc<Self>,
         op: Op,
-        done: impl FnOnce(Result<pb::reply::Result, FsError>) + Send + 'static,
+        done: impl FnOnce(Result<Answered, FsError>) + Send + 'static,
     ) {
         let id = self.keep(op, done);
         self.dispatch(id);
@@ -139,11 +146,7 @@ impl Session {
 
     /// Gives `op` its id without sending it: may be called under a file's lock, so that the file's state and what is
     /// claimed for it change as one. [`Session::dispatch`] must follow.
-    pub(super) fn keep(
-        &self,
-        op: Op,
-        done: impl FnOnce(Result<pb::reply::Result, FsError>) + Send + 'static,
-    ) -> u64 {
+    pub(super) fn keep(&self, op: Op, done: impl FnOnce(Result<Answered, FsError>) + Send + 'static) -> u64 {
         let mut state = self.lock();
         let id = state.next_id;
         state.next_id += 1;
@@ -178,7 +181,7 @@ impl Session {
     pub(super) fn call_blocking(self: &Arc<Self>, op: Op) -> Result<pb::reply::Result, FsError> {
         let (tell, told) = std::sync::mpsc::sync_channel(1);
         self.call(op, move |outcome| drop(tell.send(outcome)));
-        told.recv().unwrap_or(Err(FsError::Detached))
+        told.recv().unwrap_or(Err(FsError::Detached)).map(|answered| answered.result)
     }
 
     /// There is a coordinator of `term`: a new one, or the way to the old one is open again.
@@ -225,16 +228,12 @@ impl Session {
         self.requests_sent.load(Ordering::Relaxed)
     }
 
-    pub(super) fn volume(&self) -> &Bytes {
-        &self.volume
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn holder(&self) -> Option<Arc<dyn Holder>> {
-        self.holder.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(Weak::upgrade)
+        self.holder.get().and_then(Weak::upgrade)
     }
 
     fn take_for_sending(&self, state: &mut State, id: u64) -> Option<(pb::Request, u64)> {
@@ -373,11 +372,11 @@ impl Session {
 
     fn attach_answered(self: &Arc<Self>, attempt: u64, asked: u64, outcome: Result<pb::Reply, LinkError>) {
         match judge(outcome) {
-            Verdict::Answer(Ok(pb::reply::Result::Attached(attached))) => {
+            Verdict::Answer(Ok(Answered { result: pb::reply::Result::Attached(attached), .. })) => {
                 self.attach_done(attempt, asked, attached)
             }
             Verdict::Answer(Ok(other)) => {
-                self.attach_refused(&FsError::Protocol(format!("{other:?} to an Attach")))
+                self.attach_refused(&FsError::Protocol(format!("{:?} to an Attach", other.result)))
             }
             Verdict::Answer(Err(why)) => self.attach_refused(&why),
             Verdict::Later => self.attach_failed(attempt, asked, 0),
@@ -399,15 +398,6 @@ impl Session {
         state.term = attached.term.max(asked);
         state.retry_ms = RETRY_MS_MIN;
         let term = state.term;
-        drop(state);
-        // Before anything else of this term arrives or is sent.
-        if let Some(holder) = self.holder() {
-            holder.attached(term);
-        }
-        let mut state = self.lock();
-        if state.attempt != attempt || !matches!(state.phase, Phase::Attaching) {
-            return;
-        }
         state.phase = Phase::Attached;
         let first = state.first.take();
         drop(state);
@@ -465,7 +455,7 @@ fn forget_old_term(op: &mut Op) {
 
 enum Verdict {
     /// The outcome of the call.
-    Answer(Result<pb::reply::Result, FsError>),
+    Answer(Result<Answered, FsError>),
     /// Nothing was done; this coordinator will do it later.
     Later,
     /// The coordinator is another one, or cannot be reached, or does not know this client.
@@ -485,6 +475,6 @@ fn judge(outcome: Result<pb::Reply, LinkError>) -> Verdict {
             NotCoordinator | WrongTerm | NotAttached => Verdict::Gone { term: reply.term },
             _ => Verdict::Answer(Err(FsError::from_failure(failure))),
         },
-        Some(result) => Verdict::Answer(Ok(result)),
+        Some(result) => Verdict::Answer(Ok(Answered { term: reply.term, result })),
     }
 }

@@ -1,0 +1,267 @@
+//! What all files of a node share: the LUN, the session, the table of files, flushes, and the end of it all.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use blockio::{BlockDevice, IoError, IoOp, IoRequest};
+use lockmgr::Mode;
+use pb::request::Op;
+
+use super::FsError;
+use super::advance::Out;
+use super::grants::Seq;
+use super::inode::Inode;
+use super::session::{Holder, Holdings, Session};
+use super::sync::FlushDone;
+use super::workers::Workers;
+use crate::proto as pb;
+
+/// See the module.
+pub(super) struct Core {
+    pub(super) device: Arc<dyn BlockDevice>,
+    /// What the LUN can address, in bytes.
+    pub(super) lun_unit: u64,
+    pub(super) session: Arc<Session>,
+    pub(super) workers: Arc<Workers>,
+    /// Rank 1.
+    files: Mutex<HashMap<u64, Arc<Inode>>>,
+    /// A file left the table.
+    retired: Condvar,
+    /// Rank 4.
+    flusher: Mutex<Flusher>,
+    stopped: OnceLock<String>,
+    /// Changes of names by this node: each may have changed link counts.
+    names: AtomicU64,
+    pub(super) recalls: AtomicU64,
+    pub(super) flushes: AtomicU64,
+}
+
+/// Callers of flush: those of the one under way, and those who came too late for it and share the next.
+#[derive(Default)]
+struct Flusher {
+    running: bool,
+    next: Vec<FlushDone>,
+}
+
+/// Somebody who uses a file: keeps it in the table.
+pub(super) struct Pin {
+    pub(super) inode: Arc<Inode>,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut state = self.inode.lock();
+        state.users -= 1;
+        let last = state.users == 0;
+        drop(state);
+        if last {
+            self.inode.kick();
+        }
+    }
+}
+
+impl Core {
+    pub(super) fn new(
+        device: Arc<dyn BlockDevice>,
+        session: Arc<Session>,
+        workers: Arc<Workers>,
+    ) -> Arc<Self> {
+        let lun_unit = u64::from(device.geometry().block_bytes.max(1));
+        Arc::new(Self {
+            device,
+            lun_unit,
+            session,
+            workers,
+            files: Mutex::default(),
+            retired: Condvar::new(),
+            flusher: Mutex::default(),
+            stopped: OnceLock::new(),
+            names: AtomicU64::new(1),
+            recalls: AtomicU64::new(0),
+            flushes: AtomicU64::new(0),
+        })
+    }
+
+    fn files(&self) -> MutexGuard<'_, HashMap<u64, Arc<Inode>>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn files_count(&self) -> usize {
+        self.files().len()
+    }
+
+    /// The file, if it is in use here.
+    pub(super) fn find(&self, ino: u64) -> Option<Pin> {
+        let files = self.files();
+        let inode = files.get(&ino)?.clone();
+        inode.lock().users += 1;
+        Some(Pin { inode })
+    }
+
+    /// The file, in use from now on.
+    pub(super) fn pin(self: &Arc<Self>, ino: u64) -> Pin {
+        let mut files = self.files();
+        let inode = files.entry(ino).or_insert_with(|| Inode::new(self.clone(), ino)).clone();
+        inode.lock().users += 1;
+        Pin { inode }
+    }
+
+    /// Takes a file that nobody uses and of which nothing is held out of the table, and closes it.
+    pub(super) fn retire(&self, inode: &Arc<Inode>) {
+        let mut files = self.files();
+        let mut state = inode.lock();
+        let held = state.grant.mode != Mode::Null
+            || state.grant.release.is_some()
+            || state.grant.acquiring.is_some();
+        if held || (state.users > 0 && !state.leaving) || state.in_flight > 0 {
+            return;
+        }
+        let opens = std::mem::take(&mut state.registered);
+        let was_there = files.get(&inode.ino).is_some_and(|found| Arc::ptr_eq(found, inode));
+        if was_there {
+            files.remove(&inode.ino);
+        }
+        drop((state, files));
+        for _ in 0..opens {
+            self.session.call(Op::Close(pb::Close { ino: inode.ino }), |_| {});
+        }
+        self.retired.notify_all();
+    }
+
+    /// A recall for a file, whether it is here or not.
+    pub(super) fn recalled(&self, ino: u64, to: Mode, at: Seq) {
+        self.recalls.fetch_add(1, Ordering::Relaxed);
+        match self.find(ino) {
+            Some(pin) => pin.inode.recalled(to, at),
+            None => {
+                let id = self.answer(ino, Mode::Null, at);
+                self.session.dispatch(id);
+            }
+        }
+    }
+
+    /// Keeps an answer to a recall of something that is not held (any more).
+    pub(super) fn answer(&self, ino: u64, held: Mode, at: Seq) -> u64 {
+        let release = pb::ReleaseGrant {
+            ino,
+            to: pb::GrantMode::from(held).into(),
+            recall_seq: self.recall_number(at),
+            commit: None,
+        };
+        self.session.keep(Op::ReleaseGrant(release), |_| {})
+    }
+
+    /// The number of a recall, as far as it means something to the coordinator of now.
+    pub(super) fn recall_number(&self, (term, number): Seq) -> u64 {
+        if term == self.session.term() { number } else { 0 }
+    }
+
+    pub(super) fn names_now(&self) -> u64 {
+        self.names.load(Ordering::Acquire)
+    }
+
+    pub(super) fn names_changed(&self) {
+        self.names.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Why nothing is written any more.
+    pub(super) fn stopped(&self) -> Option<FsError> {
+        self.stopped.get().map(|cause| FsError::Stopped { cause: cause.clone() })
+    }
+
+    /// Stops all writing for good (D6).
+    pub(super) fn stop(&self, cause: &str) {
+        if self.stopped.set(cause.to_owned()).is_err() {
+            return;
+        }
+        tracing::error!(cause, "this node stops writing to the volume");
+        let files: Vec<_> = self.files().values().cloned().collect();
+        for inode in files {
+            inode.kick();
+        }
+    }
+
+    /// Completes `done`, on a worker, when all writes that had completed before are on stable media. Callers share.
+    pub(super) fn flush(self: &Arc<Self>, done: FlushDone) {
+        let mut flusher = self.flusher.lock().unwrap_or_else(PoisonError::into_inner);
+        flusher.next.push(done);
+        if std::mem::replace(&mut flusher.running, true) {
+            return;
+        }
+        let sharing = std::mem::take(&mut flusher.next);
+        drop(flusher);
+        self.start_flush(sharing);
+    }
+
+    fn start_flush(self: &Arc<Self>, sharing: Vec<FlushDone>) {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+        let core = self.clone();
+        let done = Box::new(move |result: Result<(), IoError>| {
+            let workers = core.workers.clone();
+            workers.run(move || core.flushed(sharing, result));
+        });
+        self.device.submit(IoRequest { op: IoOp::Flush, done });
+    }
+
+    fn flushed(self: &Arc<Self>, sharing: Vec<FlushDone>, result: Result<(), IoError>) {
+        let result = result.map_err(|error| {
+            self.stop(&format!("a flush of the LUN failed: {error}"));
+            self.stopped().unwrap_or(FsError::Io(error))
+        });
+        let mut flusher = self.flusher.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = std::mem::take(&mut flusher.next);
+        flusher.running = !next.is_empty();
+        drop(flusher);
+        if !next.is_empty() {
+            self.start_flush(next);
+        }
+        for done in sharing {
+            done(result.clone());
+        }
+    }
+
+    /// Gives back what all files hold; waits at most `patience` for it. Says whether all is given back.
+    pub(super) fn give_back(&self, patience: Duration) -> bool {
+        let files: Vec<_> = self.files().values().cloned().collect();
+        for inode in files {
+            inode.lock().leaving = true;
+            inode.kick();
+        }
+        let waiting = self.retired.wait_timeout_while(self.files(), patience, |files| !files.is_empty());
+        waiting.unwrap_or_else(PoisonError::into_inner).0.is_empty()
+    }
+
+    /// Ends everything at once. Nothing is written any more, and nobody waits any longer.
+    pub(super) fn end(&self, why: &FsError) {
+        self.session.close(why);
+        let files: Vec<_> = self.files().drain().map(|(_, inode)| inode).collect();
+        for inode in files {
+            let mut out = Out::default();
+            let mut state = inode.lock();
+            state.leaving = true;
+            state.fail_all(why, &mut out);
+            drop(state);
+            out.carry_out(&inode);
+        }
+        self.workers.close();
+    }
+}
+
+impl Holder for Core {
+    fn holdings(&self) -> Holdings {
+        let files: Vec<_> = self.files().values().cloned().collect();
+        let mut holdings = Holdings::default();
+        for inode in files {
+            let (claim, open) = inode.holding();
+            holdings.claims.extend(claim);
+            holdings.opens.extend(open);
+        }
+        holdings
+    }
+
+    fn refused(&self, why: &FsError) {
+        self.stop(&format!("the coordinator does not accept this client any more: {why}"));
+    }
+}

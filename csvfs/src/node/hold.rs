@@ -1,0 +1,260 @@
+//! Calls that need a file to stand still under a grant while they wait for the coordinator or the LUN: attributes, size,
+//! space, holes. They run on the caller's thread.
+
+use std::sync::Arc;
+use std::sync::mpsc;
+
+use blockio::{IoBuf, IoOp};
+use lockmgr::Mode;
+use pb::request::Op;
+
+use super::inode::{Inode, State, Waiter};
+use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, block_ceil, block_floor};
+use super::space::EXTENTS_MAX;
+use super::{Attr, Extent, FsError, SeekFrom, SetAttr, names};
+use crate::proto as pb;
+
+/// A grant that stays until this is dropped.
+pub(super) struct Hold<'a> {
+    inode: &'a Arc<Inode>,
+    alone: bool,
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        self.inode.leave(self.alone);
+    }
+}
+
+impl Inode {
+    /// Waits for a grant of `mode` and keeps it. With `alone`, nothing else is in flight meanwhile.
+    pub(super) fn hold(self: &Arc<Self>, mode: Mode, alone: bool) -> Result<Hold<'_>, FsError> {
+        let mut state = self.lock();
+        if state.admits(mode) && (!alone || state.in_flight == 0) {
+            state.in_flight += 1;
+            state.frozen = alone;
+        } else {
+            let (tell, told) = mpsc::sync_channel(1);
+            state.waiting.push_back(Waiter::Hold { mode, alone, tell });
+            drop(state);
+            self.kick();
+            told.recv().unwrap_or(Err(FsError::Detached))?;
+        }
+        Ok(Hold { inode: self, alone })
+    }
+
+    /// Attributes now; without a message if a grant is held and no link count can have changed.
+    pub(super) fn attr(self: &Arc<Self>) -> Result<Attr, FsError> {
+        if let Some(attr) = self.cached_attr(&self.lock()) {
+            return Ok(attr);
+        }
+        let _hold = self.hold(Mode::ProtectedRead, false)?;
+        if let Some(attr) = self.cached_attr(&self.lock()) {
+            return Ok(attr);
+        }
+        let asked_at = self.core.names_now();
+        let fresh = self.ask_attr(Op::GetAttr(pb::GetAttr { ino: self.ino }))?;
+        let mut state = self.lock();
+        state.merge_attr(fresh, asked_at);
+        Ok(state.attr.unwrap_or(fresh))
+    }
+
+    /// Size in bytes now.
+    pub(super) fn size_now(self: &Arc<Self>) -> Result<u64, FsError> {
+        let state = self.lock();
+        if state.grant.permits(Mode::ProtectedRead) {
+            return Ok(state.size());
+        }
+        drop(state);
+        let _hold = self.hold(Mode::ProtectedRead, false)?;
+        Ok(self.lock().size())
+    }
+
+    fn cached_attr(&self, state: &State) -> Option<Attr> {
+        let valid = state.grant.permits(Mode::ProtectedRead) && state.attr_asked_at >= self.core.names_now();
+        state.attr.filter(|_| valid)
+    }
+
+    /// What a lookup said, with what only this node knows yet.
+    pub(super) fn with_local_changes(&self, attr: Attr) -> Attr {
+        let state = self.lock();
+        let Some(own) = state.attr else { return attr };
+        let mut attr = attr;
+        if state.pending.size || state.sync.size {
+            attr.size_bytes = own.size_bytes;
+        }
+        if state.pending.mtime || state.sync.mtime {
+            attr.mtime = own.mtime;
+            attr.ctime = own.ctime;
+        }
+        attr
+    }
+
+    fn ask_attr(&self, op: Op) -> Result<Attr, FsError> {
+        match self.core.session.call_blocking(op)? {
+            pb::reply::Result::Attr(attr) => Attr::checked(&attr),
+            other => Err(names::unexpected("a request for attributes", &other)),
+        }
+    }
+
+    /// Changes attributes.
+    pub(super) fn set_attr(self: &Arc<Self>, set: &SetAttr) -> Result<Attr, FsError> {
+        if let Some(size) = set.size_bytes {
+            self.set_size(size)?;
+        }
+        let set = SetAttr { size_bytes: None, ..*set };
+        if set == SetAttr::default() {
+            return self.attr();
+        }
+        let _hold = self.hold(Mode::Exclusive, false)?;
+        if set.mtime.is_some() {
+            // What the caller sets counts, not when something was written before.
+            self.lock().pending.mtime = false;
+        }
+        self.ask_set_attr(&set)
+    }
+
+    fn ask_set_attr(&self, set: &SetAttr) -> Result<Attr, FsError> {
+        let asked_at = self.core.names_now();
+        let fresh = self.ask_attr(Op::SetAttr(names::set_attr_request(self.ino, set)))?;
+        let mut state = self.lock();
+        state.merge_attr(fresh, asked_at);
+        Ok(state.attr.unwrap_or(fresh))
+    }
+
+    /// Changes the size: grows here and is committed later, or shrinks at the coordinator.
+    pub(super) fn set_size(self: &Arc<Self>, size: u64) -> Result<(), FsError> {
+        if size > FILE_BYTES_MAX - BLOCK_BYTES {
+            return Err(FsError::invalid(libc::EFBIG, "a file cannot be that large"));
+        }
+        if let Some(why) = self.core.stopped() {
+            return Err(why);
+        }
+        let _hold = self.hold(Mode::Exclusive, true)?;
+        let mut state = self.lock();
+        if size >= state.size() {
+            if size > state.size() {
+                state.set_size(size);
+            }
+            state.touched();
+            return Ok(());
+        }
+        let unsaved = state.pending.size || !state.pending.written.is_empty();
+        drop(state);
+        if unsaved {
+            // The coordinator cuts off what it knows of.
+            self.sync_blocking()?;
+        }
+        self.zero_tail(size)?;
+        let set = SetAttr { size_bytes: Some(size), ..SetAttr::default() };
+        self.lock().pending.mtime = false;
+        self.ask_set_attr(&set)?;
+        let mut state = self.lock();
+        state.map.cut(block_ceil(size));
+        state.pending.written.cut(block_ceil(size));
+        Ok(())
+    }
+
+    fn sync_blocking(self: &Arc<Self>) -> Result<(), FsError> {
+        let (tell, told) = mpsc::sync_channel(1);
+        self.sync(false, Box::new(move |outcome| drop(tell.send(outcome))));
+        told.recv().unwrap_or(Err(FsError::Detached))
+    }
+
+    /// Zeros what follows `size` in its block, so that a file that grows again shows zeros there.
+    fn zero_tail(self: &Arc<Self>, size: u64) -> Result<(), FsError> {
+        if size.is_multiple_of(BLOCK_BYTES) {
+            return Ok(());
+        }
+        let block = block_floor(size);
+        let Place::Data(lun) = self.place(block)? else { return Ok(()) };
+        let device = &*self.core.device;
+        let buf = IoBuf::zeroed(usize::try_from(BLOCK_BYTES).unwrap_or_default());
+        device.run(IoOp::Read { offset: lun, buf: buf.clone() })?;
+        let keep = usize::try_from(size - block).unwrap_or_default();
+        buf.slice(keep..buf.len()).fill_zero();
+        device.run(IoOp::Write { offset: lun, buf, fua: false })?;
+        let (tell, told) = mpsc::sync_channel(1);
+        self.core.flush(Box::new(move |outcome| drop(tell.send(outcome))));
+        told.recv().unwrap_or(Err(FsError::Detached))
+    }
+
+    /// Where a block is, asking if it is not known. Under a hold.
+    fn place(&self, at: u64) -> Result<Place, FsError> {
+        let place = self.lock().map.part(at, at + BLOCK_BYTES).place;
+        if place != Place::Unknown {
+            return Ok(place);
+        }
+        self.learn_from(at)?;
+        Ok(self.lock().map.part(at, at + BLOCK_BYTES).place)
+    }
+
+    /// Asks for the map from `at` on; gives the end of what is known then.
+    fn learn_from(&self, at: u64) -> Result<u64, FsError> {
+        let op = Op::GetMap(pb::GetMap { ino: self.ino, offset: at, max_extents: EXTENTS_MAX });
+        let answer = self.core.session.call_blocking(op);
+        self.learn(&mut self.lock(), at, answer)
+    }
+
+    /// Allocates `offset..offset + len`.
+    pub(super) fn allocate_range(
+        self: &Arc<Self>,
+        offset: u64,
+        len: u64,
+        keep_size: bool,
+    ) -> Result<(), FsError> {
+        let blocks = Self::blocks_of(offset, len)
+            .filter(|_| len > 0)
+            .ok_or_else(|| FsError::invalid(libc::EINVAL, "a range that no file can have"))?;
+        let _hold = self.hold(Mode::Exclusive, false)?;
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let need = blocks.end - at;
+            let op = Op::Allocate(pb::Allocate { ino: self.ino, offset: at, need, want: need });
+            let answer = self.core.session.call_blocking(op);
+            at = self.learn(&mut self.lock(), at, answer)?;
+        }
+        let mut state = self.lock();
+        state.growth.keep(blocks.end);
+        if !keep_size && offset + len > state.size() {
+            state.set_size(offset + len);
+            state.touched();
+        }
+        Ok(())
+    }
+
+    /// `SEEK_DATA` and `SEEK_HOLE`.
+    pub(super) fn seek(self: &Arc<Self>, from: SeekFrom) -> Result<u64, FsError> {
+        let (SeekFrom::Hole(start) | SeekFrom::Data(start)) = from;
+        let want_data = matches!(from, SeekFrom::Data(_));
+        let _hold = self.hold(Mode::ProtectedRead, false)?;
+        let nothing = || FsError::invalid(libc::ENXIO, "nothing there before the end of the file");
+        let mut at = start;
+        loop {
+            let state = self.lock();
+            let size = state.size();
+            if at >= size {
+                return if want_data || start >= size { Err(nothing()) } else { Ok(size) };
+            }
+            let part = state.map.part(at, size);
+            drop(state);
+            match part.place {
+                Place::Unknown => drop(self.learn_from(at)?),
+                Place::Data(_) if want_data => return Ok(at),
+                Place::Hole | Place::Fresh(_) if !want_data => return Ok(at),
+                _ => at = part.start + part.len,
+            }
+        }
+    }
+
+    /// All extents.
+    pub(super) fn extents(self: &Arc<Self>) -> Result<Vec<Extent>, FsError> {
+        let _hold = self.hold(Mode::ProtectedRead, false)?;
+        let mut at = 0;
+        while at < FILE_BYTES_MAX {
+            let part = self.lock().map.part(at, FILE_BYTES_MAX);
+            at = if part.place == Place::Unknown { self.learn_from(at)? } else { part.start + part.len };
+        }
+        Ok(self.lock().map.extents().collect())
+    }
+}

@@ -1,0 +1,283 @@
+//! One file on this node: its grant, map, attributes and everything that is under way.
+//!
+//! ```text
+//!   read, write --> admitted? --no--> waiting (for a grant)
+//!                      | yes: counted in flight
+//!                      v
+//!                  resolved? --no--> stalled (for the map, for space, for another write)
+//!                      | yes
+//!                      v
+//!                  transfer --> ended: recorded, no longer in flight
+//! ```
+//! A request is admitted once per grant and then ends under it, whatever it still needs: so each grant gets some work
+//! done, and a recall waits for a bounded number of requests (E4).
+//!
+//! **Invariant:** a grant is lowered only when nothing is in flight (C6).
+
+use std::collections::{BTreeSet, VecDeque};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use lockmgr::Mode;
+
+use super::core::Core;
+use super::grants::Grant;
+use super::growth::Growth;
+use super::io::{DataOp, Done, Effect, Plan, What, Writes};
+use super::map::{BLOCK_BYTES, ExtentMap, FILE_BYTES_MAX, block_ceil, block_floor};
+use super::sync::{Pending, Rounds};
+use super::transfer::Transfer;
+use super::{Attr, FsError, attr};
+use crate::proto as pb;
+
+/// See the module.
+pub(super) struct Inode {
+    pub(super) core: Arc<Core>,
+    pub(super) ino: u64,
+    /// Rank 2. Short: no I/O, no message, no callback under it.
+    state: Mutex<State>,
+}
+
+/// What waits for a grant.
+pub(super) enum Waiter {
+    Data(DataOp),
+    Hold {
+        mode: Mode,
+        /// Only with nothing else in flight.
+        alone: bool,
+        tell: SyncSender<Result<(), FsError>>,
+    },
+}
+
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) grant: Grant,
+    pub(super) in_flight: usize,
+    /// Somebody has the file for itself.
+    pub(super) frozen: bool,
+    /// Somebody waits to have it for itself: nothing else is admitted, so that this comes to pass.
+    pub(super) freeze_wanted: bool,
+    /// The node gives everything back: nothing is admitted any more.
+    pub(super) leaving: bool,
+    pub(super) waiting: VecDeque<Waiter>,
+    pub(super) stalled: Vec<DataOp>,
+    pub(super) advance_queued: bool,
+    pub(super) map: ExtentMap,
+    /// A GetMap or Allocate is under way.
+    pub(super) mapping: bool,
+    pub(super) growth: Growth,
+    pub(super) writes: Writes,
+    /// Blocks that one write has for itself.
+    pub(super) alone: BTreeSet<u64>,
+    pub(super) append_end: u64,
+    pub(super) appends: usize,
+    /// Valid while a grant is held.
+    pub(super) attr: Option<Attr>,
+    /// The node's count of changes of names when `attr` was asked for: link counts may be older than later changes.
+    pub(super) attr_asked_at: u64,
+    pub(super) pending: Pending,
+    pub(super) sync: Rounds,
+    /// Handles, and calls that use the file without one.
+    pub(super) users: usize,
+    /// Opens that the coordinator counts.
+    pub(super) registered: u32,
+}
+
+impl State {
+    pub(super) fn size(&self) -> u64 {
+        self.attr.map_or(0, |attr| attr.size_bytes)
+    }
+
+    pub(super) fn append_at(&self) -> u64 {
+        if self.appends == 0 { self.size() } else { self.append_end.max(self.size()) }
+    }
+
+    pub(super) fn admits(&self, mode: Mode) -> bool {
+        self.grant.permits(mode) && !self.frozen && !self.freeze_wanted && !self.leaving
+    }
+
+    /// Takes over attributes from the coordinator, except for what this node has changed since.
+    pub(super) fn merge_attr(&mut self, fresh: Attr, asked_at: u64) {
+        let mut merged = fresh;
+        if let Some(own) = self.attr {
+            if self.pending.size || self.sync.size {
+                merged.size_bytes = own.size_bytes;
+            }
+            if self.pending.mtime || self.sync.mtime {
+                merged.mtime = own.mtime;
+                merged.ctime = own.ctime;
+            }
+        }
+        if self.grant.mode == Mode::Exclusive && merged.allocated_bytes == 0 && self.pending.is_empty() {
+            // Nothing to ask for: a new file is one hole.
+            self.map.know_all();
+        }
+        self.attr = Some(merged);
+        self.attr_asked_at = asked_at;
+    }
+
+    /// The content was changed by this node.
+    pub(super) fn touched(&mut self) {
+        self.pending.mtime = true;
+        if let Some(attr) = &mut self.attr {
+            attr.mtime = attr::now();
+            attr.ctime = attr.mtime;
+        }
+    }
+
+    pub(super) fn set_size(&mut self, size: u64) {
+        if let Some(attr) = &mut self.attr {
+            attr.size_bytes = size;
+        }
+        self.pending.size = true;
+    }
+
+    /// A request has ended: whether anything waits for that.
+    fn leaves(&mut self) -> bool {
+        self.in_flight -= 1;
+        let others = !self.stalled.is_empty() || !self.waiting.is_empty();
+        others || (self.in_flight == 0 && (self.grant.recall.is_some() || self.users == 0 || self.leaving))
+    }
+
+    fn written(&mut self, range: &std::ops::Range<u64>) {
+        let blocks = block_floor(range.start)..block_ceil(range.end);
+        for fresh in self.map.written(blocks) {
+            self.pending.written.add(fresh);
+        }
+        if range.end > self.size() {
+            self.set_size(range.end);
+        }
+        self.touched();
+    }
+}
+
+/// What became of a request that was offered to the file.
+enum Offer {
+    Go(Transfer),
+    End(Done, Result<u64, FsError>, bool),
+    Parked,
+}
+
+impl Inode {
+    pub(super) fn new(core: Arc<Core>, ino: u64) -> Arc<Self> {
+        Arc::new(Self { core, ino, state: Mutex::default() })
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts a read or write. Never blocks for a message.
+    pub(super) fn submit(self: &Arc<Self>, op: DataOp) {
+        if !op.is_read()
+            && let Some(why) = self.core.stopped()
+        {
+            return (op.done)(Err(why));
+        }
+        let mut state = self.lock();
+        let offer = self.offer(&mut state, op);
+        let kick = match &offer {
+            Offer::Parked | Offer::End(_, _, true) => !std::mem::replace(&mut state.advance_queued, true),
+            _ => false,
+        };
+        drop(state);
+        if kick {
+            self.advance_soon();
+        }
+        match offer {
+            Offer::Go(transfer) => transfer.start(self),
+            Offer::End(done, outcome, _) => done(outcome),
+            Offer::Parked => {}
+        }
+    }
+
+    fn offer(&self, state: &mut State, mut op: DataOp) -> Offer {
+        if !state.admits(op.mode()) {
+            state.waiting.push_back(Waiter::Data(op));
+            return Offer::Parked;
+        }
+        state.in_flight += 1;
+        match state.plan(&mut op, self.core.lun_unit) {
+            Plan::Go { pieces, effect, outcome } => {
+                Offer::Go(Transfer { pieces, effect, outcome, done: op.done })
+            }
+            Plan::End(outcome) => {
+                let kick = state.leaves();
+                Offer::End(op.done, outcome, kick)
+            }
+            Plan::Wait(_) => {
+                state.stalled.push(op);
+                Offer::Parked
+            }
+        }
+    }
+
+    /// A transfer has ended, on the device's I/O thread. Its effect is recorded before anybody hears of it.
+    pub(super) fn ended(self: &Arc<Self>, effect: Effect, outcome: Result<u64, FsError>, done: Done) {
+        let mut state = self.lock();
+        if let Effect::Write { range, slot, alone_on, append, zero } = effect {
+            state.writes.remove(slot);
+            for block in alone_on {
+                state.alone.remove(&block);
+            }
+            if append {
+                state.appends -= 1;
+            }
+            if outcome.is_ok() {
+                if zero { state.touched() } else { state.written(&range) }
+            }
+        }
+        let kick = state.leaves() && !std::mem::replace(&mut state.advance_queued, true);
+        drop(state);
+        if kick {
+            self.advance_soon();
+        }
+        done(outcome);
+    }
+
+    /// Looks on a worker at what can go on now.
+    pub(super) fn advance_soon(self: &Arc<Self>) {
+        let inode = self.clone();
+        self.core.workers.run(move || inode.advance());
+    }
+
+    /// As [`Inode::advance_soon`], unless that is queued.
+    pub(super) fn kick(self: &Arc<Self>) {
+        let queued = std::mem::replace(&mut self.lock().advance_queued, true);
+        if !queued {
+            self.advance_soon();
+        }
+    }
+
+    /// Somebody who was admitted leaves.
+    pub(super) fn leave(self: &Arc<Self>, alone: bool) {
+        let mut state = self.lock();
+        if alone {
+            state.frozen = false;
+        }
+        let kick = state.leaves() && !std::mem::replace(&mut state.advance_queued, true);
+        drop(state);
+        if kick {
+            self.advance_soon();
+        }
+    }
+
+    /// What this node has, for an Attach.
+    pub(super) fn holding(&self) -> (Option<pb::Claim>, Option<pb::OpenClaim>) {
+        let state = self.lock();
+        let open = (state.registered > 0).then_some(pb::OpenClaim { ino: self.ino, count: state.registered });
+        (state.grant.claim(self.ino), open)
+    }
+
+    /// Bytes of the file in whole blocks.
+    pub(super) fn blocks_of(offset: u64, len: u64) -> Option<std::ops::Range<u64>> {
+        let end = offset.checked_add(len).filter(|end| *end <= FILE_BYTES_MAX - BLOCK_BYTES)?;
+        Some(block_floor(offset)..block_ceil(end))
+    }
+}
+
+impl DataOp {
+    pub(super) fn mode(&self) -> Mode {
+        if self.what == What::Read { Mode::ProtectedRead } else { Mode::Exclusive }
+    }
+}

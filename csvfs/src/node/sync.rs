@@ -1,0 +1,306 @@
+//! Making things durable: flush of the LUN, commit to the coordinator, and the release that carries a commit.
+//!
+//! ```text
+//!   fsync    -> snapshot of what is pending -> flush -> Commit ------------------> done
+//!   recall   -> drained -> snapshot ---------> flush -> ReleaseGrant { Commit } -> lowered
+//! ```
+//! The snapshot is taken before the flush and holds only completed writes, so what a commit names is on stable media
+//! when it is sent (C2), and it is one message (C4). Callers that come while a round is under way share the next one.
+//!
+//! **Invariant:** an fsync is acknowledged when both the data and what is needed to find it are durable (C5); after a
+//! failed flush nothing is (D6).
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use lockmgr::Mode;
+use pb::request::Op;
+
+use super::advance::Out;
+use super::grants::Seq;
+use super::inode::{Inode, State};
+use super::names::unexpected;
+use super::ranges::RangeSet;
+use super::session::Answered;
+use super::{Attr, FsError};
+use crate::proto as pb;
+
+/// Ranges in one commit; more are sent in several, the size with the last.
+const COMMIT_RANGES_MAX: usize = 32_768;
+
+/// Called when what was asked for is durable.
+pub(super) type FlushDone = Box<dyn FnOnce(Result<(), FsError>) + Send>;
+
+/// What this node has changed and the coordinator has not heard of.
+#[derive(Debug, Default)]
+pub(super) struct Pending {
+    /// Whole blocks that were Fresh.
+    pub(super) written: RangeSet,
+    pub(super) size: bool,
+    pub(super) mtime: bool,
+}
+
+impl Pending {
+    pub(super) fn is_empty(&self) -> bool {
+        self.written.is_empty() && !self.size && !self.mtime
+    }
+}
+
+/// Rounds of flush and commit.
+#[derive(Default)]
+pub(super) struct Rounds {
+    pub(super) running: bool,
+    pub(super) waiters: Vec<SyncWaiter>,
+    /// What the round under way commits.
+    pub(super) size: bool,
+    pub(super) mtime: bool,
+}
+
+pub(super) struct SyncWaiter {
+    /// Whether the times are wanted too.
+    pub(super) times: bool,
+    pub(super) done: FlushDone,
+}
+
+/// What one commit carries.
+#[derive(Clone, Debug, Default)]
+struct Snapshot {
+    written: Vec<Range<u64>>,
+    size: Option<u64>,
+    mtime: Option<pb::Timestamp>,
+    trim_from: Option<u64>,
+    /// More was pending than fits one commit.
+    more: bool,
+}
+
+impl Snapshot {
+    fn needs_flush(&self) -> bool {
+        !self.written.is_empty() || self.size.is_some()
+    }
+
+    fn is_empty(&self) -> bool {
+        !self.needs_flush() && self.mtime.is_none() && self.trim_from.is_none()
+    }
+
+    fn commit(&self, ino: u64) -> pb::Commit {
+        let range =
+            |range: &Range<u64>| pb::ByteRange { offset: range.start, length: range.end - range.start };
+        pb::Commit {
+            ino,
+            written: self.written.iter().map(range).collect(),
+            size_bytes: self.size,
+            mtime: self.mtime,
+            trim_from: self.trim_from,
+            atime: None,
+        }
+    }
+}
+
+impl State {
+    fn snapshot(&mut self, times: bool) -> Snapshot {
+        if self.grant.mode != Mode::Exclusive {
+            return Snapshot::default();
+        }
+        let written = self.pending.written.take(COMMIT_RANGES_MAX);
+        let more = !self.pending.written.is_empty();
+        let mut snapshot = Snapshot { written, more, ..Snapshot::default() };
+        if !more && std::mem::take(&mut self.pending.size) {
+            snapshot.size = Some(self.size());
+        }
+        let with_times = times || snapshot.needs_flush();
+        if with_times && std::mem::take(&mut self.pending.mtime) {
+            snapshot.mtime = self.attr.map(|attr| attr.mtime);
+        }
+        self.sync.size = snapshot.size.is_some();
+        self.sync.mtime = snapshot.mtime.is_some();
+        snapshot
+    }
+
+    fn snapshot_committed(&mut self) {
+        self.sync.size = false;
+        self.sync.mtime = false;
+    }
+
+    /// A commit was refused: what it named is pending again.
+    fn snapshot_failed(&mut self, snapshot: Snapshot) {
+        self.pending.size |= snapshot.size.is_some();
+        self.pending.mtime |= snapshot.mtime.is_some();
+        for range in snapshot.written {
+            self.pending.written.add(range);
+        }
+        self.snapshot_committed();
+    }
+}
+
+impl Inode {
+    /// Completes `done` when all that was completed before is durable.
+    pub(super) fn sync(self: &Arc<Self>, times: bool, done: FlushDone) {
+        if let Some(why) = self.core.stopped() {
+            return done(Err(why));
+        }
+        let mut out = Out::default();
+        let mut state = self.lock();
+        state.sync.waiters.push(SyncWaiter { times, done });
+        if state.leaving || state.sync.running || state.grant.release.is_some() {
+            drop(state);
+            return self.kick();
+        }
+        self.start_sync(&mut state, &mut out);
+        drop(state);
+        out.carry_out(self);
+    }
+
+    /// Starts a round for those who wait.
+    pub(super) fn start_sync(self: &Arc<Self>, state: &mut State, out: &mut Out) {
+        if state.sync.running || state.sync.waiters.is_empty() || state.grant.release.is_some() {
+            return;
+        }
+        self.run_sync(state, out);
+    }
+
+    fn run_sync(self: &Arc<Self>, state: &mut State, out: &mut Out) {
+        state.sync.running = true;
+        let waiters = std::mem::take(&mut state.sync.waiters);
+        let snapshot = state.snapshot(waiters.iter().any(|waiter| waiter.times));
+        let inode = self.clone();
+        out.flush = Some(Box::new(move |flushed| inode.sync_flushed(snapshot, waiters, flushed)));
+    }
+
+    fn sync_flushed(
+        self: &Arc<Self>,
+        snapshot: Snapshot,
+        waiters: Vec<SyncWaiter>,
+        flushed: Result<(), FsError>,
+    ) {
+        if flushed.is_err() || snapshot.is_empty() {
+            return self.sync_ended(snapshot, waiters, flushed.map(|()| None));
+        }
+        let mut out = Out::default();
+        let op = Op::Commit(snapshot.commit(self.ino));
+        self.ask(op, &mut out, move |inode, outcome| {
+            inode.sync_ended(snapshot, waiters, checked_commit(outcome).map(Some));
+        });
+        out.carry_out(self);
+    }
+
+    fn sync_ended(
+        self: &Arc<Self>,
+        snapshot: Snapshot,
+        waiters: Vec<SyncWaiter>,
+        outcome: Result<Option<Attr>, FsError>,
+    ) {
+        let mut out = Out::default();
+        let mut state = self.lock();
+        state.sync.running = false;
+        match outcome {
+            Ok(attr) => {
+                state.snapshot_committed();
+                if let Some(attr) = attr {
+                    // Links may have changed since it was asked for.
+                    let asked_at = state.attr_asked_at;
+                    state.merge_attr(attr, asked_at);
+                }
+                if snapshot.more {
+                    state.sync.waiters.extend(waiters);
+                } else {
+                    out.syncs.extend(waiters.into_iter().map(|waiter| (waiter.done, Ok(()))));
+                }
+            }
+            Err(why) => {
+                state.snapshot_failed(snapshot);
+                out.syncs.extend(waiters.into_iter().map(|waiter| (waiter.done, Err(why.clone()))));
+            }
+        }
+        self.step(&mut state, &mut out);
+        drop(state);
+        out.carry_out(self);
+    }
+
+    /// Lowers the grant for a recall to `to` with number `at`; nothing is in flight.
+    pub(super) fn begin_release(self: &Arc<Self>, state: &mut State, to: Mode, at: Seq, out: &mut Out) {
+        if state.pending.written.len() > COMMIT_RANGES_MAX {
+            return self.run_sync(state, out);
+        }
+        let to = state.grant.lowered(to);
+        let exclusive = state.grant.mode == Mode::Exclusive;
+        state.grant.recall = None;
+        let mut snapshot = state.snapshot(true);
+        if exclusive {
+            snapshot.trim_from = state.growth.trim_from(state.size(), state.map.end());
+        }
+        let number = state.grant.begin_release(to);
+        if snapshot.needs_flush() {
+            let inode = self.clone();
+            out.flush = Some(Box::new(move |flushed| {
+                // After a failed flush the node has stopped, and the recall stays without an answer (E3).
+                if flushed.is_ok() {
+                    let mut out = Out::default();
+                    let mut state = inode.lock();
+                    inode.send_release(&mut state, (number, to, at), snapshot, &mut out);
+                    drop(state);
+                    out.carry_out(&inode);
+                }
+            }));
+        } else {
+            self.send_release(state, (number, to, at), snapshot, out);
+        }
+    }
+
+    fn send_release(
+        self: &Arc<Self>,
+        state: &mut State,
+        (number, to, at): (u64, Mode, Seq),
+        snapshot: Snapshot,
+        out: &mut Out,
+    ) {
+        let release = pb::ReleaseGrant {
+            ino: self.ino,
+            to: pb::GrantMode::from(to).into(),
+            recall_seq: self.core.recall_number(at),
+            commit: (!snapshot.is_empty()).then(|| snapshot.commit(self.ino)),
+        };
+        let carried = release.commit.is_some();
+        let id = self.ask(Op::ReleaseGrant(release), out, move |inode, outcome| {
+            inode.released(number, carried, outcome);
+        });
+        state.grant.releasing(id);
+        state.snapshot_committed();
+        if to == Mode::Null {
+            state.map.clear();
+            state.growth = Default::default();
+            state.attr = None;
+        } else if carried {
+            state.attr_asked_at = 0;
+            if let Some(from) = snapshot.trim_from {
+                state.map.cut_fresh(from);
+            }
+        }
+    }
+
+    fn released(self: &Arc<Self>, number: u64, carried: bool, outcome: Result<Answered, FsError>) {
+        match outcome {
+            Err(FsError::Detached) | Ok(_) => {}
+            // What was written is on the LUN and cannot be found again: nobody may go on as if it could.
+            Err(why) if carried => {
+                self.core
+                    .stop(&format!("the coordinator refused what was written to inode {}: {why}", self.ino));
+            }
+            Err(why) => tracing::warn!(ino = self.ino, error = %why, "a release was refused"),
+        }
+        let mut out = Out::default();
+        let mut state = self.lock();
+        if let Some(at) = state.grant.released(number) {
+            out.requests.push(self.core.answer(self.ino, state.grant.mode, at));
+        }
+        self.step(&mut state, &mut out);
+        drop(state);
+        out.carry_out(self);
+    }
+}
+
+fn checked_commit(outcome: Result<Answered, FsError>) -> Result<Attr, FsError> {
+    match outcome?.result {
+        pb::reply::Result::Attr(attr) => Attr::checked(&attr),
+        other => Err(unexpected("Commit", &other)),
+    }
+}
