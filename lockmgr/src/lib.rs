@@ -7,6 +7,7 @@ pub mod clock;
 pub mod cluster;
 pub mod detector;
 pub mod engine;
+pub mod fence;
 pub mod heartbeat;
 mod ids;
 pub mod lease;
