@@ -10,14 +10,27 @@
 //! the disks of a majority. What lies on disk and on the wire is our own encoding (`proto/cluster.proto`).
 
 mod apply;
+mod codec;
 mod command;
+mod config;
+mod machine;
+mod network;
+mod node;
+mod pb;
+mod propose;
+mod raft_codec;
+mod raft_types;
 mod records;
+mod store;
 
 pub use command::{
     Command, Given, NAME_BYTES_MAX, Outcome, ProposeError, Rejection, SPEC_BYTES_MAX, TEXT_BYTES_MAX,
     VMS_MAX, VOLUMES_MAX, VmUpdate,
 };
+pub use config::{ClusterConfig, ClusterError, MemberConfig, RaftTiming};
+pub use node::{Cluster, RaftStatus, not_started};
 pub use records::{
     ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord,
     VolumeState,
 };
+pub use store::StoreError;

@@ -1,0 +1,478 @@
+//! Records and commands to bytes and back, by `proto/cluster.proto`.
+//!
+//! Everything read is checked: an unknown enum value or an id out of range is an error, never a guess.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+use super::apply::Position;
+use super::command::{Command, Given, Rejection, VmUpdate};
+use super::pb;
+use super::pb::proposal::Command as PbCommand;
+use super::records::{
+    ClusterState, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord, VolumeState,
+};
+use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
+
+/// Bytes that are not what they should be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("malformed {what}")]
+pub struct CodecError {
+    what: String,
+}
+
+pub(crate) fn malformed(what: impl Into<String>) -> CodecError {
+    CodecError { what: what.into() }
+}
+
+impl From<prost::DecodeError> for CodecError {
+    fn from(error: prost::DecodeError) -> Self {
+        malformed(format!("message: {error}"))
+    }
+}
+
+/// A command on its way through the log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Proposal {
+    pub(crate) id: Uuid,
+    pub(crate) node: NodeId,
+    pub(crate) at_ms: u64,
+    /// How far the proposer's copy had come when it first proposed this.
+    pub(crate) basis: u64,
+    pub(crate) command: Command,
+}
+
+impl Proposal {
+    pub(crate) fn position(&self, index: u64) -> Position {
+        Position { index, node: self.node, at_ms: self.at_ms }
+    }
+}
+
+/// What became of a log entry when it was applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct End {
+    pub(crate) index: u64,
+    pub(crate) result: Result<Given, Rejection>,
+}
+
+pub(crate) fn node_id(value: u32) -> Result<NodeId, CodecError> {
+    u16::try_from(value).map(NodeId).map_err(|_| malformed(format!("node id {value}")))
+}
+
+pub(crate) fn uuid(bytes: &[u8]) -> Result<Uuid, CodecError> {
+    Uuid::from_slice(bytes).map_err(|_| malformed("id"))
+}
+
+pub(crate) fn uuid_bytes(id: Uuid) -> Bytes {
+    Bytes::copy_from_slice(id.as_bytes())
+}
+
+/// Both directions of an enum that has a value 0 for "unknown".
+macro_rules! convert_enum {
+    ($ours:ident, $theirs:ident, $prefix:literal, $($variant:ident = $number:ident),+) => {
+        impl From<$ours> for pb::$theirs {
+            fn from(value: $ours) -> Self {
+                match value { $($ours::$variant => Self::$number),+ }
+            }
+        }
+
+        impl $ours {
+            fn from_number(number: i32) -> Result<Self, CodecError> {
+                match pb::$theirs::try_from(number) {
+                    $(Ok(pb::$theirs::$number) => Ok(Self::$variant),)+
+                    _ => Err(malformed(format!(concat!($prefix, " state {}"), number))),
+                }
+            }
+        }
+    };
+}
+convert_enum!(
+    MemberState,
+    MemberState,
+    "node",
+    Down = MemberDown,
+    Up = MemberUp,
+    Fencing = MemberFencing,
+    Fenced = MemberFenced,
+    FenceFailed = MemberFenceFailed
+);
+convert_enum!(
+    FenceKind,
+    FenceKind,
+    "fence",
+    Reservation = FenceReservation,
+    Agent = FenceAgent,
+    Lease = FenceLease
+);
+convert_enum!(
+    VolumeState,
+    VolumeState,
+    "volume",
+    Opening = VolumeOpening,
+    Online = VolumeOnline,
+    Offline = VolumeOffline,
+    Failed = VolumeFailed
+);
+convert_enum!(
+    VmState,
+    VmState,
+    "vm",
+    Stopped = VmStopped,
+    Starting = VmStarting,
+    Running = VmRunning,
+    Paused = VmPaused,
+    Saving = VmSaving,
+    Saved = VmSaved,
+    Migrating = VmMigrating,
+    Failed = VmFailed
+);
+
+impl From<&Member> for pb::Member {
+    fn from(member: &Member) -> Self {
+        Self {
+            id: member.id.0.into(),
+            name: member.name.clone(),
+            address: member.address.clone(),
+            epoch: member.epoch.0,
+            state: pb::MemberState::from(member.state).into(),
+            joined_ms: member.joined_ms,
+        }
+    }
+}
+
+impl TryFrom<pb::Member> for Member {
+    type Error = CodecError;
+
+    fn try_from(member: pb::Member) -> Result<Self, CodecError> {
+        Ok(Self {
+            id: node_id(member.id)?,
+            name: member.name,
+            address: member.address,
+            epoch: Epoch(member.epoch),
+            state: MemberState::from_number(member.state)?,
+            joined_ms: member.joined_ms,
+        })
+    }
+}
+
+impl From<&VolumeRecord> for pb::Volume {
+    fn from(volume: &VolumeRecord) -> Self {
+        Self {
+            name: volume.name.clone(),
+            id: uuid_bytes(volume.id.0),
+            lun_uri: volume.lun_uri.clone(),
+            owner: volume.owner.0.into(),
+            owner_epoch: volume.owner_epoch.0,
+            term: volume.term.0,
+            fence_kind: pb::FenceKind::from(volume.fence_kind).into(),
+            state: pb::VolumeState::from(volume.state).into(),
+            reason: volume.reason.clone(),
+        }
+    }
+}
+
+impl TryFrom<pb::Volume> for VolumeRecord {
+    type Error = CodecError;
+
+    fn try_from(volume: pb::Volume) -> Result<Self, CodecError> {
+        Ok(Self {
+            id: VolumeId(uuid(&volume.id)?),
+            owner: node_id(volume.owner)?,
+            owner_epoch: Epoch(volume.owner_epoch),
+            term: Term(volume.term),
+            fence_kind: FenceKind::from_number(volume.fence_kind)?,
+            state: VolumeState::from_number(volume.state)?,
+            name: volume.name,
+            lun_uri: volume.lun_uri,
+            reason: volume.reason,
+        })
+    }
+}
+
+impl From<&VmRecord> for pb::Vm {
+    fn from(vm: &VmRecord) -> Self {
+        Self {
+            name: vm.name.clone(),
+            id: uuid_bytes(vm.id),
+            owner: vm.owner.0.into(),
+            epoch: vm.epoch,
+            state: pb::VmState::from(vm.state).into(),
+            peer: vm.peer.map(|peer| peer.0.into()),
+            spec: vm.spec.clone(),
+            saved: vm.saved.clone(),
+            reason: vm.reason.clone(),
+        }
+    }
+}
+
+impl TryFrom<pb::Vm> for VmRecord {
+    type Error = CodecError;
+
+    fn try_from(vm: pb::Vm) -> Result<Self, CodecError> {
+        Ok(Self {
+            id: uuid(&vm.id)?,
+            owner: node_id(vm.owner)?,
+            epoch: vm.epoch,
+            state: VmState::from_number(vm.state)?,
+            peer: vm.peer.map(node_id).transpose()?,
+            spec: vm.spec,
+            saved: vm.saved,
+            name: vm.name,
+            reason: vm.reason,
+        })
+    }
+}
+
+impl From<&EventRecord> for pb::EventRecord {
+    fn from(event: &EventRecord) -> Self {
+        Self {
+            index: event.index,
+            at_ms: event.at_ms,
+            node: event.node.0.into(),
+            kind: event.kind.clone(),
+            subject: event.subject.clone(),
+            text: event.text.clone(),
+        }
+    }
+}
+
+impl TryFrom<pb::EventRecord> for EventRecord {
+    type Error = CodecError;
+
+    fn try_from(event: pb::EventRecord) -> Result<Self, CodecError> {
+        Ok(Self {
+            index: event.index,
+            at_ms: event.at_ms,
+            node: node_id(event.node)?,
+            kind: event.kind,
+            subject: event.subject,
+            text: event.text,
+        })
+    }
+}
+
+impl From<&Proposal> for pb::Proposal {
+    fn from(proposal: &Proposal) -> Self {
+        Self {
+            id: uuid_bytes(proposal.id),
+            node: proposal.node.0.into(),
+            at_ms: proposal.at_ms,
+            basis: proposal.basis,
+            command: Some(PbCommand::from(&proposal.command)),
+        }
+    }
+}
+
+impl TryFrom<pb::Proposal> for Proposal {
+    type Error = CodecError;
+
+    fn try_from(proposal: pb::Proposal) -> Result<Self, CodecError> {
+        let command = proposal.command.ok_or_else(|| malformed("proposal: a command of a later release"))?;
+        Ok(Self {
+            id: uuid(&proposal.id)?,
+            node: node_id(proposal.node)?,
+            at_ms: proposal.at_ms,
+            basis: proposal.basis,
+            command: command.try_into()?,
+        })
+    }
+}
+
+impl From<&Command> for PbCommand {
+    fn from(command: &Command) -> Self {
+        match command.clone() {
+            Command::CreateCluster { cluster, name, members } => {
+                let first =
+                    |(id, name, address): (NodeId, _, _)| pb::FirstMember { id: id.0.into(), name, address };
+                let members = members.into_iter().map(first).collect();
+                Self::CreateCluster(pb::CreateCluster { cluster: uuid_bytes(cluster.0), name, members })
+            }
+            Command::BeginEpoch { node, expect } => {
+                Self::BeginEpoch(pb::BeginEpoch { node: node.0.into(), expect: expect.0 })
+            }
+            Command::MarkNode { node, epoch, state } => Self::MarkNode(pb::MarkNode {
+                node: node.0.into(),
+                epoch: epoch.0,
+                state: pb::MemberState::from(state).into(),
+            }),
+            Command::CreateVolume { name, id, lun_uri, owner, owner_epoch, fence_kind } => {
+                Self::CreateVolume(pb::CreateVolume {
+                    name,
+                    id: uuid_bytes(id.0),
+                    lun_uri,
+                    owner: owner.0.into(),
+                    owner_epoch: owner_epoch.0,
+                    fence_kind: pb::FenceKind::from(fence_kind).into(),
+                })
+            }
+            Command::RemoveVolume { name, expect_term } => {
+                Self::RemoveVolume(pb::RemoveVolume { name, expect_term: expect_term.0 })
+            }
+            Command::MoveVolume { name, expect_term, to, to_epoch } => Self::MoveVolume(pb::MoveVolume {
+                name,
+                expect_term: expect_term.0,
+                to: to.0.into(),
+                to_epoch: to_epoch.0,
+            }),
+            Command::SetVolumeState { name, expect_term, state, reason } => {
+                Self::SetVolumeState(pb::SetVolumeState {
+                    name,
+                    expect_term: expect_term.0,
+                    state: pb::VolumeState::from(state).into(),
+                    reason,
+                })
+            }
+            Command::CreateVm { name, id, owner, spec } => {
+                Self::CreateVm(pb::CreateVm { name, id: uuid_bytes(id), owner: owner.0.into(), spec })
+            }
+            Command::UpdateVm(update) => Self::UpdateVm(pb::UpdateVm {
+                expect_epoch: update.expect_epoch,
+                expect_owner: update.expect_owner.0.into(),
+                expect_state: pb::VmState::from(update.expect_state).into(),
+                to: Some(pb::Vm::from(&update.to)),
+            }),
+            Command::DeleteVm { name, expect_epoch } => Self::DeleteVm(pb::DeleteVm { name, expect_epoch }),
+            Command::Event { kind, subject, text } => Self::AddEvent(pb::AddEvent { kind, subject, text }),
+        }
+    }
+}
+
+impl TryFrom<PbCommand> for Command {
+    type Error = CodecError;
+
+    fn try_from(command: PbCommand) -> Result<Self, CodecError> {
+        Ok(match command {
+            PbCommand::CreateCluster(create) => {
+                let first = |m: pb::FirstMember| Ok((node_id(m.id)?, m.name, m.address));
+                let members = create.members.into_iter().map(first).collect::<Result<_, CodecError>>()?;
+                Self::CreateCluster { cluster: ClusterId(uuid(&create.cluster)?), name: create.name, members }
+            }
+            PbCommand::BeginEpoch(begin) => {
+                Self::BeginEpoch { node: node_id(begin.node)?, expect: Epoch(begin.expect) }
+            }
+            PbCommand::MarkNode(mark) => Self::MarkNode {
+                node: node_id(mark.node)?,
+                epoch: Epoch(mark.epoch),
+                state: MemberState::from_number(mark.state)?,
+            },
+            PbCommand::CreateVolume(create) => Self::CreateVolume {
+                id: VolumeId(uuid(&create.id)?),
+                owner: node_id(create.owner)?,
+                owner_epoch: Epoch(create.owner_epoch),
+                fence_kind: FenceKind::from_number(create.fence_kind)?,
+                name: create.name,
+                lun_uri: create.lun_uri,
+            },
+            PbCommand::RemoveVolume(remove) => {
+                Self::RemoveVolume { name: remove.name, expect_term: Term(remove.expect_term) }
+            }
+            PbCommand::MoveVolume(to) => Self::MoveVolume {
+                name: to.name,
+                expect_term: Term(to.expect_term),
+                to: node_id(to.to)?,
+                to_epoch: Epoch(to.to_epoch),
+            },
+            PbCommand::SetVolumeState(set) => Self::SetVolumeState {
+                name: set.name,
+                expect_term: Term(set.expect_term),
+                state: VolumeState::from_number(set.state)?,
+                reason: set.reason,
+            },
+            PbCommand::CreateVm(create) => Self::CreateVm {
+                id: uuid(&create.id)?,
+                owner: node_id(create.owner)?,
+                name: create.name,
+                spec: create.spec,
+            },
+            PbCommand::UpdateVm(update) => Self::UpdateVm(VmUpdate {
+                expect_epoch: update.expect_epoch,
+                expect_owner: node_id(update.expect_owner)?,
+                expect_state: VmState::from_number(update.expect_state)?,
+                to: update.to.ok_or_else(|| malformed("vm update"))?.try_into()?,
+            }),
+            PbCommand::DeleteVm(delete) => {
+                Self::DeleteVm { name: delete.name, expect_epoch: delete.expect_epoch }
+            }
+            PbCommand::AddEvent(event) => {
+                Self::Event { kind: event.kind, subject: event.subject, text: event.text }
+            }
+        })
+    }
+}
+
+impl From<&End> for pb::End {
+    fn from(end: &End) -> Self {
+        use pb::end::End as Kind;
+        let kind = match end.result.clone() {
+            Ok(Given::Nothing) => Kind::Nothing(pb::Nothing {}),
+            Ok(Given::Epoch(epoch)) => Kind::Epoch(epoch.0),
+            Ok(Given::Term(term)) => Kind::Term(term.0),
+            Ok(Given::VmEpoch(epoch)) => Kind::VmEpoch(epoch),
+            Err(Rejection::Conflict { what, expected, found }) => {
+                Kind::Conflict(pb::Conflict { what, expected, found })
+            }
+            Err(Rejection::Invalid { what }) => Kind::Invalid(pb::Invalid { what }),
+            Err(Rejection::Expired) => Kind::Expired(pb::Nothing {}),
+        };
+        Self { index: end.index, end: Some(kind) }
+    }
+}
+
+impl TryFrom<pb::End> for End {
+    type Error = CodecError;
+
+    fn try_from(end: pb::End) -> Result<Self, CodecError> {
+        use pb::end::End as Kind;
+        let result = match end.end.ok_or_else(|| malformed("end of a proposal"))? {
+            Kind::Nothing(_) => Ok(Given::Nothing),
+            Kind::Epoch(epoch) => Ok(Given::Epoch(Epoch(epoch))),
+            Kind::Term(term) => Ok(Given::Term(Term(term))),
+            Kind::VmEpoch(epoch) => Ok(Given::VmEpoch(epoch)),
+            Kind::Conflict(conflict) => {
+                let pb::Conflict { what, expected, found } = conflict;
+                Err(Rejection::Conflict { what, expected, found })
+            }
+            Kind::Invalid(invalid) => Err(Rejection::Invalid { what: invalid.what }),
+            Kind::Expired(_) => Err(Rejection::Expired),
+        };
+        Ok(Self { index: end.index, result })
+    }
+}
+
+/// Records for a snapshot; the remembered ends are added by the machine.
+pub(crate) fn state_to_pb(state: &ClusterState) -> pb::Snapshot {
+    pb::Snapshot {
+        cluster: state.cluster.map(|id| uuid_bytes(id.0)).unwrap_or_default(),
+        name: state.name.clone(),
+        members: state.members.values().map(Into::into).collect(),
+        volumes: state.volumes.values().map(Into::into).collect(),
+        vms: state.vms.values().map(Into::into).collect(),
+        events: state.events.iter().map(|event| event.as_ref().into()).collect(),
+        remembered: Vec::new(),
+        applied: state.applied,
+    }
+}
+
+pub(crate) fn state_from_pb(snapshot: pb::Snapshot) -> Result<ClusterState, CodecError> {
+    let cluster = if snapshot.cluster.is_empty() { None } else { Some(ClusterId(uuid(&snapshot.cluster)?)) };
+    let mut state =
+        ClusterState { cluster, name: snapshot.name, applied: snapshot.applied, ..Default::default() };
+    for member in snapshot.members {
+        let member = Member::try_from(member)?;
+        state.members.insert(member.id, member);
+    }
+    for volume in snapshot.volumes {
+        let volume = VolumeRecord::try_from(volume)?;
+        state.volumes.insert(volume.name.clone(), volume);
+    }
+    for vm in snapshot.vms {
+        let vm = VmRecord::try_from(vm)?;
+        state.vms.insert(vm.name.clone(), vm);
+    }
+    for event in snapshot.events {
+        state.events.push_back(Arc::new(event.try_into()?));
+    }
+    Ok(state)
+}
