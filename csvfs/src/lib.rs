@@ -11,15 +11,21 @@
 //!
 //! **Invariant:** only the coordinator writes metadata; nodes write data blocks that a grant and a map gave them.
 
+pub mod alloc;
+pub mod check;
 pub mod clock;
+pub mod coordinator;
 pub mod extents;
 pub mod format;
 mod meta;
+mod namespace;
 pub mod node;
 pub mod probe;
 pub mod proto;
+mod refusal;
 pub mod volume;
 
+pub use coordinator::{Coordinator, OpenParams, PushTarget};
 pub use format::superblock::Superblock;
 pub use meta::StoreError;
 pub use proto as pb;

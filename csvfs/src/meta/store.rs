@@ -24,6 +24,8 @@ use super::InodeRecord;
 const CACHE_BYTES: usize = 24 << 20;
 /// Space beyond twice the length that is kept ready for growth.
 const READY_BYTES: u64 = 6 << 20;
+/// With less than this beyond the next growth the store is tight.
+const TIGHT_BYTES: u64 = 1 << 20;
 /// The database grows by at most two of its 4 GiB regions at once.
 const REGION_BYTES: u64 = 4 << 30;
 
@@ -38,6 +40,12 @@ pub enum StoreError {
         /// The cause.
         #[source]
         source: Box<dyn Error + Send + Sync>,
+    },
+    /// This coordinator's right to write is over.
+    #[error("this coordinator was replaced: {how}")]
+    Superseded {
+        /// How it was noticed.
+        how: String,
     },
     /// A record is not what its table must hold.
     #[error("damaged metadata: {what}; run volume check")]
@@ -130,6 +138,12 @@ impl Store {
         self.region.revoke();
     }
 
+    /// [`Store::revoke`], for somebody who does not own the store.
+    pub(crate) fn revoker(&self) -> Box<dyn Fn() + Send + Sync> {
+        let region = self.region.clone();
+        Box::new(move || region.revoke())
+    }
+
     /// Leaves the store clean for the next opener.
     pub(crate) fn close(self) -> Result<(), StoreError> {
         self.db.close().map_err(engine("close the metadata store"))
@@ -142,9 +156,18 @@ impl Store {
 
     /// Blocks that should be added, so that the next growth of the database finds its room.
     pub(crate) fn blocks_wanted(&self) -> u64 {
+        (self.next_len() + READY_BYTES).saturating_sub(self.region.capacity()).div_ceil(BLOCK_BYTES)
+    }
+
+    /// Whether the next growth would not find its room even with `blocks` more.
+    pub(crate) fn is_tight(&self, blocks: u64) -> bool {
+        self.region.capacity() + blocks * BLOCK_BYTES < self.next_len() + TIGHT_BYTES
+    }
+
+    /// The database doubles, up to its region size.
+    fn next_len(&self) -> u64 {
         let len = self.region.len();
-        let next = if len < REGION_BYTES { 2 * len } else { len + 2 * REGION_BYTES };
-        (next + READY_BYTES).saturating_sub(self.region.capacity()).div_ceil(BLOCK_BYTES)
+        if len < REGION_BYTES { 2 * len } else { len + 2 * REGION_BYTES }
     }
 
     /// How many more chunks the slot can list.

@@ -1,0 +1,145 @@
+//! Who owns each block.
+//!
+//! **Invariant (D7):** every block of the data area has exactly one owner: a file, the metadata store, or nobody (free).
+
+use super::Findings;
+use super::tree::Nodes;
+use crate::extents::{Extent, State, fault};
+use crate::format::layout::{BLOCK_BYTES, FIRST_CHUNK_OFFSET};
+use crate::format::meta_slot::Chunk;
+use crate::meta::{Snapshot, StoreError};
+use crate::proto::FileKind;
+
+/// A run of blocks and whose it is.
+struct Owned {
+    start: u64,
+    blocks: u64,
+    owner: Owner,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Owner {
+    File(u64),
+    Metadata,
+    Free,
+}
+
+impl std::fmt::Display for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::File(ino) => write!(f, "inode {ino}"),
+            Self::Metadata => f.write_str("the metadata store"),
+            Self::Free => f.write_str("free space"),
+        }
+    }
+}
+
+pub(super) fn check(
+    snapshot: &Snapshot,
+    lun_bytes: u64,
+    chunks: &[Chunk],
+    nodes: Nodes,
+    findings: &mut Findings,
+) -> Result<(), StoreError> {
+    let area = FIRST_CHUNK_OFFSET / BLOCK_BYTES..lun_bytes / BLOCK_BYTES;
+    let mut owned = files(snapshot, &area, nodes, findings)?;
+    let metadata = snapshot.chunks()?;
+    for chunk in chunks {
+        let run = (chunk.offset / BLOCK_BYTES, chunk.bytes / BLOCK_BYTES);
+        if !metadata.contains(&run) {
+            findings.problem(0, format!("a metadata chunk at {} that is not the store's", chunk.offset));
+        }
+    }
+    for (start, blocks) in metadata {
+        findings.report.metadata_blocks += blocks;
+        owned.push(Owned { start, blocks, owner: Owner::Metadata });
+    }
+    for (start, blocks) in snapshot.free()? {
+        findings.report.free_blocks += blocks;
+        owned.push(Owned { start, blocks, owner: Owner::Free });
+    }
+    one_owner_each(owned, &area, findings);
+    Ok(())
+}
+
+fn files(
+    snapshot: &Snapshot,
+    area: &std::ops::Range<u64>,
+    mut nodes: Nodes,
+    findings: &mut Findings,
+) -> Result<Vec<Owned>, StoreError> {
+    let mut owned = Vec::new();
+    let mut file: (u64, Vec<Extent>) = (0, Vec::new());
+    snapshot.each_extent(|ino, extent| {
+        if file.0 != ino {
+            file_ends(&file, area, &mut nodes, findings);
+            file = (ino, Vec::new());
+        }
+        findings.report.extents += 1;
+        match extent.state {
+            State::Data => findings.report.data_blocks += extent.blocks,
+            State::Fresh => findings.report.fresh_blocks += extent.blocks,
+        }
+        owned.push(Owned { start: extent.lun, blocks: extent.blocks, owner: Owner::File(ino) });
+        file.1.push(extent);
+        Ok(())
+    })?;
+    file_ends(&file, area, &mut nodes, findings);
+    for (ino, node) in nodes.iter().filter(|(_, node)| node.blocks != 0) {
+        findings.problem(*ino, format!("{} blocks too many are counted", node.blocks));
+    }
+    Ok(owned)
+}
+
+/// Checks one file's map; takes its blocks off what its inode counts.
+fn file_ends(
+    (ino, extents): &(u64, Vec<Extent>),
+    area: &std::ops::Range<u64>,
+    nodes: &mut Nodes,
+    findings: &mut Findings,
+) {
+    if extents.is_empty() {
+        return;
+    }
+    if let Some(fault) = fault(extents, area) {
+        findings.problem(*ino, fault);
+    }
+    let blocks: u64 = extents.iter().map(|e| e.blocks).sum();
+    match nodes.get_mut(ino) {
+        Some(node) => {
+            if node.kind != FileKind::Regular {
+                findings.problem(*ino, "blocks of what is no regular file");
+            }
+            if node.blocks == blocks {
+                node.blocks = 0;
+            } else {
+                findings.problem(*ino, format!("{} blocks are counted, {blocks} are there", node.blocks));
+                node.blocks = 0;
+            }
+        }
+        None => findings.problem(*ino, "blocks of a missing inode"),
+    }
+}
+
+fn one_owner_each(mut owned: Vec<Owned>, area: &std::ops::Range<u64>, findings: &mut Findings) {
+    owned.sort_by_key(|run| (run.start, run.blocks));
+    let (mut at, mut last) = (area.start, Owner::Metadata);
+    for run in &owned {
+        if run.start > at {
+            findings.problem(0, format!("blocks {at} to {} have no owner", run.start - 1));
+        }
+        if run.start < at {
+            findings.problem(0, format!("block {} belongs to {last} and to {}", run.start, run.owner));
+        }
+        let end = run.start.saturating_add(run.blocks);
+        if end > at {
+            (at, last) = (end, run.owner);
+        }
+    }
+    if at < area.end {
+        findings.problem(0, format!("blocks {at} to {} have no owner", area.end - 1));
+    }
+    if at > area.end {
+        findings.problem(0, format!("{last} reaches beyond the end of the volume"));
+    }
+}

@@ -1,0 +1,221 @@
+//! What the coordinator's thread keeps in memory.
+//!
+//! Everything here can be rebuilt: from the store, and from what clients claim when they attach.
+//! **Invariant:** only the coordinator's thread touches it, one request at a time.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+
+use blockio::BlockDevice;
+use lockmgr::engine::{Action, Event, LockEngine};
+use lockmgr::{ClientId, Epoch, Millis, Mode, NodeId, ResourceId, Term, VolumeId};
+
+use super::mailbox::Asker;
+use super::sessions::Session;
+use super::{CoordinatorTiming, PushTarget};
+use crate::alloc::Allocator;
+use crate::clock::Clock;
+use crate::meta::Globals;
+use crate::proto::{self as pb, Failure, Push, Request, Timestamp, push, reply};
+
+/// See the module.
+pub(super) struct Core {
+    pub(super) volume: VolumeId,
+    pub(super) term: Term,
+    pub(super) lun_bytes: u64,
+    pub(super) device: Arc<dyn BlockDevice>,
+    pub(super) pushes: Arc<dyn PushTarget>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) timing: CoordinatorTiming,
+    pub(super) alloc: Allocator,
+    pub(super) globals: Globals,
+    pub(super) globals_changed: bool,
+    pub(super) engine: LockEngine,
+    pub(super) sessions: BTreeMap<ClientId, Session>,
+    /// How often each file is open, by all clients.
+    pub(super) open_counts: HashMap<u64, u64>,
+    /// Inodes without a name.
+    pub(super) orphans: BTreeSet<u64>,
+    /// Those of them that nobody has open: their blocks are to be freed.
+    pub(super) reclaimable: BTreeSet<u64>,
+    /// What waits in the lock engine.
+    pub(super) tickets: HashMap<u64, Ticket>,
+    /// What waits for others' grants to be lowered.
+    pub(super) parked: BTreeMap<u64, Parked>,
+    /// What the lock engine has granted in this batch.
+    pub(super) ready: VecDeque<Ready>,
+    /// Requests that need what this batch frees.
+    pub(super) later: Vec<Work>,
+    pub(super) grace: Option<Grace>,
+    pub(super) next_id: u64,
+    pub(super) out: Outbox,
+    /// Time of this batch.
+    pub(super) now: Millis,
+    pub(super) wall: Timestamp,
+    pub(super) owner_checked: Millis,
+    /// The metadata store cannot grow: only what frees space is let in.
+    pub(super) tight: bool,
+    pub(super) requests: u64,
+    pub(super) commits: u64,
+    pub(super) recalls: u64,
+}
+
+/// A request on its way.
+pub(super) struct Work {
+    pub(super) client: ClientId,
+    pub(super) request: Box<Request>,
+    pub(super) done: Asker,
+}
+
+/// What stands behind a request to the lock engine.
+pub(super) enum Ticket {
+    /// A client wants a grant.
+    Acquire(Acquire),
+    /// Something parked needs others to lower theirs.
+    Parked(u64),
+}
+
+/// A client's request for a grant.
+pub(super) struct Acquire {
+    pub(super) client: ClientId,
+    pub(super) ino: u64,
+    pub(super) done: Asker,
+}
+
+/// A grant of the lock engine.
+pub(super) enum Ready {
+    Granted { acquire: Acquire, mode: Mode, seq: u64 },
+    Refused { done: Asker, why: String },
+    Parked(u64),
+}
+
+/// Something that waits until nobody else may have a file's state cached. It takes part in the lock engine's queue as a
+/// client of its own, so that it gets its turn.
+pub(super) struct Parked {
+    pub(super) what: Errand,
+    /// Inodes that are quiet now, and how much.
+    pub(super) held: BTreeMap<u64, Mode>,
+}
+
+/// What is parked.
+pub(super) enum Errand {
+    Work(Work),
+    /// Free the blocks of an orphan.
+    Reclaim(u64),
+}
+
+/// The time in which clients of the previous term come back.
+pub(super) struct Grace {
+    pub(super) missing: BTreeSet<ClientId>,
+    pub(super) deadline: Millis,
+    pub(super) reported: bool,
+    pub(super) queue: Vec<Work>,
+}
+
+impl Grace {
+    pub(super) fn new(missing: BTreeSet<ClientId>, deadline: Millis) -> Self {
+        Self { missing, deadline, reported: false, queue: Vec::new() }
+    }
+}
+
+/// What leaves after the commit.
+#[derive(Default)]
+pub(super) struct Outbox {
+    pub(super) replies: Vec<(Asker, reply::Result)>,
+    pub(super) pushes: Vec<(ClientId, Push)>,
+    pub(super) overdue: Vec<(ClientId, u64)>,
+    pub(super) checks: Vec<Asker>,
+}
+
+/// The name under which something parked takes part in the lock engine's queues. No node has number 0.
+pub(super) fn stand_in(id: u64) -> ClientId {
+    ClientId { node: NodeId(0), epoch: Epoch(0), serial: id }
+}
+
+fn is_stand_in(client: ClientId) -> bool {
+    client.node == NodeId(0)
+}
+
+impl Core {
+    pub(super) fn next_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    pub(super) fn answer(&mut self, done: Asker, result: reply::Result) {
+        self.out.replies.push((done, result));
+    }
+
+    pub(super) fn fail(&mut self, done: Asker, failure: Failure) {
+        self.answer(done, reply::Result::Failure(failure));
+    }
+
+    pub(super) fn open_count(&self, ino: u64) -> u64 {
+        self.open_counts.get(&ino).copied().unwrap_or(0)
+    }
+
+    /// Tells the lock engine something, and takes up what follows.
+    pub(super) fn lock_event(&mut self, event: Event) {
+        for action in self.engine.step(self.now, event) {
+            self.take_action(action);
+        }
+    }
+
+    fn take_action(&mut self, action: Action) {
+        match action {
+            Action::Grant { ticket, resource, mode, seq, .. } => self.granted(ticket, resource, mode, seq),
+            Action::Recall { holder, resource, to, seq, .. } => self.recall(holder, resource, to, seq),
+            Action::Overdue { holder, resource } if !is_stand_in(holder) => {
+                self.out.overdue.push((holder, resource.0));
+            }
+            Action::Overdue { .. } => {}
+            Action::Refuse { ticket, reason } => match self.tickets.remove(&ticket) {
+                Some(Ticket::Acquire(acquire)) => {
+                    self.ready.push_back(Ready::Refused { done: acquire.done, why: reason.to_string() });
+                }
+                Some(Ticket::Parked(id)) => self.refuse_parked(id, &reason.to_string()),
+                None => {}
+            },
+            // Claims are made by `attach`, which judges the answer itself.
+            Action::ClaimConflict { .. } => {}
+        }
+    }
+
+    fn granted(&mut self, ticket: u64, resource: ResourceId, mode: Mode, seq: u64) {
+        match self.tickets.remove(&ticket) {
+            Some(Ticket::Acquire(acquire)) => {
+                self.ready.push_back(Ready::Granted { acquire, mode, seq });
+            }
+            Some(Ticket::Parked(id)) => {
+                if let Some(parked) = self.parked.get_mut(&id) {
+                    parked.held.insert(resource.0, mode);
+                    self.ready.push_back(Ready::Parked(id));
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// A stand-in needs no recall: it ends by itself, soon.
+    fn recall(&mut self, holder: ClientId, resource: ResourceId, to: Mode, seq: u64) {
+        if is_stand_in(holder) {
+            return;
+        }
+        self.recalls += 1;
+        let to: pb::GrantMode = to.into();
+        let recall = pb::Recall { ino: resource.0, to: to.into(), seq };
+        let push = Push {
+            volume: bytes::Bytes::copy_from_slice(self.volume.0.as_bytes()),
+            term: self.term.0,
+            what: Some(push::What::Recall(recall)),
+        };
+        self.out.pushes.push((holder, push));
+    }
+
+    fn refuse_parked(&mut self, id: u64, why: &str) {
+        if let Some(Parked { what: Errand::Work(work), .. }) = self.parked.remove(&id) {
+            self.ready.push_back(Ready::Refused { done: work.done, why: why.to_owned() });
+        }
+        // An orphan is taken up again by the next coordinator, or when it is closed next.
+    }
+}

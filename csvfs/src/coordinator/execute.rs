@@ -1,0 +1,56 @@
+//! One request to the function that does it.
+//!
+//! **Invariant:** when this refuses, nothing has changed.
+
+use super::core::{Core, Work};
+use crate::meta::Tables;
+use crate::namespace::Names;
+use crate::proto::request::Op;
+use crate::proto::{FailureKind, reply};
+use crate::refusal::{OpError, refused};
+
+impl Core {
+    pub(super) fn execute(&mut self, tables: &mut Tables<'_>, work: &Work) -> Result<reply::Result, OpError> {
+        let (client, id) = (work.client, work.request.request_id);
+        let Some(op) = &work.request.op else {
+            return Err(refused(FailureKind::Unsupported, "this coordinator does not know the request"));
+        };
+        match op {
+            Op::Lookup(op) => Self::lookup(tables, op),
+            Op::GetAttr(op) => Self::get_attr(tables, op.ino),
+            Op::ReadLink(op) => Self::read_link(tables, op.ino),
+            Op::ReadDir(op) => Self::read_dir(tables, op),
+            Op::SetAttr(op) => self.set_attr(tables, op),
+            Op::Create(op) => self.create(tables, client, id, op),
+            Op::Link(op) => self.link(tables, op),
+            Op::Unlink(op) => self.unlink(tables, op),
+            Op::Rename(op) => self.rename(tables, op),
+            Op::Open(op) => self.open(tables, client, id, op.ino),
+            Op::Close(op) => Ok(self.close(client, id, op.ino)),
+            Op::ReleaseGrant(op) => self.release_grant(tables, client, id, op),
+            Op::GetMap(op) => Self::get_map(tables, op),
+            Op::Allocate(op) => self.allocate(tables, client, op),
+            Op::Commit(op) => self.commit(tables, client, op),
+            Op::StatFs(_) => Ok(self.stat_fs()),
+            Op::ListGrants(op) => Ok(self.list_grants(op.ino)),
+            Op::Detach(_) => Ok(self.detach(tables, client)?),
+            Op::Attach(_) | Op::Acquire(_) | Op::Check(_) => {
+                Err(refused(FailureKind::Unsupported, "these requests take another way"))
+            }
+        }
+    }
+
+    /// What adds to the metadata is refused while the store cannot grow.
+    pub(super) fn room_for_metadata(&self) -> Result<(), OpError> {
+        if self.tight {
+            Err(crate::refusal::errno(libc::ENOSPC, "the volume is full: no space for metadata"))
+        } else {
+            Ok(())
+        }
+    }
+
+    pub(super) fn names<'a, 't>(&'a mut self, tables: &'a mut Tables<'t>) -> Names<'a, 't> {
+        self.globals_changed = true;
+        Names { tables, globals: &mut self.globals, now: self.wall }
+    }
+}

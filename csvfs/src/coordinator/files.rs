@@ -1,0 +1,152 @@
+//! Open files, and files that lost their last name.
+//!
+//! ```text
+//!   unlink: nlink 0 --> orphan --last close of any client--> reclaimable --all blocks freed--> gone
+//! ```
+//! Opens are kept in memory: clients say them again when they attach. Orphans are in the store, so that a crash between
+//! the two loses no space. **Invariant:** an orphan's blocks are freed only when nobody has it open or holds a grant on
+//! it, and are reusable only after the transaction that freed them (C7).
+
+use lockmgr::{ClientId, Mode, ResourceId};
+
+use super::core::{Core, Errand, stand_in};
+use crate::extents::Run;
+use crate::extents::without;
+use crate::meta::{StoreError, Tables};
+use crate::namespace::existing;
+use crate::proto::{Done, reply};
+use crate::refusal::OpError;
+
+/// Most extents that are freed in one transaction.
+const RECLAIM_EXTENTS: usize = 2048;
+
+impl Core {
+    pub(super) fn open(
+        &mut self,
+        tables: &Tables<'_>,
+        client: ClientId,
+        request_id: u64,
+        ino: u64,
+    ) -> Result<reply::Result, OpError> {
+        let inode = existing(tables, ino)?;
+        self.count_open(client, ino, request_id);
+        Ok(reply::Result::Attr(inode.attr(ino)))
+    }
+
+    /// Counts an open once, however often its request comes.
+    pub(super) fn count_open(&mut self, client: ClientId, ino: u64, request_id: u64) {
+        let Some(session) = self.sessions.get_mut(&client) else { return };
+        if session.counted.insert(request_id) {
+            *session.opens.entry(ino).or_insert(0) += 1;
+            *self.open_counts.entry(ino).or_insert(0) += 1;
+            self.reclaimable.remove(&ino);
+        }
+    }
+
+    /// Closing what is not open is done already.
+    pub(super) fn close(&mut self, client: ClientId, request_id: u64, ino: u64) -> reply::Result {
+        if let Some(session) = self.sessions.get_mut(&client)
+            && session.counted.insert(request_id)
+            && let Some(count) = session.opens.get_mut(&ino)
+        {
+            *count -= 1;
+            if *count == 0 {
+                session.opens.remove(&ino);
+            }
+            self.closed(ino, 1);
+        }
+        reply::Result::Done(Done {})
+    }
+
+    fn closed(&mut self, ino: u64, times: u64) {
+        if let Some(count) = self.open_counts.get_mut(&ino) {
+            *count = count.saturating_sub(times);
+            if *count == 0 {
+                self.open_counts.remove(&ino);
+            }
+        }
+        if self.orphans.contains(&ino) && self.open_count(ino) == 0 && self.grace.is_none() {
+            self.reclaimable.insert(ino);
+        }
+    }
+
+    /// Drops all opens of a client.
+    pub(super) fn forget_opens(&mut self, client: ClientId) {
+        let opens = self.sessions.get_mut(&client).map(|s| std::mem::take(&mut s.opens)).unwrap_or_default();
+        for (ino, count) in opens {
+            self.closed(ino, u64::from(count));
+        }
+    }
+
+    /// An inode has lost its last name.
+    pub(super) fn orphaned(&mut self, ino: Option<u64>) {
+        let Some(ino) = ino else { return };
+        self.orphans.insert(ino);
+        if self.open_count(ino) == 0 {
+            self.reclaimable.insert(ino);
+        }
+    }
+
+    /// Frees blocks of orphans, a bounded number in one transaction.
+    pub(super) fn reclaim_some(&mut self, tables: &mut Tables<'_>) -> Result<(), StoreError> {
+        let mut budget = RECLAIM_EXTENTS;
+        while budget > 0 {
+            let Some(&ino) = self.reclaimable.first() else { return Ok(()) };
+            if self.open_count(ino) > 0 {
+                self.reclaimable.remove(&ino);
+            } else if self.is_quiet(ino) {
+                budget = self.reclaim(tables, ino, budget)?;
+            } else {
+                // Somebody may still have I/O in flight on these blocks: wait until the grant is lowered.
+                self.reclaimable.remove(&ino);
+                let id = self.park(Errand::Reclaim(ino));
+                self.wait_for(id, (ino, Mode::Exclusive));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_quiet(&self, ino: u64) -> bool {
+        let own = self.reclaimer(ino).map(stand_in);
+        self.engine.holders(ResourceId(ino)).iter().all(|h| Some(h.client) == own)
+    }
+
+    fn reclaimer(&self, ino: u64) -> Option<u64> {
+        self.parked
+            .iter()
+            .find(|(_, p)| matches!(p.what, Errand::Reclaim(of) if of == ino))
+            .map(|(id, _)| *id)
+    }
+
+    /// Frees up to `budget` extents of one orphan; gives what is left of the budget.
+    fn reclaim(&mut self, tables: &mut Tables<'_>, ino: u64, budget: usize) -> Result<usize, StoreError> {
+        let extents = tables.extents(ino, 0, u64::MAX, budget)?;
+        let (kept, freed) = without(&extents, &(0..u64::MAX), |_| true);
+        tables.replace_extents(ino, &extents, &kept)?;
+        self.free_runs(&freed);
+        if extents.len() == budget {
+            let blocks: u64 = freed.iter().map(|run| run.blocks).sum();
+            if let Some(mut inode) = tables.inode(ino)? {
+                inode.blocks = inode.blocks.saturating_sub(blocks);
+                tables.put_inode(ino, &inode)?;
+            }
+            return Ok(0);
+        }
+        tables.remove_inode(ino)?;
+        tables.remove_orphan(ino)?;
+        self.globals.inodes = self.globals.inodes.saturating_sub(1);
+        self.globals_changed = true;
+        self.orphans.remove(&ino);
+        self.reclaimable.remove(&ino);
+        if let Some(id) = self.reclaimer(ino) {
+            self.release(id);
+        }
+        Ok(budget - extents.len() - 1)
+    }
+
+    pub(super) fn free_runs(&mut self, runs: &[Run]) {
+        for run in runs {
+            self.alloc.free(*run);
+        }
+    }
+}

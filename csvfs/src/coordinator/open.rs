@@ -1,0 +1,141 @@
+//! Taking over a volume.
+//!
+//! ```text
+//!   superblock -> owner block: is our term higher? -> write it, flush -> open the store -> load what is kept in memory
+//! ```
+//! **Invariant:** the term is on the LUN before the store is opened for writing (D5).
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+
+use blockio::BlockDevice;
+use lockmgr::ClientId;
+use lockmgr::engine::LockEngine;
+
+use super::batch::Server;
+use super::core::{Core, Grace, Outbox};
+use super::mailbox::Mailbox;
+use super::sessions::Session;
+use super::{OpenError, OpenParams};
+use crate::alloc::Allocator;
+use crate::extents::Run;
+use crate::format::layout::BLOCK_BYTES;
+use crate::format::meta_slot::Chunk;
+use crate::format::owner::OwnerBlock;
+use crate::format::superblock::Superblock;
+use crate::meta::{Store, StoreError, Tables};
+use crate::volume::{read_owner, write_owner};
+
+/// Part of the data area that files do not get: room for the metadata store to grow when the volume is full.
+const HELD_BACK_PART: u64 = 128;
+const HELD_BACK_BLOCKS_MIN: u64 = 512;
+
+pub(super) fn open(params: OpenParams) -> Result<Server, OpenError> {
+    let block = Superblock::read(params.device.as_ref())?;
+    if block.volume != params.volume {
+        return Err(OpenError::WrongVolume { found: block.volume, expected: params.volume });
+    }
+    take_ownership(&params)?;
+    block.repair(params.device.as_ref())?;
+    let store = Store::open(params.device.clone(), block.volume, block.lun_bytes)?;
+    let revoker = store.revoker();
+    let core = load(params, &block, &store)?;
+    Ok(Server::new(store, core, Mailbox::new(revoker)))
+}
+
+fn take_ownership(params: &OpenParams) -> Result<(), OpenError> {
+    let last = read_owner(params.device.as_ref(), params.volume)?;
+    let ours = OwnerBlock {
+        volume: params.volume,
+        node: Some(params.node),
+        epoch: params.epoch,
+        term: params.term,
+        generation: 0,
+    };
+    let again = OwnerBlock { generation: 0, ..last } == ours;
+    if last.term > params.term || (last.term == params.term && !again) {
+        return Err(OpenError::Superseded { term: params.term, found: last.term, node: last.node });
+    }
+    if !again {
+        write_owner(params.device.as_ref(), &last, ours)?;
+    }
+    Ok(())
+}
+
+fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, OpenError> {
+    let transaction = store.begin()?;
+    let tables = transaction.tables()?;
+    finish_growth(&tables, store)?;
+    let mut alloc = Allocator::new(tables.free()?)
+        .map_err(|error| StoreError::Damaged { what: format!("the table of free space: {error}") })?;
+    let area_blocks = block.lun_bytes / BLOCK_BYTES;
+    alloc.hold_back((area_blocks / HELD_BACK_PART).max(HELD_BACK_BLOCKS_MIN));
+    let sessions = load_sessions(&tables)?;
+    let now = params.clock.now();
+    let missing: BTreeSet<ClientId> = sessions.keys().copied().collect();
+    let grace = (!missing.is_empty()).then(|| Grace::new(missing, now.plus(params.timing.grace_ms)));
+    let orphans: BTreeSet<u64> = tables.orphans()?.into_iter().collect();
+    let reclaimable = if grace.is_none() { orphans.clone() } else { BTreeSet::new() };
+    let core = Core {
+        volume: params.volume,
+        term: params.term,
+        lun_bytes: block.lun_bytes,
+        device: params.device,
+        pushes: params.pushes,
+        clock: params.clock.clone(),
+        timing: params.timing,
+        alloc,
+        globals: tables.globals()?,
+        globals_changed: false,
+        engine: LockEngine::new(params.timing.locks),
+        sessions,
+        open_counts: HashMap::new(),
+        orphans,
+        reclaimable,
+        tickets: HashMap::new(),
+        parked: BTreeMap::new(),
+        ready: VecDeque::new(),
+        later: Vec::new(),
+        grace,
+        next_id: 0,
+        out: Outbox::default(),
+        now,
+        wall: params.clock.wall(),
+        owner_checked: now,
+        tight: false,
+        requests: 0,
+        commits: 0,
+        recalls: 0,
+    };
+    drop(tables);
+    transaction.abort()?;
+    Ok(core)
+}
+
+/// A crash may have come between the commit that took chunks and the slot that lists them.
+fn finish_growth(tables: &Tables<'_>, store: &Store) -> Result<(), StoreError> {
+    let listed: BTreeSet<u64> = store.chunks().iter().map(|c| c.offset / BLOCK_BYTES).collect();
+    let owned = tables.chunks()?;
+    let missing: Vec<Chunk> = owned
+        .iter()
+        .filter(|(start, _)| !listed.contains(start))
+        .map(|(start, blocks)| chunk(Run { start: *start, blocks: *blocks }))
+        .collect();
+    if missing.is_empty() { Ok(()) } else { store.add_chunks(&missing) }
+}
+
+pub(super) fn chunk(run: Run) -> Chunk {
+    Chunk { offset: run.start * BLOCK_BYTES, bytes: run.blocks * BLOCK_BYTES }
+}
+
+fn load_sessions(tables: &Tables<'_>) -> Result<BTreeMap<ClientId, Session>, StoreError> {
+    let load = |(id, record): (ClientId, crate::meta::ClientRecord)| {
+        let stored = tables.reply_ids(id, u64::MAX)?.into_iter().collect();
+        Ok((id, Session { name: record.name, stored, ..Session::default() }))
+    };
+    tables.clients()?.into_iter().map(load).collect()
+}
+
+/// Whether the owner block still names us. Another coordinator's term may only be higher.
+pub(super) fn still_owner(device: &dyn BlockDevice, core: &Core) -> Result<bool, OpenError> {
+    Ok(read_owner(device, core.volume)?.term <= core.term)
+}

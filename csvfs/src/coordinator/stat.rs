@@ -1,0 +1,49 @@
+//! Numbers of the volume, and its check while it is in use.
+//!
+//! **Invariant:** a check reads one committed moment of the store; it holds nobody up.
+
+use super::core::Core;
+use super::mailbox::Asker;
+use crate::check;
+use crate::format::layout::BLOCK_BYTES;
+use crate::meta::Store;
+use crate::proto::{FailureKind, VolumeStat, reply};
+use crate::refusal::failure;
+
+impl Core {
+    pub(super) fn stat_fs(&self) -> reply::Result {
+        reply::Result::VolumeStat(VolumeStat {
+            block_bytes: BLOCK_BYTES,
+            blocks: self.lun_bytes / BLOCK_BYTES,
+            blocks_free: self.alloc.available() + self.alloc.pending(),
+            inodes: self.globals.inodes,
+        })
+    }
+
+    /// Checks the volume as of now, on a thread of its own.
+    pub(super) fn start_check(&self, store: &Store, done: Asker) {
+        let snapshot = match store.snapshot() {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                let refusal = failure(FailureKind::Stopped, error.to_string());
+                return done.answer(reply::Result::Failure(refusal));
+            }
+        };
+        let (device, volume, lun_bytes) = (self.device.clone(), self.volume, self.lun_bytes);
+        let chunks = store.chunks();
+        let job = move || {
+            let report = check::check_tables(&snapshot, lun_bytes, &chunks)
+                .map(|report| check::with_fixed_areas(report, device.as_ref(), volume));
+            drop(snapshot);
+            done.answer(match report {
+                Ok(report) => reply::Result::CheckReport(report),
+                Err(error) => reply::Result::Failure(failure(FailureKind::Stopped, error.to_string())),
+            });
+        };
+        let spawned = std::thread::Builder::new().name("csvfs-check".into()).spawn(job);
+        if let Err(error) = spawned {
+            // The job is gone, and its asker was told so.
+            tracing::warn!(%error, "no thread for a check");
+        }
+    }
+}
