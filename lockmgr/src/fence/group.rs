@@ -173,10 +173,11 @@ impl FromStr for ProcessGroup {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut words = text.split_ascii_whitespace();
-        let group =
-            words.next().ok_or("it is empty")?.parse().map_err(|_| "it does not begin with a number")?;
-        // 0 would mean our own group, 1 everybody.
-        let group = Pid::from_raw(group).filter(|_| group > 1).ok_or("it names no process group")?;
+        let first = words.next().ok_or("it is empty")?;
+        let group: i32 = first.parse().map_err(|_| "it does not begin with a number")?;
+        // To `kill`, 0 would mean our own group, and 1 everybody.
+        let group = Some(group).filter(|group| *group > 1).and_then(Pid::from_raw);
+        let group = group.ok_or("it names no process group")?;
         let leader_start =
             words.next().map(str::parse).transpose().map_err(|_| "its start time is no number")?;
         let boot = words.next().map(str::to_owned);

@@ -135,9 +135,17 @@ mod tests {
     }
 
     #[test]
-    fn a_stopped_node_and_one_whose_daemon_is_gone_are_ended_too() {
-        let mut node = node_of_two("sleep 1000 & echo $!; kill -STOP $!; exit 0");
-        node.shell.wait().expect("the leader has ended, its stopped child has not");
+    fn a_stopped_node_is_ended_too() {
+        let node = node_of_two("sleep 1000 & echo $!; kill -STOP $! $$; wait");
+        let (_dir, path) = pid_file(&node.leader.as_raw_nonzero().to_string());
+        fence_with(&path).fence(NODE, Epoch(3)).expect("killed");
+        assert!(ended(node.leader) && ended(node.other));
+    }
+
+    #[test]
+    fn a_vm_that_has_outlived_its_daemon_is_ended_too() {
+        let mut node = node_of_two("trap '' HUP; sleep 1000 & echo $!; exit 0");
+        node.shell.wait().expect("the leader has ended, its child has not");
         let (_dir, path) = pid_file(&node.leader.as_raw_nonzero().to_string());
         assert!(!ended(node.other));
         fence_with(&path).fence(NODE, Epoch(3)).expect("killed");
