@@ -21,7 +21,7 @@ pub(crate) struct RunnerDisk {
 
 enum State {
     Closed,
-    Standby(Standby),
+    Standby(Box<Standby>),
     Writable(Arc<vhdx::Disk>),
     ReadOnly,
 }
@@ -55,7 +55,7 @@ impl RunnerDisk {
     /// Looks at the disk while another node may still write it: early failures, warm caches, no change.
     pub(crate) fn stand_by(&mut self, volumes: &Volumes) -> Result<(), Failure> {
         let standby = self.builder(volumes)?.inactive().map_err(|error| self.refused(&error))?;
-        self.state = State::Standby(standby);
+        self.state = State::Standby(Box::new(standby));
         Ok(())
     }
 

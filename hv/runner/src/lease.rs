@@ -41,7 +41,7 @@ pub(crate) fn watch(
                         return over(why);
                     }
                     Permission::Granted => {
-                        gates.iter().filter(|gate| gate.held() > 0).for_each(|gate| gate.reconsider())
+                        gates.iter().filter(|gate| gate.held() > 0).for_each(|gate| gate.reconsider());
                     }
                     Permission::Wait => {}
                 }
