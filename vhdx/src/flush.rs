@@ -238,7 +238,6 @@ impl Session {
     }
 
     fn close_session(&mut self) -> Result<Closed, VhdxError> {
-        grow::stop(&self.core);
         if self.log.is_some() {
             self.flush()?;
             self.write_in_place()?;

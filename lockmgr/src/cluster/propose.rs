@@ -84,7 +84,7 @@ impl Proposer {
             let leader = {
                 let led = metrics.wait_for(|m| m.current_leader.is_some() || m.running_state.is_err());
                 let seen = led.await.map_err(|_| stopped("raft ended"))?;
-                seen.running_state.as_ref().map_err(stopped)?;
+                seen.running_state.as_ref().map_err(|error| stopped(error))?;
                 seen.current_leader.and_then(node_id)
             };
             let before = *maybe_logged;
