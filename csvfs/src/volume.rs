@@ -113,16 +113,7 @@ impl Volume {
     /// [`VolumeError::Occupied`] names what is there already; [`VolumeError::TooSmall`] and the rest as they say. Nothing is
     /// written before all of it was checked.
     pub fn create(device: Arc<dyn BlockDevice>, params: CreateParams) -> Result<Superblock, VolumeError> {
-        let lun_bytes = usable_bytes(device.as_ref());
-        check_name(&params.name)?;
-        if lun_bytes < layout::LUN_BYTES_MIN {
-            let size_bytes = device.geometry().size_bytes;
-            return Err(VolumeError::TooSmall { size_bytes, min_bytes: layout::LUN_BYTES_MIN });
-        }
-        let found = probe(device.as_ref()).map_err(reading)?;
-        if let (Some(found), false) = (found, params.force) {
-            return Err(VolumeError::Occupied { found: Box::new(found) });
-        }
+        let lun_bytes = Self::check_create(device.as_ref(), &params)?;
         let block = Superblock {
             volume: VolumeId(Uuid::new_v4()),
             cluster: params.cluster,
@@ -136,6 +127,24 @@ impl Volume {
         };
         format_lun(&device, &block)?;
         Ok(block)
+    }
+
+    /// Makes all checks of [`Volume::create`] and writes nothing. Gives the bytes that the volume would use.
+    ///
+    /// # Errors
+    /// As [`Volume::create`].
+    pub fn check_create(device: &dyn BlockDevice, params: &CreateParams) -> Result<u64, VolumeError> {
+        let lun_bytes = usable_bytes(device);
+        check_name(&params.name)?;
+        if lun_bytes < layout::LUN_BYTES_MIN {
+            let size_bytes = device.geometry().size_bytes;
+            return Err(VolumeError::TooSmall { size_bytes, min_bytes: layout::LUN_BYTES_MIN });
+        }
+        let found = probe(device).map_err(reading)?;
+        match found {
+            Some(found) if !params.force => Err(VolumeError::Occupied { found: Box::new(found) }),
+            _ => Ok(lun_bytes),
+        }
     }
 }
 

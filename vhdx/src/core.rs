@@ -91,6 +91,38 @@ impl Busy {
     }
 }
 
+/// A request in flight.
+pub(crate) struct Ticket(Arc<Core>);
+
+impl Ticket {
+    fn new(core: &Arc<Core>) -> Self {
+        core.in_flight.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(core))
+    }
+
+    /// The disk.
+    pub(crate) fn core(&self) -> &Arc<Core> {
+        &self.0
+    }
+}
+
+impl Clone for Ticket {
+    fn clone(&self) -> Self {
+        Self::new(&self.0)
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let core = &self.0;
+        if core.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 && core.closed.load(Ordering::SeqCst) {
+            // Under the lock, so that a drain between its check and its wait is not missed.
+            let _guard = lock(&core.drained.0);
+            core.drained.1.notify_all();
+        }
+    }
+}
+
 /// State of an open disk.
 pub(crate) struct Core {
     pub(crate) file: Arc<dyn ImageFile>,
@@ -143,7 +175,7 @@ impl Core {
     }
 
     /// Whether requests may go on.
-    pub(crate) fn check_usable(&self) -> Result<(), IoError> {
+    fn check_usable(&self) -> Result<(), IoError> {
         if let Some(cause) = self.poison.get() {
             return Err(IoError::Poisoned { cause: cause.clone() });
         }
@@ -172,18 +204,11 @@ impl Core {
         }
     }
 
-    /// A request begins.
-    pub(crate) fn begin_io(&self) {
-        self.in_flight.fetch_add(1, Ordering::SeqCst);
-    }
-
-    /// A request ended.
-    pub(crate) fn end_io(&self) {
-        if self.in_flight.fetch_sub(1, Ordering::SeqCst) == 1 && self.closed.load(Ordering::SeqCst) {
-            // Under the lock, so that a drain between its check and its wait is not missed.
-            let _guard = lock(&self.drained.0);
-            self.drained.1.notify_all();
-        }
+    /// Lets a request in. Counted before the check, so that a drain either refuses it or waits for it.
+    pub(crate) fn admit(self: &Arc<Self>) -> Result<Ticket, IoError> {
+        let ticket = Ticket::new(self);
+        self.check_usable()?;
+        Ok(ticket)
     }
 
     /// The pages that the next log entries must carry, as they are now.

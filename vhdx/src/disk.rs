@@ -13,7 +13,7 @@ use std::thread::{Builder as ThreadBuilder, JoinHandle};
 use blockio::{BlockDevice, Completion, Geometry, IoBuf, IoError, IoOp, IoRequest};
 
 use crate::bat::Entry;
-use crate::core::{Core, lock};
+use crate::core::{Core, Ticket, lock};
 use crate::error::VhdxError;
 use crate::flush::{Closed, FlushJob, Session};
 use crate::format::{MIB, bytes, index};
@@ -28,7 +28,7 @@ use crate::space::{Space, gaps};
 /// A disk image opened for writing, by its only writer.
 ///
 /// Dropping it without [`Disk::close`] leaves the file as a crash would: everything flushed is there, and the next opener
-/// replays the log.
+/// replays the log. Dropping waits for requests in flight, so it must not happen in one of their completions.
 pub struct Disk {
     core: Arc<Core>,
     threads: Vec<JoinHandle<()>>,
@@ -62,9 +62,8 @@ impl Disk {
     /// # Errors
     /// When the range does not fit the disk, or the disk was closed or stopped.
     pub fn resolve_read(&self, offset: u64, len: u64) -> Result<ReadGuard, IoError> {
-        self.core.check_usable()?;
         check_range(self, "read", offset, len)?;
-        Ok(resolve_read(&self.core, offset, len))
+        Ok(resolve_read(self.core.admit()?, offset, len))
     }
 
     /// Where the bytes of a range of the disk go. New blocks get their place; waits for the file to grow if need be.
@@ -101,11 +100,10 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
+        self.core.drain();
         self.core.growth.push(GrowthJob::Stop);
         self.core.flushes.push(FlushJob::Stop);
-        let me = std::thread::current().id();
-        // The last handle may die in a completion that runs on one of these threads.
-        for thread in self.threads.drain(..).filter(|thread| thread.thread().id() != me) {
+        for thread in self.threads.drain(..) {
             drop(thread.join());
         }
     }
@@ -164,20 +162,22 @@ impl BlockDevice for Disk {
     }
 
     fn submit(&self, request: IoRequest) {
-        let checked = self.core.check_usable().and_then(|()| check_request(self, &request.op));
-        if let Err(error) = checked {
-            return (request.done)(Err(error));
-        }
+        let admitted = check_request(self, &request.op).and_then(|()| self.core.admit());
+        let ticket = match admitted {
+            Ok(ticket) => ticket,
+            Err(error) => return (request.done)(Err(error)),
+        };
         match request.op {
-            IoOp::Read { offset, buf } => read(&self.core, offset, &buf, request.done),
+            IoOp::Read { offset, buf } => read(ticket, offset, &buf, request.done),
             IoOp::Flush => self.core.flushes.push(FlushJob::Flush(request.done)),
-            _ => submit_modifying(&self.core, request),
+            _ => submit_modifying(ticket, request),
         }
     }
 }
 
-fn read(core: &Arc<Core>, offset: u64, buf: &IoBuf, done: Completion) {
-    let guard = resolve_read(core, offset, bytes(buf.len()));
+fn read(ticket: Ticket, offset: u64, buf: &IoBuf, done: Completion) {
+    let file = Arc::clone(&ticket.core().file);
+    let guard = resolve_read(ticket, offset, bytes(buf.len()));
     let (mut ops, mut at) = (Vec::new(), 0);
     for segment in guard.segments() {
         let part = buf.slice(at..at + index(segment.len()));
@@ -191,26 +191,32 @@ fn read(core: &Arc<Core>, offset: u64, buf: &IoBuf, done: Completion) {
         guard.complete();
         done(outcome);
     };
-    submit_all(&*core.file, ops, Box::new(finish));
+    submit_all(&*file, ops, Box::new(finish));
 }
 
 /// Does a request that changes the disk, or hands it to the growth thread.
-pub(crate) fn submit_modifying(core: &Arc<Core>, request: IoRequest) {
+pub(crate) fn submit_modifying(ticket: Ticket, request: IoRequest) {
     let IoRequest { op, done } = request;
     match op {
-        IoOp::Write { offset, buf, fua } => write(core, offset, buf, fua, done),
-        IoOp::Discard { offset, len } => discard(core, offset, len, done),
-        IoOp::WriteZeroes { offset, len, may_unmap } => write_zeroes(core, offset, len, may_unmap, done),
+        IoOp::Write { offset, buf, fua } => write(ticket, offset, buf, fua, done),
+        IoOp::Discard { offset, len } => discard(ticket, offset, len, done),
+        IoOp::WriteZeroes { offset, len, may_unmap } => write_zeroes(ticket, offset, len, may_unmap, done),
         IoOp::Read { .. } | IoOp::Flush => unreachable!("only requests that change the disk come here"),
     }
 }
 
-fn write(core: &Arc<Core>, offset: u64, buf: IoBuf, fua: bool, done: Completion) {
-    let guard = match try_resolve_write(core, offset, bytes(buf.len())) {
+/// Leaves a request to the growth thread.
+fn defer(ticket: Ticket, blocks: u64, op: IoOp, done: Completion) {
+    let core = Arc::clone(ticket.core());
+    core.growth.push(GrowthJob::Deferred { request: IoRequest { op, done }, blocks, ticket });
+}
+
+fn write(ticket: Ticket, offset: u64, buf: IoBuf, fua: bool, done: Completion) {
+    let core = Arc::clone(ticket.core());
+    let guard = match try_resolve_write(ticket, offset, bytes(buf.len())) {
         Resolved::Ready(guard) => guard,
-        Resolved::Wait { blocks } => {
-            let request = IoRequest { op: IoOp::Write { offset, buf, fua }, done };
-            return core.growth.push(GrowthJob::Deferred { request, blocks });
+        Resolved::Wait { blocks, ticket } => {
+            return defer(ticket, blocks, IoOp::Write { offset, buf, fua }, done);
         }
     };
     let direct_fua = fua && guard.mapping_is_durable();
@@ -220,26 +226,33 @@ fn write(core: &Arc<Core>, offset: u64, buf: IoBuf, fua: bool, done: Completion)
         at += part.len();
         ops.push(IoOp::Write { offset: *file_offset, buf: part, fua: direct_fua });
     }
-    submit_all(&*core.file, ops, finish_write(core, guard, fua && !direct_fua, done));
+    submit_all(&*core.file, ops, finish_write(guard, fua && !direct_fua, done));
 }
 
 /// What happens when the file has the bytes: publish, then flush if the request asks for it, then tell.
-fn finish_write(core: &Arc<Core>, guard: WriteGuard, flush: bool, done: Completion) -> Completion {
-    let core = Arc::clone(core);
+fn finish_write(guard: WriteGuard, flush: bool, done: Completion) -> Completion {
+    let ticket = guard.ticket();
     Box::new(move |outcome| {
         match &outcome {
             Ok(()) => guard.complete(),
             Err(_) => drop(guard),
         }
-        match outcome {
-            Ok(()) if flush => core.flushes.push(FlushJob::Flush(done)),
-            outcome => done(outcome),
+        if flush && outcome.is_ok() {
+            let core = Arc::clone(ticket.core());
+            // The request is in flight until its flush is done.
+            let done = Box::new(move |outcome| {
+                done(outcome);
+                drop(ticket);
+            });
+            return core.flushes.push(FlushJob::Flush(done));
         }
+        done(outcome);
     })
 }
 
 /// Gives whole blocks up. Parts of blocks stay: a discard is a hint.
-fn discard(core: &Arc<Core>, offset: u64, len: u64, done: Completion) {
+fn discard(ticket: Ticket, offset: u64, len: u64, done: Completion) {
+    let core = Arc::clone(ticket.core());
     let shape = core.bat.shape;
     let whole: Vec<BlockPart> = shape.parts(offset, len).filter(|part| shape.covers(part)).collect();
     let nothing =
@@ -248,11 +261,10 @@ fn discard(core: &Arc<Core>, offset: u64, len: u64, done: Completion) {
         return done(Ok(()));
     }
     if !core.session.load(Ordering::SeqCst) {
-        let request = IoRequest { op: IoOp::Discard { offset, len }, done };
-        return core.growth.push(GrowthJob::Deferred { request, blocks: 0 });
+        return defer(ticket, 0, IoOp::Discard { offset, len }, done);
     }
     for part in whole {
-        drop_block(core, part.block, Entry::UNMAPPED);
+        drop_block(&core, part.block, Entry::UNMAPPED);
     }
     done(Ok(()));
 }
@@ -269,26 +281,26 @@ fn drop_block(core: &Core, block: u64, becomes: Entry) -> bool {
 }
 
 /// Whole blocks give their place up, parts of blocks are zeroed in the file, blocks without a place read as zeros already.
-fn write_zeroes(core: &Arc<Core>, offset: u64, len: u64, may_unmap: bool, done: Completion) {
+fn write_zeroes(ticket: Ticket, offset: u64, len: u64, may_unmap: bool, done: Completion) {
+    let core = Arc::clone(ticket.core());
     let shape = core.bat.shape;
     let reads_zero = |entry: Entry| entry.data_offset().is_none() && !entry.in_transition();
     if shape.parts(offset, len).all(|part| reads_zero(core.bat.get(part.block))) {
         return done(Ok(()));
     }
     if !core.session.load(Ordering::SeqCst) {
-        let request = IoRequest { op: IoOp::WriteZeroes { offset, len, may_unmap }, done };
-        return core.growth.push(GrowthJob::Deferred { request, blocks: 0 });
+        return defer(ticket, 0, IoOp::WriteZeroes { offset, len, may_unmap }, done);
     }
     let (mut ops, mut guards) = (Vec::new(), Vec::new());
     for part in shape.parts(offset, len) {
         let unmap = may_unmap && !core.params.fixed && shape.covers(&part);
         let entry = core.bat.get(part.block);
-        if reads_zero(entry) || (unmap && drop_block(core, part.block, Entry::ZERO)) {
+        if reads_zero(entry) || (unmap && drop_block(&core, part.block, Entry::ZERO)) {
             continue;
         }
         let start = part.block * shape.block_bytes + part.within;
         // The block has its place or is about to: no space is needed, unless it was given up in between.
-        let Resolved::Ready(guard) = try_resolve_write(core, start, part.len) else { continue };
+        let Resolved::Ready(guard) = try_resolve_write(ticket.clone(), start, part.len) else { continue };
         let segments = guard.segments().iter();
         ops.extend(segments.map(|WriteSegment::Data { file_offset, len }| IoOp::WriteZeroes {
             offset: *file_offset,

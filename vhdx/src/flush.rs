@@ -238,6 +238,7 @@ impl Session {
     }
 
     fn close_session(&mut self) -> Result<Closed, VhdxError> {
+        grow::stop(&self.core);
         if self.log.is_some() {
             self.flush()?;
             self.write_in_place()?;

@@ -10,7 +10,7 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use blockio::{IoError, IoOp, IoRequest};
 
-use crate::core::{Core, lock};
+use crate::core::{Core, Ticket, lock};
 use crate::disk::submit_modifying;
 use crate::error::{VhdxError, doing};
 use crate::flush::FlushJob;
@@ -30,6 +30,8 @@ pub(crate) enum GrowthJob {
         request: IoRequest,
         /// Blocks that it lacked.
         blocks: u64,
+        /// What admitted it.
+        ticket: Ticket,
     },
     /// Begin the session and find space for so many blocks, then tell.
     Reserve {
@@ -49,9 +51,9 @@ pub(crate) fn run(core: &Arc<Core>) {
     loop {
         for job in core.growth.take_all() {
             match job {
-                GrowthJob::Deferred { request, blocks } => match reserve(core, blocks) {
+                GrowthJob::Deferred { request, blocks, ticket } => match reserve(core, blocks) {
                     // It comes back if others took the space meanwhile.
-                    Ok(()) => submit_modifying(core, request),
+                    Ok(()) => submit_modifying(ticket, request),
                     Err(error) => (request.done)(Err(error)),
                 },
                 GrowthJob::Reserve { blocks, tell } => drop(tell.send(reserve(core, blocks))),
@@ -64,7 +66,9 @@ pub(crate) fn run(core: &Arc<Core>) {
 }
 
 fn reserve(core: &Arc<Core>, blocks: u64) -> Result<(), IoError> {
-    core.check_usable()?;
+    if let Some(error) = core.poisoned() {
+        return Err(error.into_io());
+    }
     if !core.session.load(Ordering::SeqCst) {
         let (tell, told) = sync_channel(1);
         core.flushes.push(FlushJob::Begin(tell));
@@ -77,7 +81,8 @@ fn reserve(core: &Arc<Core>, blocks: u64) -> Result<(), IoError> {
 }
 
 fn grow_ahead(core: &Arc<Core>) -> Result<(), IoError> {
-    if lock(&core.space).runs_low() { grow(core, core.bat.shape.block_bytes) } else { Ok(()) }
+    let runs_out = lock(&core.space).runs_out();
+    if runs_out { grow(core, core.bat.shape.block_bytes) } else { Ok(()) }
 }
 
 /// Adds at least `needed` bytes of fresh space, more if there is room for it.
@@ -86,7 +91,10 @@ fn grow(core: &Arc<Core>, needed: u64) -> Result<(), IoError> {
     while space.growing {
         space = core.space_changed.wait(space).unwrap_or_else(std::sync::PoisonError::into_inner);
     }
-    if space.fresh_blocks() * core.bat.shape.block_bytes >= needed && !space.runs_low() {
+    if space.stopped {
+        return Err(IoError::Closed);
+    }
+    if space.fresh_blocks() * core.bat.shape.block_bytes >= needed && !space.runs_out() {
         return Ok(());
     }
     space.growing = true;
@@ -117,8 +125,7 @@ fn grow(core: &Arc<Core>, needed: u64) -> Result<(), IoError> {
 
 /// How much to grow by: steps double, and never exceed what the disk still lacks.
 pub(crate) fn next_step(space: &mut Space) -> u64 {
-    let step = space.step;
-    space.step = space.step_after(step, STEP_MAX);
+    let step = space.begin_step(STEP_MAX);
     step.min(space.wanted_bytes()).next_multiple_of(MIB)
 }
 
@@ -175,4 +182,13 @@ pub(crate) fn finish(core: &Core, extents: impl IntoIterator<Item = Extent>) {
     }
     space.growing = false;
     core.space_changed.notify_all();
+}
+
+/// Waits until nobody grows the file and lets nobody begin.
+pub(crate) fn stop(core: &Core) {
+    let mut space = lock(&core.space);
+    while space.growing {
+        space = core.space_changed.wait(space).unwrap_or_else(std::sync::PoisonError::into_inner);
+    }
+    space.stopped = true;
 }

@@ -14,34 +14,37 @@ use std::sync::atomic::Ordering;
 use blockio::IoError;
 
 use crate::bat::Entry;
-use crate::core::{Core, lock};
+use crate::core::{Core, Ticket, lock};
 use crate::grow::GrowthJob;
 use crate::resolve::{BlockPart, ReadSegment, WriteSegment, push_read, push_write};
 
 /// Pins the blocks of a range.
 struct Pin {
-    core: Arc<Core>,
+    ticket: Ticket,
     blocks: Range<u64>,
 }
 
 impl Pin {
-    fn new(core: &Arc<Core>, offset: u64, len: u64) -> Self {
+    fn new(ticket: Ticket, offset: u64, len: u64) -> Self {
+        let core = ticket.core();
         let block_bytes = core.bat.shape.block_bytes;
         let blocks = offset / block_bytes..(offset + len).div_ceil(block_bytes);
         for block in blocks.clone() {
             core.busy.enter(block);
         }
-        core.begin_io();
-        Self { core: Arc::clone(core), blocks }
+        Self { ticket, blocks }
+    }
+
+    fn core(&self) -> &Core {
+        self.ticket.core()
     }
 }
 
 impl Drop for Pin {
     fn drop(&mut self) {
         for block in self.blocks.clone() {
-            self.core.busy.leave(block);
+            self.core().busy.leave(block);
         }
-        self.core.end_io();
     }
 }
 
@@ -79,10 +82,15 @@ impl WriteGuard {
         &self.segments
     }
 
+    /// Keeps the disk from being closed beyond the life of the guard.
+    pub(crate) fn ticket(&self) -> Ticket {
+        self.pin.ticket.clone()
+    }
+
     /// Whether finding these bytes after a crash needs nothing more than what is durable already.
     pub(crate) fn mapping_is_durable(&self) -> bool {
-        let bat = &self.pin.core.bat;
-        let space = lock(&self.pin.core.space);
+        let bat = &self.pin.core().bat;
+        let space = lock(&self.pin.core().space);
         self.first_writes.is_empty()
             && self.pin.blocks.clone().all(|block| space.is_durable(bat.page_of(block)))
     }
@@ -93,7 +101,7 @@ impl WriteGuard {
         if first_writes.is_empty() {
             return;
         }
-        let core = &self.pin.core;
+        let core = self.pin.core();
         let mut space = lock(&core.space);
         for (block, offset) in first_writes {
             if space.settle(block, offset) {
@@ -109,7 +117,7 @@ impl WriteGuard {
 
 impl Drop for WriteGuard {
     fn drop(&mut self) {
-        let core = &self.pin.core;
+        let core = self.pin.core();
         // After the bytes, before the caller hears of it: a flush that it asks for then covers them.
         core.written.store(true, Ordering::SeqCst);
         if self.first_writes.is_empty() {
@@ -125,8 +133,9 @@ impl Drop for WriteGuard {
 }
 
 /// Resolves a read. Takes no lock.
-pub(crate) fn resolve_read(core: &Arc<Core>, offset: u64, len: u64) -> ReadGuard {
-    let pin = Pin::new(core, offset, len);
+pub(crate) fn resolve_read(ticket: Ticket, offset: u64, len: u64) -> ReadGuard {
+    let pin = Pin::new(ticket, offset, len);
+    let core = pin.core();
     let file_bytes = core.file_bytes.load(Ordering::SeqCst);
     let mut segments = Vec::new();
     for BlockPart { block, within, len } in core.bat.shape.parts(offset, len) {
@@ -154,29 +163,32 @@ pub(crate) enum Resolved {
     Wait {
         /// Blocks to be handed out.
         blocks: u64,
+        /// The request goes on with it.
+        ticket: Ticket,
     },
 }
 
 /// Resolves a write, without waiting. Takes no lock when every block has its place.
-pub(crate) fn try_resolve_write(core: &Arc<Core>, offset: u64, len: u64) -> Resolved {
-    if !core.session.load(Ordering::SeqCst) {
-        return Resolved::Wait { blocks: 0 };
+pub(crate) fn try_resolve_write(ticket: Ticket, offset: u64, len: u64) -> Resolved {
+    if !ticket.core().session.load(Ordering::SeqCst) {
+        return Resolved::Wait { blocks: 0, ticket };
     }
-    let pin = Pin::new(core, offset, len);
+    let pin = Pin::new(ticket, offset, len);
     let mut guard = WriteGuard { pin, segments: Vec::new(), first_writes: Vec::new() };
-    let shape = core.bat.shape;
-    for part in shape.parts(offset, len) {
-        match core.bat.get(part.block).data_offset() {
+    let bat = &guard.pin.core().bat;
+    for part in bat.shape.parts(offset, len) {
+        match bat.get(part.block).data_offset() {
             Some(place) => push_write(&mut guard.segments, place + part.within, part.len),
-            None => return place_blocks(core, guard, offset, len),
+            None => return place_blocks(guard, offset, len),
         }
     }
     Resolved::Ready(guard)
 }
 
 /// The slow half: some block has no place yet.
-fn place_blocks(core: &Arc<Core>, mut guard: WriteGuard, offset: u64, len: u64) -> Resolved {
+fn place_blocks(mut guard: WriteGuard, offset: u64, len: u64) -> Resolved {
     guard.segments.clear();
+    let core = guard.pin.ticket.core();
     let mut space = lock(&core.space);
     let shape = core.bat.shape;
     let lacks_place = |entry: Entry| entry.data_offset().is_none() && !entry.in_transition();
@@ -184,7 +196,7 @@ fn place_blocks(core: &Arc<Core>, mut guard: WriteGuard, offset: u64, len: u64) 
     let blocks = crate::format::bytes(lacking);
     if space.fresh_blocks() < blocks {
         drop(space);
-        return Resolved::Wait { blocks };
+        return Resolved::Wait { blocks, ticket: guard.pin.ticket.clone() };
     }
     for part in shape.parts(offset, len) {
         let entry = core.bat.get(part.block);
@@ -202,7 +214,7 @@ fn place_blocks(core: &Arc<Core>, mut guard: WriteGuard, offset: u64, len: u64) 
         };
         push_write(&mut guard.segments, place + part.within, part.len);
     }
-    let ahead = space.runs_low();
+    let ahead = space.runs_out();
     drop(space);
     if ahead {
         core.growth.push(GrowthJob::Ahead);
@@ -212,11 +224,12 @@ fn place_blocks(core: &Arc<Core>, mut guard: WriteGuard, offset: u64, len: u64) 
 
 /// Resolves a write and waits for space if need be.
 pub(crate) fn resolve_write(core: &Arc<Core>, offset: u64, len: u64) -> Result<WriteGuard, IoError> {
+    let mut ticket = core.admit()?;
     loop {
-        core.check_usable()?;
-        match try_resolve_write(core, offset, len) {
+        match try_resolve_write(ticket, offset, len) {
             Resolved::Ready(guard) => return Ok(guard),
-            Resolved::Wait { blocks } => {
+            Resolved::Wait { blocks, ticket: same } => {
+                ticket = same;
                 let (tell, told) = std::sync::mpsc::sync_channel(1);
                 core.growth.push(GrowthJob::Reserve { blocks, tell });
                 told.recv().unwrap_or(Err(IoError::Closed))?;

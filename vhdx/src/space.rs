@@ -47,8 +47,11 @@ pub(crate) struct Space {
     pub(crate) file_end: u64,
     /// Somebody is growing the file right now.
     pub(crate) growing: bool,
-    /// Bytes of the next growth step.
-    pub(crate) step: u64,
+    /// The disk is being closed: nobody may grow the file any more.
+    pub(crate) stopped: bool,
+    /// Bytes of the next growth step, and of the one before it.
+    step: u64,
+    last_step: u64,
     /// Steps do not double.
     pub(crate) fixed_step: bool,
 }
@@ -76,7 +79,9 @@ impl Space {
             unplaced,
             file_end: 0,
             growing: false,
+            stopped: false,
             step,
+            last_step: step,
             fixed_step: false,
         }
     }
@@ -91,18 +96,30 @@ impl Space {
         self.unplaced.saturating_sub(self.fresh_blocks()).saturating_mul(self.block_bytes)
     }
 
-    /// The step that follows `step`: twice as much, up to `max` or 32 blocks.
-    pub(crate) fn step_after(&self, step: u64, max: u64) -> u64 {
-        if self.fixed_step {
-            step
-        } else {
-            step.saturating_mul(2).min(max.max(32 * self.block_bytes)).max(step)
-        }
+    /// Whether the next flush should bring more space with it, which costs no flush of its own.
+    pub(crate) fn runs_low(&self) -> bool {
+        self.is_below(self.last_step / 2)
     }
 
-    /// Whether it is time to get more space ahead of need.
-    pub(crate) fn runs_low(&self) -> bool {
-        !self.growing && self.wanted_bytes() > 0 && self.fresh_blocks() * self.block_bytes < self.step / 2
+    /// Whether more space is worth a flush of its own, because no flush of the guest came in time.
+    pub(crate) fn runs_out(&self) -> bool {
+        self.is_below(self.last_step / 4)
+    }
+
+    fn is_below(&self, bytes: u64) -> bool {
+        !self.growing
+            && !self.stopped
+            && self.wanted_bytes() > 0
+            && self.fresh_blocks() * self.block_bytes < bytes
+    }
+
+    /// The size of the growth step that begins now, and twice as much for the next, up to `max` or 32 blocks.
+    pub(crate) fn begin_step(&mut self, max: u64) -> u64 {
+        self.last_step = self.step;
+        if !self.fixed_step {
+            self.step = self.step.saturating_mul(2).min(max.max(32 * self.block_bytes)).max(self.step);
+        }
+        self.last_step
     }
 
     /// Adds durable, zero space.

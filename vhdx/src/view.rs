@@ -132,13 +132,18 @@ impl View {
         if end > self.view_bytes {
             return Err(VhdxError::Truncated { structure, need: end, have: self.view_bytes });
         }
-        let buf = IoBuf::zeroed(len);
-        let there = index(self.file_bytes.saturating_sub(offset).min(bytes(len)));
+        // Whole units of the file below, whatever the structure's own size.
+        let unit = u64::from(self.file.geometry().block_bytes.max(1));
+        let start = offset / unit * unit;
+        let whole = IoBuf::zeroed(index(end.next_multiple_of(unit) - start));
+        let there = index(self.file_bytes.saturating_sub(start).min(bytes(whole.len())));
         if there > 0 {
             self.file
-                .run(blockio::IoOp::Read { offset, buf: buf.slice(0..there) })
+                .run(blockio::IoOp::Read { offset: start, buf: whole.slice(0..there) })
                 .map_err(doing(format!("reading the {structure} at {offset:#x}")))?;
         }
+        let skip = index(offset - start);
+        let buf = whole.slice(skip..skip + len);
         self.patches.apply(offset, &buf);
         Ok(buf.to_vec())
     }

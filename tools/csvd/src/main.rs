@@ -1,2 +1,103 @@
 //! The cluster node daemon.
-fn main() {}
+//!
+//! ```text
+//!   csvctl --> admin/ (gRPC on csvd.sock)                 hv processes --> node_socket.rs (frames on node.sock)
+//!                |                                                             |
+//!                v                                                             v
+//!   forward.rs (to the node that must act)   volumes/ (LUNs, mounts, coordinators) <--- router.rs (requests, pushes)
+//!                |                                |                            |
+//!                v                                v                            v
+//!   vms/ (hv processes, quick moves)      membership/ (epoch, heartbeats, lease, verdicts, fences)
+//!                \________________________________|____________________________/
+//!                                                 v
+//!                          lockmgr::cluster (Raft: members, owners, VM records) over wire::Mesh
+//! ```
+//!
+//! Async code waits for messages; everything that waits for a disk or a lock runs on a thread of its own.
+//!
+//! **Invariant:** what this daemon does to a volume or a VM follows from a record of the cluster's state, changed by
+//! compare-and-swap *before* it acts; a daemon that cannot read the record does nothing.
+
+mod admin;
+mod clients;
+mod core;
+mod daemon;
+mod dispatch;
+mod forward;
+mod log;
+mod membership;
+mod messages;
+mod node_socket;
+mod pid_file;
+mod router;
+mod view;
+mod vms;
+mod volumes;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use api::Error;
+use api::config::NodeConfig;
+use clap::Parser;
+
+/// Run a node of the cluster
+#[derive(Debug, Parser)]
+#[command(name = "csvd", version)]
+struct Args {
+    /// The node's configuration
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Leave the terminal's session: the daemon and its VMs become a process group of their own
+    #[arg(long)]
+    new_session: bool,
+    /// Listen on the socket that was passed as stdin, instead of binding the configured address
+    #[arg(long)]
+    inherit_listener: bool,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, hint = error.hint, "the daemon ends");
+            say(&error);
+            ExitCode::from(error.kind.exit_code())
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Error> {
+    let config: NodeConfig = daemon::load(&args.config)?;
+    if args.new_session {
+        rustix::process::setsid().map_err(|error| Error::failed(format!("making a session: {error}")))?;
+    }
+    log::start(&config.log_file())?;
+    for dir in [&config.dir.join("mnt"), &config.data_dir(), &config.vm_dir()] {
+        std::fs::create_dir_all(dir)
+            .map_err(|error| Error::failed(format!("making {}: {error}", dir.display())))?;
+    }
+    // Two threads serve everything that waits for messages; what blocks has threads of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(64)
+        .thread_stack_size(1 << 20)
+        .enable_all()
+        .build()
+        .map_err(|error| Error::failed(format!("starting the runtime: {error}")))?;
+    let outcome = runtime.block_on(daemon::run(config, args.inherit_listener));
+    // A blocked disk must not keep an ended daemon alive.
+    runtime.shutdown_background();
+    outcome
+}
+
+/// Tells a person, or whoever started the daemon and reads its stderr.
+fn say(error: &Error) {
+    let mut out = std::io::stderr().lock();
+    drop(writeln!(out, "error: {}", error.message));
+    if !error.hint.is_empty() {
+        drop(writeln!(out, " hint: {}", error.hint));
+    }
+}

@@ -45,16 +45,5 @@ fn since_ms(age: std::time::Duration) -> u64 {
 }
 
 fn text(event: &Event) -> String {
-    let mut line =
-        format!("{}  {:<8} {:<16} {}", units::moment(event.time_ms), event.node, event.subject, event.what);
-    if !event.cause.is_empty() {
-        line += &format!("; cause: {}", event.cause);
-    }
-    if !event.effect.is_empty() {
-        line += &format!("; effect: {}", event.effect);
-    }
-    if let Some(pause_ms) = event.pause_ms {
-        line += &format!("; paused {pause_ms:.1} ms");
-    }
-    line
+    format!("{}  {:<8} {:<16} {}", units::moment(event.time_ms), event.node, event.kind, event.text)
 }

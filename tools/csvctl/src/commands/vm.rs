@@ -67,8 +67,8 @@ pub(crate) struct VmName {
 
 fn summary(vm: &Vm) -> String {
     match vm.reason.as_str() {
-        "" => format!("VM {} is {} on {}", vm.name, vm.state, vm.node),
-        reason => format!("VM {} is {} on {}: {reason}", vm.name, vm.state, vm.node),
+        "" => format!("VM {} is {} on {}", vm.name, vm.state, vm.owner),
+        reason => format!("VM {} is {} on {}: {reason}", vm.name, vm.state, vm.owner),
     }
 }
 
@@ -80,7 +80,7 @@ fn details(vm: &Vm) -> String {
         ("id", vm.id.clone()),
         ("state", vm.state.clone()),
         ("reason", vm.reason.clone()),
-        ("node", vm.node.clone()),
+        ("owner", vm.owner.clone()),
         ("epoch", vm.epoch.to_string()),
         ("pid", known(vm.pid)),
         ("memory", units::size(spec.memory_bytes)),

@@ -107,7 +107,9 @@ impl Running {
             Err(TryLockError::Error(error)) => return Err(cannot("lock", pid_file, &error)),
         }
         let text = fs::read_to_string(pid_file).map_err(|error| cannot("read", pid_file, &error))?;
-        let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw) else {
+        // The process, then when it was started, for whoever must be certain that it is the same one.
+        let number = text.split_ascii_whitespace().next();
+        let Some(pid) = number.and_then(|number| number.parse().ok()).and_then(Pid::from_raw) else {
             return Err(Error::failed(format!("{} holds no process id", pid_file.display())));
         };
         match pidfd_open(pid, PidfdFlags::empty()) {

@@ -23,7 +23,7 @@ fn text(vms: &Vms) -> String {
         [
             vm.name.clone(),
             vm.state.clone(),
-            vm.node.clone(),
+            vm.owner.clone(),
             vm.epoch.to_string(),
             units::size(spec.memory_bytes),
             spec.cpus.to_string(),
@@ -31,5 +31,5 @@ fn text(vms: &Vms) -> String {
             vm.reason.clone(),
         ]
     });
-    ui::table(["vm", "state", "node", "epoch", "memory", "cpus", "disks", ""], rows)
+    ui::table(["vm", "state", "owner", "epoch", "memory", "cpus", "disks", ""], rows)
 }

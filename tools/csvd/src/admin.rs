@@ -1,0 +1,180 @@
+//! The admin interface on `csvd.sock`: one file per noun, this one joins them.
+//!
+//! Whoever may connect (root and the socket's group, 0660) may do everything; the kernel keeps others out.
+
+mod cluster;
+mod events;
+mod file;
+mod health;
+mod path;
+mod vm;
+pub(crate) mod volume;
+
+use std::os::unix::fs::MetadataExt;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use api::{Error, pb};
+use futures::Stream;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use crate::core::Core;
+use crate::node_socket::listen;
+
+/// The socket, while it is served.
+#[derive(Debug)]
+pub(crate) struct Served {
+    closing: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Served {
+    /// Stops answering; streams are cut.
+    pub(crate) async fn end(self) {
+        self.closing.cancel();
+        drop(self.task.await);
+    }
+}
+
+/// Serves the socket.
+pub(crate) fn serve(core: &Arc<Core>) -> Result<Served, Error> {
+    let path = core.config.admin_socket();
+    let listener = listen(&path, 0o660)?;
+    tracing::debug!(inode = std::fs::metadata(&path).map(|meta| meta.ino()).unwrap_or(0), "admin socket");
+    let closing = CancellationToken::new();
+    let service = pb::admin_server::AdminServer::new(Admin { core: Arc::clone(core) });
+    let closed = closing.clone();
+    let task = core.runtime.spawn(async move {
+        let serving = tonic::transport::Server::builder()
+            .add_service(service)
+            .serve_with_incoming(UnixListenerStream::new(listener));
+        // Dropping the server closes its connections: a stream that follows something never ends by itself.
+        if let Some(Err(error)) = closed.run_until_cancelled(serving).await {
+            tracing::error!(%error, "the admin socket is not served any more");
+        }
+    });
+    Ok(Served { closing, task })
+}
+
+struct Admin {
+    core: Arc<Core>,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+fn answer<T>(outcome: Result<T, Error>) -> Answer<T> {
+    outcome.map(Response::new).map_err(Status::from)
+}
+
+#[tonic::async_trait]
+impl pb::admin_server::Admin for Admin {
+    async fn wait(&self, request: Request<pb::WaitRequest>) -> Answer<pb::Done> {
+        answer(health::wait(&self.core, request.into_inner()).await)
+    }
+
+    async fn health(&self, _: Request<pb::HealthRequest>) -> Answer<pb::HealthReport> {
+        answer(Ok(health::report(&self.core).await))
+    }
+
+    async fn cluster_show(&self, _: Request<pb::ClusterShowRequest>) -> Answer<pb::Cluster> {
+        answer(Ok(cluster::show(&self.core)))
+    }
+
+    async fn node_list(&self, _: Request<pb::NodeListRequest>) -> Answer<pb::Nodes> {
+        answer(Ok(pb::Nodes { nodes: cluster::nodes(&self.core) }))
+    }
+
+    async fn fault(&self, request: Request<pb::FaultRequest>) -> Answer<pb::Done> {
+        answer(cluster::fault(&self.core, &request.into_inner().action))
+    }
+
+    async fn volume_create(&self, request: Request<pb::VolumeCreateRequest>) -> Answer<pb::Volume> {
+        answer(volume::create(&self.core, request.into_inner()).await)
+    }
+
+    async fn volume_list(&self, _: Request<pb::VolumeListRequest>) -> Answer<pb::Volumes> {
+        answer(volume::list(&self.core).await)
+    }
+
+    async fn volume_show(&self, request: Request<pb::VolumeShowRequest>) -> Answer<pb::Volume> {
+        answer(volume::show(&self.core, &request.into_inner().name).await)
+    }
+
+    async fn volume_state(&self, request: Request<pb::VolumeStateRequest>) -> Answer<pb::VolumeStates> {
+        answer(volume::states(&self.core, request.into_inner()).await)
+    }
+
+    async fn volume_move(&self, request: Request<pb::VolumeMoveRequest>) -> Answer<pb::VolumeMoved> {
+        answer(volume::move_(&self.core, request.into_inner()).await)
+    }
+
+    async fn volume_check(&self, request: Request<pb::VolumeCheckRequest>) -> Answer<pb::CheckReport> {
+        answer(volume::check(&self.core, request.into_inner()).await)
+    }
+
+    async fn file_stat(&self, request: Request<pb::FileRequest>) -> Answer<pb::FileStatus> {
+        answer(file::stat(&self.core, request.into_inner().path).await)
+    }
+
+    async fn file_map(&self, request: Request<pb::FileRequest>) -> Answer<pb::FileExtents> {
+        answer(file::map(&self.core, request.into_inner().path).await)
+    }
+
+    async fn file_grants(&self, request: Request<pb::FileRequest>) -> Answer<pb::FileGrantList> {
+        answer(file::grants(&self.core, request.into_inner().path).await)
+    }
+
+    async fn vm_create(&self, request: Request<pb::VmCreateRequest>) -> Answer<pb::Vm> {
+        answer(vm::create(&self.core, request.into_inner()).await)
+    }
+
+    async fn vm_start(&self, request: Request<pb::VmRequest>) -> Answer<pb::Vm> {
+        answer(vm::start(&self.core, request.into_inner()).await)
+    }
+
+    async fn vm_stop(&self, request: Request<pb::VmStopRequest>) -> Answer<pb::Vm> {
+        answer(vm::stop(&self.core, request.into_inner()).await)
+    }
+
+    async fn vm_pause(&self, request: Request<pb::VmRequest>) -> Answer<pb::Vm> {
+        answer(vm::pause(&self.core, request.into_inner()).await)
+    }
+
+    async fn vm_resume(&self, request: Request<pb::VmRequest>) -> Answer<pb::Vm> {
+        answer(vm::resume(&self.core, request.into_inner()).await)
+    }
+
+    async fn vm_list(&self, _: Request<pb::VmListRequest>) -> Answer<pb::Vms> {
+        answer(Ok(vm::list(&self.core)))
+    }
+
+    async fn vm_show(&self, request: Request<pb::VmRequest>) -> Answer<pb::Vm> {
+        answer(vm::show(&self.core, request.into_inner()).await)
+    }
+
+    type VmConsoleStream = Streamed<pb::ConsoleChunk>;
+
+    async fn vm_console(&self, request: Request<pb::VmConsoleRequest>) -> Answer<Self::VmConsoleStream> {
+        answer(vm::console(&self.core, request.into_inner()))
+    }
+
+    type VmMigrateStream = Streamed<pb::MigrateProgress>;
+
+    async fn vm_migrate(&self, request: Request<pb::VmMigrateRequest>) -> Answer<Self::VmMigrateStream> {
+        answer(vm::migrate(&self.core, request.into_inner()))
+    }
+
+    async fn vm_delete(&self, request: Request<pb::VmDeleteRequest>) -> Answer<pb::Done> {
+        answer(vm::delete(&self.core, request.into_inner()).await)
+    }
+
+    type EventsStream = Streamed<pb::Event>;
+
+    async fn events(&self, request: Request<pb::EventsRequest>) -> Answer<Self::EventsStream> {
+        answer(Ok(events::stream(&self.core, request.into_inner())))
+    }
+}

@@ -1,0 +1,73 @@
+//! `cluster` and `node`.
+
+use std::sync::Arc;
+
+use api::{Error, pb};
+use lockmgr::cluster::{ClusterState, Member, MemberState};
+
+use crate::core::Core;
+use crate::view;
+
+pub(super) fn show(core: &Arc<Core>) -> pb::Cluster {
+    let (state, raft) = (core.state(), core.cluster.status());
+    pb::Cluster {
+        name: if state.name.is_empty() { core.config.cluster.clone() } else { state.name.clone() },
+        id: core.config.cluster_id.to_string(),
+        leader: raft.leader.map(|leader| view::node_name(&state, leader)).unwrap_or_default(),
+        raft_term: raft.raft_term,
+        quorum: raft.quorum,
+        last_applied: state.applied,
+        nodes: nodes(core),
+        volumes: u32::try_from(state.volumes.len()).unwrap_or(u32::MAX),
+        vms: u32::try_from(state.vms.len()).unwrap_or(u32::MAX),
+    }
+}
+
+pub(super) fn nodes(core: &Arc<Core>) -> Vec<pb::Node> {
+    let state = core.state();
+    let leader = core.cluster.status().leader;
+    state.members.values().map(|member| node(core, &state, member, leader == Some(member.id))).collect()
+}
+
+fn node(core: &Core, state: &ClusterState, member: &Member, leader: bool) -> pb::Node {
+    let volumes = state.volumes.values().filter(|volume| volume.owner == member.id).count();
+    let vms = state.vms.values().filter(|vm| vm.owner == member.id).count();
+    pb::Node {
+        name: member.name.clone(),
+        id: member.id.0.into(),
+        address: member.address.clone(),
+        state: standing(core, member).to_owned(),
+        epoch: member.epoch.0,
+        leader,
+        this_node: member.id == core.me,
+        volumes_owned: u32::try_from(volumes).unwrap_or(u32::MAX),
+        vms: u32::try_from(vms).unwrap_or(u32::MAX),
+    }
+}
+
+/// What the records say, and `unreachable` for a member that they count on but this node does not hear.
+pub(super) fn standing(core: &Core, member: &Member) -> &'static str {
+    let here = member.id == core.me;
+    match member.state {
+        MemberState::Up if here && core.epoch() != Some(member.epoch) => "joining",
+        MemberState::Up if here || core.membership.hears(member.id, member.epoch) => "up",
+        MemberState::Up => "unreachable",
+        MemberState::Down => "down",
+        MemberState::Fencing => "fencing",
+        MemberState::Fenced => "fenced",
+        MemberState::FenceFailed => "fence_failed",
+    }
+}
+
+pub(super) fn fault(core: &Arc<Core>, action: &str) -> Result<pb::Done, Error> {
+    match action {
+        "partition" => core.mesh.set_partitioned(true),
+        "heal" => core.mesh.set_partitioned(false),
+        other => {
+            return Err(Error::usage(format!("`{other}` is not a fault of this node"))
+                .hint("it knows partition and heal"));
+        }
+    }
+    tracing::warn!(action, "fault rehearsal");
+    Ok(pb::Done {})
+}

@@ -1,0 +1,221 @@
+//! `volume`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::{Error, pb};
+use lockmgr::cluster::{ClusterState, MemberState, VolumeRecord};
+
+use super::file::failed;
+use super::health;
+use crate::core::Core;
+use crate::messages::{NodeAnswer, NodeOp};
+use crate::volumes::create;
+use crate::{forward, view};
+
+/// Longest time that a new volume may take until it is mounted here.
+const MOUNTED_WITHIN_MS: u64 = 30_000;
+/// Longest time that another node may take to tell how it reaches its volumes.
+const ROWS_WITHIN: Duration = Duration::from_secs(2);
+
+pub(super) async fn create(core: &Arc<Core>, request: pb::VolumeCreateRequest) -> Result<pb::Volume, Error> {
+    let (name, lun, dry_run) = (request.name.clone(), request.lun.clone(), request.dry_run);
+    create::create(core, request).await?;
+    if dry_run {
+        return Ok(pb::Volume { name, lun, state: "would_be_created".to_owned(), ..pb::Volume::default() });
+    }
+    let wanted = pb::WaitRequest { timeout_ms: MOUNTED_WITHIN_MS, nodes_up: 1, volumes: vec![name.clone()] };
+    health::wait(core, wanted).await.map_err(|error| error.during(format!("volume create {name}")))?;
+    show(core, &name).await
+}
+
+pub(super) async fn list(core: &Arc<Core>) -> Result<pb::Volumes, Error> {
+    let state = core.state();
+    let mut volumes = Vec::new();
+    for record in state.volumes.values() {
+        volumes.push(describe(core, &state, record).await);
+    }
+    Ok(pb::Volumes { volumes })
+}
+
+pub(super) async fn show(core: &Arc<Core>, name: &str) -> Result<pb::Volume, Error> {
+    let state = core.state();
+    Ok(describe(core, &state, view::volume(&state, name)?).await)
+}
+
+async fn describe(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord) -> pb::Volume {
+    let local = core.volumes.get(record.id);
+    let status = local.as_ref().map(|local| local.status.get());
+    let node = local.and_then(|local| local.node());
+    let mounted = node.is_some();
+    let room = match node {
+        Some(node) => {
+            let asked = tokio::task::spawn_blocking(move || node.statfs());
+            let answer = tokio::time::timeout(ROWS_WITHIN, asked).await;
+            answer.ok().and_then(Result::ok).and_then(Result::ok).unwrap_or_default()
+        }
+        None => csvfs::proto::VolumeStat::default(),
+    };
+    pb::Volume {
+        name: record.name.clone(),
+        id: record.id.to_string(),
+        lun: record.lun_uri.clone(),
+        size_bytes: room.blocks * room.block_bytes,
+        free_bytes: room.blocks_free * room.block_bytes,
+        block_bytes: room.block_bytes,
+        inodes: room.inodes,
+        owner: view::node_name(state, record.owner),
+        term: record.term.0,
+        fence: record.fence_kind.to_string(),
+        cache: "none".to_owned(),
+        features: Vec::new(),
+        state: status.map(|status| status.state.word().to_owned()).unwrap_or_default(),
+        mount: if mounted {
+            core.config.mount_point(&record.name).display().to_string()
+        } else {
+            String::new()
+        },
+    }
+}
+
+/// A row per volume and node; a node that does not answer is shown as not reachable.
+pub(super) async fn states(
+    core: &Arc<Core>,
+    request: pb::VolumeStateRequest,
+) -> Result<pb::VolumeStates, Error> {
+    let state = core.state();
+    if !request.name.is_empty() {
+        view::volume(&state, &request.name)?;
+    }
+    let members: Vec<_> = if request.node.is_empty() {
+        state.members.values().collect()
+    } else {
+        vec![view::member(&state, &request.node)?]
+    };
+    let mut rows = Vec::new();
+    for member in members {
+        let op = NodeOp::VolumeState(request.clone());
+        let asked = tokio::time::timeout(ROWS_WITHIN, forward::ask(core, member.id, op)).await;
+        match asked {
+            Ok(Ok(NodeAnswer::VolumeStates(states))) => rows.extend(states.states),
+            _ => rows.extend(unknown(&state, &request, &member.name, member.state)),
+        }
+    }
+    rows.sort_by(|a, b| (&a.volume, &a.node).cmp(&(&b.volume, &b.node)));
+    Ok(pb::VolumeStates { states: rows })
+}
+
+fn unknown(
+    state: &ClusterState,
+    request: &pb::VolumeStateRequest,
+    node: &str,
+    member: MemberState,
+) -> Vec<pb::VolumeStateRow> {
+    let volumes = state.volumes.values().filter(|record| fits(&request.name, record));
+    volumes
+        .map(|record| pb::VolumeStateRow {
+            volume: record.name.clone(),
+            node: node.to_owned(),
+            state: "paused".to_owned(),
+            reason: format!("the node does not answer; the cluster holds it for {member}"),
+            code: "no_node".to_owned(),
+            since_ms: 0,
+            redirected_bytes: 0,
+            owner: view::node_name(state, record.owner) == node,
+        })
+        .collect()
+}
+
+fn fits(name: &str, record: &VolumeRecord) -> bool {
+    name.is_empty() || name == record.name
+}
+
+/// How this node reaches its volumes.
+pub(crate) fn states_here(core: &Arc<Core>, request: &pb::VolumeStateRequest) -> pb::VolumeStates {
+    let state = core.state();
+    let volumes = state.volumes.values().filter(|record| fits(&request.name, record));
+    let rows = volumes.map(|record| row(core, record));
+    pb::VolumeStates { states: rows.collect() }
+}
+
+fn row(core: &Core, record: &VolumeRecord) -> pb::VolumeStateRow {
+    let mut row = pb::VolumeStateRow {
+        volume: record.name.clone(),
+        node: core.config.name.clone(),
+        owner: record.owner == core.me,
+        state: "paused".to_owned(),
+        reason: "the volume has only just appeared".to_owned(),
+        code: "starting".to_owned(),
+        since_ms: 0,
+        redirected_bytes: 0,
+    };
+    if let Some(local) = core.volumes.get(record.id) {
+        let status = local.status.get();
+        row.state = status.state.word().to_owned();
+        row.code = status.state.code().to_owned();
+        row.reason = status.reason;
+        row.since_ms = status.since_ms;
+    }
+    if row.state != "paused" && !core.membership.lease.is_held() {
+        row.state = "paused".to_owned();
+        row.code = "no_lease".to_owned();
+        row.reason = "the node's lease has run out; its I/O waits for a majority".to_owned();
+    }
+    row
+}
+
+/// Has the owner hand the coordinator over.
+pub(super) async fn move_(
+    core: &Arc<Core>,
+    request: pb::VolumeMoveRequest,
+) -> Result<pb::VolumeMoved, Error> {
+    let state = core.state();
+    let record = view::volume(&state, &request.name)?;
+    if !view::is_up(&state, record.owner, record.owner_epoch) {
+        return Err(Error::conflict(format!(
+            "volume move {}: its owner {} is not up",
+            record.name,
+            view::node_name(&state, record.owner)
+        ))
+        .hint("the cluster appoints another owner by itself once the old one is certainly cut off"));
+    }
+    match forward::ask(core, record.owner, NodeOp::VolumeMove(request)).await? {
+        NodeAnswer::VolumeMoved(moved) => Ok(moved),
+        _ => Err(Error::failed("the owner's answer cannot be read")),
+    }
+}
+
+pub(super) async fn check(
+    core: &Arc<Core>,
+    request: pb::VolumeCheckRequest,
+) -> Result<pb::CheckReport, Error> {
+    let state = core.state();
+    let record = view::volume(&state, &request.name)?;
+    if request.repair {
+        return Err(Error::usage("volume check --repair is not there yet")
+            .hint("check without it; save the LUN before anything else when problems are found"));
+    }
+    let volume = core
+        .volumes
+        .get(record.id)
+        .ok_or_else(|| Error::conflict(format!("volume {} is not open yet", record.name)))?;
+    let node = volume.node_or_why()?;
+    let checked = tokio::task::spawn_blocking(move || node.check()).await.map_err(Error::failed)?;
+    let report = checked.map_err(|error| failed("volume check", &request.name, &error))?;
+    Ok(pb::CheckReport {
+        volume: request.name,
+        problems: report
+            .problems
+            .into_iter()
+            .map(|problem| pb::CheckProblem { what: problem.what, ino: problem.ino })
+            .collect(),
+        inodes: report.inodes,
+        directories: report.directories,
+        extents: report.extents,
+        data_blocks: report.data_blocks,
+        fresh_blocks: report.fresh_blocks,
+        free_blocks: report.free_blocks,
+        metadata_blocks: report.metadata_blocks,
+        orphans: report.orphans,
+    })
+}

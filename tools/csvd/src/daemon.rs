@@ -1,0 +1,162 @@
+//! The daemon's life: what is started in which order, and how it ends.
+//!
+//! ```text
+//!   pid file -> mesh -> Raft -> admin socket ("ready") -> epoch, lease -> node socket -> heartbeats -> volumes -> VMs
+//!   SIGTERM or a declared end:   VMs stop -> volumes unmounted -> coordinators closed -> Raft, mesh
+//! ```
+
+use std::io::Write;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+
+use api::Error;
+use api::config::NodeConfig;
+use lockmgr::ClusterId;
+use lockmgr::NodeId;
+use lockmgr::cluster::{Cluster, ClusterConfig, MemberConfig, RaftTiming};
+use lockmgr::timing::Timing;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use wire::{Endpoint, Identity, Local, Mesh, Server};
+
+use crate::core::Core;
+use crate::dispatch::Dispatcher;
+use crate::pid_file::PidFile;
+use crate::{admin, membership, node_socket, vms, volumes};
+
+/// Reads the configuration.
+pub(crate) fn load(path: &Path) -> Result<NodeConfig, Error> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        Error::not_found(format!("configuration {}: {error}", path.display()))
+            .hint("`csvctl dev up --dir DIR` writes one per node")
+    })?;
+    toml::from_str(&text).map_err(|error| {
+        Error::usage(format!("configuration {}: {error}", path.display())).hint("correct the file")
+    })
+}
+
+/// Runs the daemon until it is told to end.
+pub(crate) async fn run(config: NodeConfig, inherit_listener: bool) -> Result<(), Error> {
+    let _pid_file = PidFile::take(&config.pid_file())?;
+    let stop = CancellationToken::new();
+    end_on_signals(&stop)?;
+
+    let timing = config.base_ms.map_or(Timing::DEFAULT, Timing::from_base);
+    let listener = listener(&config, inherit_listener).await?;
+    let endpoint = endpoint(&config)?;
+    let dispatcher = Arc::new(Dispatcher::default());
+    let mesh = Mesh::new(endpoint.clone(), Arc::clone(&dispatcher) as Arc<dyn wire::Handler>);
+    let cluster = Cluster::start(cluster_config(&config), Arc::clone(&mesh))
+        .await
+        .map_err(|error| Error::failed(error).during("starting this node's part of the cluster"))?;
+    let core = Core::new(config, timing, mesh, cluster, stop);
+    dispatcher.begin(&core);
+    let server = Server::serve_tls(listener, endpoint, dispatcher);
+    for member in &core.config.members {
+        core.mesh.set_peer(member.id, &member.address.to_string());
+    }
+
+    let admin = admin::serve(&core)?;
+    say_ready();
+    tracing::info!(node = core.config.name, address = %core.config.listen, "started");
+    let ended = live(&core).await;
+
+    end(&core).await;
+    admin.end().await;
+    server.shutdown().await;
+    core.cluster.shutdown().await;
+    core.mesh.shutdown().await;
+    tracing::info!("ended");
+    ended
+}
+
+/// From joining the cluster to the wish to end.
+async fn live(core: &Arc<Core>) -> Result<(), Error> {
+    tokio::select! {
+        () = core.stop.cancelled() => return Ok(()),
+        joined = membership::begin_epoch(core) => joined?,
+    }
+    let processes = node_socket::serve(core)?;
+    membership::start(core);
+    vms::adopt(core).await;
+    core.runtime.spawn(volumes::run(Arc::clone(core)));
+    core.stop.cancelled().await;
+    vms::end_all(core).await;
+    volumes::close(core).await;
+    processes.shutdown().await;
+    Ok(())
+}
+
+async fn end(core: &Arc<Core>) {
+    core.stop.cancel();
+    core.membership.lease.revoke();
+    tokio::task::yield_now().await;
+}
+
+fn endpoint(config: &NodeConfig) -> Result<Endpoint, Error> {
+    let identity = Identity::load(&config.tls.cert, &config.tls.key, &config.tls.ca);
+    let local = Local { cluster: config.cluster_id, node: config.id, name: config.name.clone() };
+    identity.and_then(|identity| Endpoint::new(local, identity)).map_err(|error| {
+        Error::failed(error.explain())
+            .hint(error.hint().unwrap_or("check the files named in the configuration"))
+    })
+}
+
+fn cluster_config(config: &NodeConfig) -> ClusterConfig {
+    ClusterConfig {
+        cluster: ClusterId(config.cluster_id),
+        cluster_name: config.cluster.clone(),
+        node: NodeId(config.id),
+        data_dir: config.data_dir(),
+        members: config
+            .members
+            .iter()
+            .map(|member| MemberConfig {
+                id: NodeId(member.id),
+                name: member.name.clone(),
+                address: member.address.to_string(),
+            })
+            .collect(),
+        bootstrap: config.bootstrap,
+        timing: RaftTiming::default(),
+    }
+}
+
+/// The socket for other nodes: the one that was handed over as stdin, or a new one.
+async fn listener(config: &NodeConfig, inherit: bool) -> Result<TcpListener, Error> {
+    let cannot = |error: std::io::Error| {
+        Error::failed(format!("listen on {}: {error}", config.listen))
+            .hint("another program uses the address; see `ss -ltnp`")
+    };
+    if !inherit {
+        return TcpListener::bind(config.listen).await.map_err(cannot);
+    }
+    let inherited = std::io::stdin().as_fd().try_clone_to_owned().map_err(cannot)?;
+    let listener = std::net::TcpListener::from(inherited);
+    listener.set_nonblocking(true).map_err(cannot)?;
+    TcpListener::from_std(listener).map_err(cannot)
+}
+
+fn end_on_signals(stop: &CancellationToken) -> Result<(), Error> {
+    for kind in [SignalKind::terminate(), SignalKind::interrupt()] {
+        let mut signals =
+            signal(kind).map_err(|error| Error::failed(format!("catching signals: {error}")))?;
+        let stop = stop.clone();
+        tokio::spawn(async move {
+            if signals.recv().await.is_some() {
+                tracing::info!("asked to end");
+                stop.cancel();
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Tells whoever started the daemon that its admin socket answers.
+fn say_ready() {
+    let mut out = std::io::stdout().lock();
+    // Nobody needs to listen.
+    drop(writeln!(out, "ready").and_then(|()| out.flush()));
+}

@@ -1,0 +1,90 @@
+//! What other nodes send, handed to the part that it is for.
+
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use csvfs::proto as pb;
+use futures::future::BoxFuture;
+use lockmgr::NodeId;
+use prost::Message;
+use wire::{Class, Connection, Handler, Peer, Refusal, RefusalCode, service};
+
+use crate::core::Core;
+use crate::{forward, membership, router};
+
+/// The handler of all connections between nodes. Frames that come before the daemon is complete are refused; the
+/// sender tries again.
+#[derive(Debug, Default)]
+pub(crate) struct Dispatcher {
+    core: OnceLock<Arc<Core>>,
+}
+
+impl Dispatcher {
+    /// From here on frames are served.
+    pub(crate) fn begin(&self, core: &Arc<Core>) {
+        drop(self.core.set(Arc::clone(core)));
+    }
+}
+
+impl Handler for Dispatcher {
+    fn handle(
+        &self,
+        from: Peer,
+        _conn: Connection,
+        service: u16,
+        body: Bytes,
+    ) -> BoxFuture<'static, Result<Bytes, Refusal>> {
+        let Some(core) = self.core.get().cloned() else {
+            return Box::pin(async { Err(Refusal::new(RefusalCode::Busy, "the node is starting")) });
+        };
+        match service {
+            service::RAFT | service::PROPOSAL => core.cluster.handle(service, &from, body),
+            service::HEARTBEAT => {
+                let reply = membership::answer_beat(&core, NodeId(from.node), body);
+                Box::pin(async { reply.map_err(|error| malformed(&error)) })
+            }
+            service::CSVFS => Box::pin(async move { csvfs(&core, &from, body).await }),
+            service::ADMIN => {
+                Box::pin(async move { Ok(forward::serve(&core, NodeId(from.node), body).await) })
+            }
+            other => Box::pin(async move { Err(Refusal::unsupported(other)) }),
+        }
+    }
+
+    fn pushed(&self, from: Peer, _conn: Connection, service: u16, body: Bytes) {
+        let Some(core) = self.core.get() else { return };
+        if service != service::CSVFS_PUSH {
+            tracing::warn!(peer = %from, service, "push for an unknown service dropped");
+        } else if let Err(error) = router::deliver(core, body) {
+            tracing::warn!(peer = %from, %error, "unreadable push dropped");
+        }
+    }
+
+    fn connected(&self, conn: &Connection) {
+        let peer = conn.peer();
+        tracing::info!(peer = %peer, class = %peer.class, "connected");
+        if let Some(core) = self.core.get().filter(|_| peer.class == Class::Control) {
+            router::reconnected(core, peer.node);
+        }
+    }
+
+    fn gone(&self, conn: &Connection, reason: &str) {
+        tracing::info!(peer = %conn.peer(), class = %conn.peer().class, reason, "disconnected");
+    }
+}
+
+/// A client of another node asks the coordinator here. It can only speak for clients of its own node.
+async fn csvfs(core: &Arc<Core>, from: &Peer, body: Bytes) -> Result<Bytes, Refusal> {
+    let request = pb::Request::decode(body).map_err(|error| malformed(&error))?;
+    let speaks_for = request.client.map(|client| client.node);
+    if speaks_for != Some(from.node.into()) {
+        return Err(Refusal::new(RefusalCode::Denied, "the client is not one of this node's"));
+    }
+    let volume = router::volume_of(&request)
+        .ok_or_else(|| Refusal::new(RefusalCode::Invalid, "the request names no volume"))?;
+    Ok(router::serve(core, volume, request).await.encode_to_vec().into())
+}
+
+fn malformed(error: &prost::DecodeError) -> Refusal {
+    Refusal::new(RefusalCode::Invalid, format!("unreadable request: {error}"))
+}

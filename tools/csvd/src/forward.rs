@@ -1,0 +1,102 @@
+//! Requests that only a certain node can carry out: asked there over the mesh, or done at once when it is this one.
+
+use std::sync::Arc;
+
+use api::{Error, pb};
+use bytes::Bytes;
+use lockmgr::{ClientId, Epoch, NodeId};
+use prost::Message;
+use wire::service;
+
+use crate::core::Core;
+use crate::messages::{NodeAnswer, NodeOp, NodeReply, NodeRequest, OfClient};
+use crate::volumes::moves;
+use crate::{admin, membership, view, vms};
+
+/// Has `op` carried out by `node`.
+pub(crate) async fn ask(core: &Arc<Core>, node: NodeId, op: NodeOp) -> Result<NodeAnswer, Error> {
+    if node == core.me {
+        return Box::pin(perform(core, op)).await;
+    }
+    let body = NodeRequest { op: Some(op) }.encode_to_vec();
+    let reply = core.mesh.call(node.0, service::ADMIN, body.into()).await.map_err(|error| {
+        let name = view::node_name(&core.state(), node);
+        let failed = Error::unreachable(error.explain()).during(format!("asking node {name}"));
+        failed.hint(error.hint().unwrap_or("`csvctl node list` shows which nodes are up"))
+    })?;
+    let answer = NodeReply::decode(reply).ok().and_then(|reply| reply.answer);
+    match answer {
+        Some(NodeAnswer::Error(detail)) => Err(Error::of_detail(detail)),
+        Some(answer) => Ok(answer),
+        None => Err(Error::failed("the node's answer cannot be read").hint("it may be of a newer version")),
+    }
+}
+
+/// Carries out what another node asks for.
+pub(crate) async fn serve(core: &Arc<Core>, from: NodeId, body: Bytes) -> Bytes {
+    let outcome = match NodeRequest::decode(body).map(|request| request.op) {
+        Ok(Some(op)) => perform(core, op).await,
+        Ok(None) | Err(_) => {
+            Err(Error::usage("this node does not know the request").hint("is it of an older version?"))
+        }
+    };
+    let answer = outcome.unwrap_or_else(|error| {
+        tracing::debug!(%from, %error, "request of another node refused");
+        NodeAnswer::Error(error.to_detail())
+    });
+    NodeReply { answer: Some(answer) }.encode_to_vec().into()
+}
+
+async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
+    let done = NodeAnswer::Done(pb::Done {});
+    Ok(match op {
+        NodeOp::VolumeMove(request) => NodeAnswer::VolumeMoved(moves::hand_over(core, request).await?),
+        NodeOp::AwaitCoordinator(asked) => {
+            moves::await_coordinator(core, asked).await?;
+            done
+        }
+        NodeOp::VolumeState(request) => NodeAnswer::VolumeStates(admin::volume::states_here(core, &request)),
+        NodeOp::ClientGone(gone) => {
+            client_gone(core, &gone);
+            done
+        }
+        NodeOp::IsClientGone(asked) => {
+            is_client_gone(core, &asked)?;
+            done
+        }
+        NodeOp::Convict(verdict) => {
+            let node = u16::try_from(verdict.node).map_err(|_| Error::usage("no such node"))?;
+            membership::convict(core, NodeId(node), Epoch(verdict.epoch), verdict.reason);
+            done
+        }
+        NodeOp::VmStart(request) => NodeAnswer::Vm(vms::start(core, &request.name).await?),
+        NodeOp::VmStop(request) => NodeAnswer::Vm(vms::stop(core, &request.name, request.force).await?),
+        NodeOp::VmPause(request) => NodeAnswer::Vm(vms::pause(core, &request.name).await?),
+        NodeOp::VmResume(request) => NodeAnswer::Vm(vms::resume(core, &request.name).await?),
+        NodeOp::VmShow(request) => NodeAnswer::Vm(vms::show(core, &request.name).await?),
+        NodeOp::VmConsole(request) => NodeAnswer::Console(vms::console(core, &request).await?),
+        NodeOp::VmMigrate(request) => NodeAnswer::Migrated(vms::migrate(core, request).await?),
+        NodeOp::VmIncoming(body) => NodeAnswer::Incoming(vms::incoming(core, body).await?),
+    })
+}
+
+/// A client of another node is gone for certain.
+fn client_gone(core: &Arc<Core>, gone: &OfClient) {
+    let state = core.state();
+    let (Some(record), Ok(node)) = (state.volumes.get(&gone.volume), u16::try_from(gone.node)) else {
+        return;
+    };
+    let client = ClientId { node: NodeId(node), epoch: Epoch(gone.epoch), serial: gone.serial };
+    if let Some(coordinator) = core.volumes.host(record.id).and_then(|host| host.serving()) {
+        coordinator.client_gone(client);
+    }
+}
+
+/// Whether a client of this node is gone for certain.
+fn is_client_gone(core: &Arc<Core>, asked: &OfClient) -> Result<(), Error> {
+    let ours = asked.node == u32::from(core.me.0) && core.epoch() == Some(Epoch(asked.epoch));
+    let volume = core.state().volumes.get(&asked.volume).map(|record| record.id);
+    let there = volume.is_some_and(|volume| core.clients.has(volume, asked.serial))
+        || core.vms.is_expected(asked.serial);
+    if ours && !there { Ok(()) } else { Err(Error::conflict("the client is still there")) }
+}

@@ -1,0 +1,126 @@
+//! This node as a member: its epoch, its lease, and what it thinks of the others.
+//!
+//! ```text
+//!   join.rs        BeginEpoch: from here on this incarnation counts
+//!   beats.rs       network heartbeats: each answer of a majority prolongs the lease (B1)
+//!   lun_beats.rs   LUN heartbeats, on a thread and a queue of their own (B4)
+//!   lease.rs       the page that every writer of this node reads before each submit
+//!   judge.rs       detector: silence -> verdict; the leader has the node fenced
+//!   fencing.rs     Fencing -> fence -> Fenced, and only then anything of it is given to others (A1)
+//!   heirs.rs       pure: who owns what after that
+//! ```
+//!
+//! **Invariant:** a lease ends by itself; everything else here is only about ending it early and for certain.
+
+mod beats;
+mod fencing;
+mod heirs;
+mod join;
+mod judge;
+mod lease;
+mod lun_beats;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use api::config::NodeConfig;
+use lockmgr::cluster::{ClusterState, MemberState};
+use lockmgr::detector::Event;
+use lockmgr::timing::Timing;
+use lockmgr::{Epoch, NodeId};
+use tokio::sync::mpsc;
+
+pub(crate) use beats::answer as answer_beat;
+pub(crate) use join::begin as begin_epoch;
+pub(crate) use lun_beats::LunBeats;
+
+use crate::core::Core;
+use lease::LeaseKeeper;
+
+/// This node's view of the members.
+#[derive(Debug)]
+pub(crate) struct Membership {
+    pub(crate) lease: LeaseKeeper,
+    /// To the judge. Bounded by the rate of heartbeats; nobody else sends.
+    events: mpsc::UnboundedSender<Event>,
+    inbox: Mutex<Option<mpsc::UnboundedReceiver<Event>>>,
+    /// To the fencing task.
+    convicts: mpsc::UnboundedSender<Convict>,
+    docket: Mutex<Option<mpsc::UnboundedReceiver<Convict>>>,
+    /// The epochs of the nodes that are heard over the network now. Rank: a leaf.
+    heard: Mutex<BTreeMap<NodeId, Epoch>>,
+}
+
+/// A node's incarnation that must end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Convict {
+    pub(crate) node: NodeId,
+    pub(crate) epoch: Epoch,
+    pub(crate) reason: String,
+}
+
+impl Membership {
+    pub(crate) fn new(config: &NodeConfig, timing: &Timing) -> Self {
+        let (events, inbox) = mpsc::unbounded_channel();
+        let (convicts, docket) = mpsc::unbounded_channel();
+        Self {
+            lease: LeaseKeeper::new(config, timing),
+            events,
+            inbox: Mutex::new(Some(inbox)),
+            convicts,
+            docket: Mutex::new(Some(docket)),
+            heard: Mutex::default(),
+        }
+    }
+
+    /// Tells the judge; ignored when the daemon is ending.
+    pub(crate) fn observe(&self, event: Event) {
+        drop(self.events.send(event));
+    }
+
+    /// Whether this incarnation of a node is heard over the network.
+    pub(crate) fn hears(&self, node: NodeId, epoch: Epoch) -> bool {
+        self.heard().get(&node) == Some(&epoch)
+    }
+
+    fn heard(&self) -> MutexGuard<'_, BTreeMap<NodeId, Epoch>> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Starts the tasks of a node that has its epoch.
+pub(crate) fn start(core: &Arc<Core>) {
+    let take = |slot: &Mutex<Option<_>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(inbox) = take(&core.membership.inbox) {
+        core.runtime.spawn(judge::run(Arc::clone(core), inbox));
+    }
+    let docket = core.membership.docket.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(docket) = docket {
+        core.runtime.spawn(fencing::run(Arc::clone(core), docket));
+    }
+    core.runtime.spawn(beats::run(Arc::clone(core)));
+    core.runtime.spawn(fencing::inherit(Arc::clone(core)));
+}
+
+/// Demands that this incarnation of a node is ended; whoever leads the cluster sees to it.
+pub(crate) fn convict(core: &Arc<Core>, node: NodeId, epoch: Epoch, reason: String) {
+    drop(core.membership.convicts.send(Convict { node, epoch, reason }));
+}
+
+/// Makes the leader look at the records again; it does so by itself from time to time.
+pub(crate) fn look_again(core: &Arc<Core>) {
+    core.pulse.beat();
+}
+
+/// The members that are up, as this node sees it: in the records, and heard (or this node itself).
+pub(crate) fn nodes_up(core: &Core, state: &ClusterState) -> usize {
+    let up = state.members.values().filter(|member| member.state == MemberState::Up);
+    up.filter(|member| {
+        if member.id == core.me {
+            core.epoch() == Some(member.epoch)
+        } else {
+            core.membership.hears(member.id, member.epoch)
+        }
+    })
+    .count()
+}

@@ -1,0 +1,74 @@
+//! Heartbeats over the network: "I am here", answered by "I still believe you".
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use lockmgr::clock::boottime_ms;
+use lockmgr::detector::Event;
+use lockmgr::{Epoch, NodeId};
+use prost::Message;
+use tokio::time::MissedTickBehavior;
+use wire::service;
+
+use crate::core::Core;
+use crate::messages::{Beat, BeatReply};
+use crate::view;
+
+/// Sends heartbeats until the daemon ends.
+pub(crate) async fn run(core: Arc<Core>) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(core.timing.beat_ms));
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = core.stop.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        core.membership.lease.tick();
+        for member in core.state().members.values().filter(|member| member.id != core.me) {
+            core.runtime.spawn(beat(Arc::clone(&core), member.id));
+        }
+    }
+}
+
+/// One heartbeat to one node. An answer that takes longer than the lease would prolong nothing.
+async fn beat(core: Arc<Core>, to: NodeId) {
+    let Some(epoch) = core.epoch() else { return };
+    let sent_at = boottime_ms();
+    let body = Beat { epoch: epoch.0 }.encode_to_vec().into();
+    let limit = Duration::from_millis(core.timing.lease_ms);
+    let call = core.mesh.call(to.0, service::HEARTBEAT, body);
+    let Ok(Ok(reply)) = tokio::time::timeout(limit, call).await else { return };
+    let Ok(reply) = BeatReply::decode(reply) else { return };
+    if reply.over {
+        over(&core, to);
+        return;
+    }
+    core.membership.lease.answered(to, sent_at);
+    if reply.epoch > 0 {
+        core.membership.observe(Event::NetworkBeat { node: to, epoch: Epoch(reply.epoch) });
+    }
+}
+
+/// The others have moved on without this incarnation: whatever it holds is not its own any more (A3).
+pub(super) fn over(core: &Arc<Core>, told_by: NodeId) {
+    if core.stop.is_cancelled() {
+        return;
+    }
+    core.membership.lease.revoke();
+    tracing::error!(%told_by, "this incarnation was declared over: all I/O is stopped, the daemon ends");
+    core.vms.kill_all();
+    core.stop.cancel();
+}
+
+/// Answers a heartbeat of `from`.
+pub(crate) fn answer(core: &Arc<Core>, from: NodeId, body: Bytes) -> Result<Bytes, prost::DecodeError> {
+    let beat = Beat::decode(body)?;
+    let epoch = Epoch(beat.epoch);
+    let over = view::is_over(&core.state(), from, epoch);
+    if !over {
+        core.membership.observe(Event::NetworkBeat { node: from, epoch });
+    }
+    let own = core.epoch().map_or(0, |epoch| epoch.0);
+    Ok(BeatReply { epoch: own, over }.encode_to_vec().into())
+}

@@ -1,0 +1,175 @@
+//! From a verdict to certainty: the leader has a node cut off, and what it held is given to others only after that (A1).
+//!
+//! ```text
+//!   verdict --CAS--> Fencing --fence--> confirmed --CAS--> Fenced --> heirs
+//!                                  '--> failed    --CAS--> FenceFailed: quarantine, tried again (A4)
+//! ```
+//! Only a leader with a quorum gets the first step through (A7). If it dies on the way, the next leader finds `Fencing` in
+//! the records and goes on.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::config::FenceConfig;
+use lockmgr::cluster::{Command, MemberState};
+use lockmgr::fence::{AgentFence, Confirmed, Fence, FenceError, LocalKill};
+use lockmgr::{Epoch, NodeId};
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+
+use super::{Convict, heirs};
+use crate::core::Core;
+use crate::forward;
+use crate::messages::{self, NodeOp};
+use crate::view;
+
+/// How often a leader looks for work that a former leader left, and for fences to try again.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Carries verdicts out, one after the other.
+pub(crate) async fn run(core: Arc<Core>, mut docket: mpsc::UnboundedReceiver<Convict>) {
+    let mut open: Vec<Convict> = Vec::new();
+    let mut ticks = tokio::time::interval(LOOK_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = core.stop.cancelled() => return,
+            Some(convict) = docket.recv() => {
+                if !open.iter().any(|other| (other.node, other.epoch) == (convict.node, convict.epoch)) {
+                    open.push(convict);
+                }
+            }
+            _ = ticks.tick() => open.extend(left_behind(&core)),
+        }
+        let mut seen = BTreeSet::new();
+        open.retain(|convict| {
+            !view::is_over(&core.state(), convict.node, convict.epoch)
+                && seen.insert((convict.node, convict.epoch))
+        });
+        for convict in open.clone() {
+            if convict.node == core.me {
+                // Nobody fences itself from outside: it stops, and the others make certain (A8).
+                super::beats::over(&core, core.me);
+            } else if leads(&core) {
+                execute(&core, &convict).await;
+            } else {
+                pass_on(&core, &convict).await;
+            }
+        }
+    }
+}
+
+fn leads(core: &Core) -> bool {
+    core.cluster.status().leader == Some(core.me)
+}
+
+/// Fences that another leader has begun, or that have failed.
+fn left_behind(core: &Core) -> Vec<Convict> {
+    if !leads(core) {
+        return Vec::new();
+    }
+    let state = core.state();
+    let members = state.members.values();
+    let unfinished =
+        members.filter(|member| matches!(member.state, MemberState::Fencing | MemberState::FenceFailed));
+    unfinished
+        .map(|member| Convict {
+            node: member.id,
+            epoch: member.epoch,
+            reason: "its fence is not finished".to_owned(),
+        })
+        .collect()
+}
+
+async fn execute(core: &Arc<Core>, convict: &Convict) {
+    let Convict { node, epoch, reason } = convict;
+    let name = view::node_name(&core.state(), *node);
+    let fencing = core.state().members.get(node).is_some_and(|member| member.state == MemberState::Fencing);
+    if !fencing {
+        let command = Command::MarkNode { node: *node, epoch: *epoch, state: MemberState::Fencing };
+        if let Err(error) = core.propose(command).await {
+            tracing::warn!(%node, %epoch, %error, "not fenced");
+            return;
+        }
+        core.note("node.fencing", &name, format!("{reason}; it is being cut off"));
+    }
+    let state = match fence(core, *node, *epoch).await {
+        Ok(confirmed) => {
+            tracing::info!(%confirmed, "fence confirmed");
+            MemberState::Fenced
+        }
+        Err(error) => {
+            tracing::error!(%node, %epoch, %error, "fence failed: nothing of this node may be reused");
+            MemberState::FenceFailed
+        }
+    };
+    let command = Command::MarkNode { node: *node, epoch: *epoch, state };
+    if let Err(error) = core.propose(command).await {
+        tracing::warn!(%node, %epoch, %error, "outcome of the fence not recorded");
+    }
+}
+
+/// Cuts the node off. Blocks for as long as the fence takes, on a thread of its own.
+async fn fence(core: &Arc<Core>, node: NodeId, epoch: Epoch) -> Result<Confirmed, FenceError> {
+    let fence = fence_of(core);
+    tokio::task::spawn_blocking(move || fence.fence(node, epoch)).await.unwrap_or_else(|error| {
+        Err(FenceError::NotConfirmed { node, epoch, reason: format!("the fence was given up: {error}") })
+    })
+}
+
+fn fence_of(core: &Core) -> Box<dyn Fence> {
+    let limit = Duration::from_millis(core.timing.fence_limit_ms);
+    match &core.config.fence {
+        FenceConfig::LocalKill => {
+            let files = core
+                .config
+                .members
+                .iter()
+                .filter_map(|member| member.pid_file.clone().map(|file| (NodeId(member.id), file)));
+            Box::new(LocalKill::new(files.collect(), limit))
+        }
+        FenceConfig::Agent { program, timeout_ms } => {
+            Box::new(AgentFence::new(program.clone(), Duration::from_millis(*timeout_ms)))
+        }
+    }
+}
+
+/// Another node leads: it shall see to it.
+async fn pass_on(core: &Arc<Core>, convict: &Convict) {
+    let Some(leader) = core.cluster.status().leader else { return };
+    let op = NodeOp::Convict(messages::Convict {
+        node: convict.node.0.into(),
+        epoch: convict.epoch.0,
+        reason: convict.reason.clone(),
+    });
+    if let Err(error) = forward::ask(core, leader, op).await {
+        tracing::debug!(%error, "verdict not passed on");
+    }
+}
+
+/// While this node leads: gives what was fenced nodes' to others.
+pub(crate) async fn inherit(core: Arc<Core>) {
+    let mut state = core.cluster.watch();
+    let mut ticks = tokio::time::interval(LOOK_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut retry_failed = false;
+    loop {
+        if leads(&core) {
+            let now = core.state();
+            for command in heirs::appoint(&now, retry_failed) {
+                if let Err(error) = core.propose(command).await {
+                    tracing::debug!(%error, "inheritance not carried out");
+                }
+            }
+        }
+        tokio::select! {
+            () = core.stop.cancelled() => return,
+            Ok(()) = state.changed() => {
+                state.mark_unchanged();
+                retry_failed = false;
+            }
+            _ = ticks.tick() => retry_failed = true,
+        }
+    }
+}

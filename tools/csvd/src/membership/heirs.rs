@@ -1,0 +1,186 @@
+//! Who owns what after nodes have come and gone. Pure: records in, commands out.
+//!
+//! | owner of a volume | then |
+//! |---|---|
+//! | up, in the epoch of its appointment | nothing |
+//! | up, in a later epoch (it came back) | it is appointed anew, with the next term |
+//! | fenced, or left in order | the node that is up with the fewest volumes is appointed |
+//! | being fenced, or its fence failed | nothing yet: it may still write (A1, A4) |
+//!
+//! **Invariant:** nobody is appointed while the former owner's incarnation may be alive.
+
+use std::collections::BTreeMap;
+
+use lockmgr::NodeId;
+use lockmgr::cluster::{ClusterState, Command, Member, MemberState, VmState, VolumeRecord, VolumeState};
+
+use crate::view;
+
+/// The changes that the records ask for. `retry_failed`: also let another node try a volume that could not be opened.
+pub(crate) fn appoint(state: &ClusterState, retry_failed: bool) -> Vec<Command> {
+    let mut load = loads(state);
+    let mut commands: Vec<_> = state
+        .volumes
+        .values()
+        .filter_map(|volume| new_owner(state, volume, retry_failed, &mut load))
+        .collect();
+    commands.extend(lost_vms(state));
+    commands
+}
+
+/// Volumes per node that is up.
+fn loads(state: &ClusterState) -> BTreeMap<NodeId, usize> {
+    let up = state.members.values().filter(|member| member.state == MemberState::Up);
+    up.map(|member| {
+        let owned = state.volumes.values().filter(|volume| volume.owner == member.id).count();
+        (member.id, owned)
+    })
+    .collect()
+}
+
+fn new_owner(
+    state: &ClusterState,
+    volume: &VolumeRecord,
+    retry_failed: bool,
+    load: &mut BTreeMap<NodeId, usize>,
+) -> Option<Command> {
+    let to = if view::is_up(state, volume.owner, volume.owner_epoch) {
+        let failed = retry_failed && volume.state == VolumeState::Failed;
+        if !failed {
+            return None;
+        }
+        next_after(state, volume.owner)?
+    } else if !view::is_over(state, volume.owner, volume.owner_epoch) {
+        return None;
+    } else {
+        came_back(state, volume).or_else(|| least_loaded(state, load))?
+    };
+    *load.entry(to.id).or_default() += 1;
+    Some(Command::MoveVolume {
+        name: volume.name.clone(),
+        expect_term: volume.term,
+        to: to.id,
+        to_epoch: to.epoch,
+    })
+}
+
+fn came_back<'a>(state: &'a ClusterState, volume: &VolumeRecord) -> Option<&'a Member> {
+    state.members.get(&volume.owner).filter(|member| member.state == MemberState::Up)
+}
+
+fn least_loaded<'a>(state: &'a ClusterState, load: &BTreeMap<NodeId, usize>) -> Option<&'a Member> {
+    let (node, _) = load.iter().min_by_key(|(node, owned)| (**owned, **node))?;
+    state.members.get(node)
+}
+
+/// The node that is up and follows `owner` in the order of ids; itself when it is alone.
+fn next_after(state: &ClusterState, owner: NodeId) -> Option<&Member> {
+    let up = || state.members.values().filter(|member| member.state == MemberState::Up);
+    up().find(|member| member.id > owner).or_else(|| up().next())
+}
+
+/// VMs that the records say run on an incarnation that is over. (Restarting them elsewhere is not decided here.)
+fn lost_vms(state: &ClusterState) -> Vec<Command> {
+    let running = state.vms.values().filter(|vm| {
+        matches!(
+            vm.state,
+            VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating
+        )
+    });
+    running
+        .filter(|vm| {
+            let owner = state.members.get(&vm.owner);
+            owner.is_none_or(|member| matches!(member.state, MemberState::Fenced | MemberState::Down))
+        })
+        .map(|vm| {
+            let name = view::node_name(state, vm.owner);
+            vm.update(|record| {
+                record.state = VmState::Failed;
+                record.peer = None;
+                record.reason = format!("node {name}, where it ran, was cut off");
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use lockmgr::cluster::FenceKind;
+    use lockmgr::{Epoch, Term, VolumeId};
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn state(members: &[(u16, u64, MemberState)], owner: u16, owner_epoch: u64) -> ClusterState {
+        let mut state = ClusterState::default();
+        for &(id, epoch, member_state) in members {
+            let member = Member {
+                id: NodeId(id),
+                name: format!("n{id}"),
+                address: String::new(),
+                epoch: Epoch(epoch),
+                state: member_state,
+                joined_ms: 0,
+            };
+            state.members.insert(NodeId(id), member);
+        }
+        let volume = VolumeRecord {
+            name: "vol1".into(),
+            id: VolumeId(Uuid::nil()),
+            lun_uri: String::new(),
+            owner: NodeId(owner),
+            owner_epoch: Epoch(owner_epoch),
+            term: Term(4),
+            fence_kind: FenceKind::Agent,
+            state: VolumeState::Online,
+            reason: String::new(),
+        };
+        state.volumes.insert("vol1".into(), volume);
+        state
+    }
+
+    fn moved_to(state: &ClusterState) -> Option<u16> {
+        match appoint(state, false).as_slice() {
+            [] => None,
+            [Command::MoveVolume { expect_term: Term(4), to, .. }] => Some(to.0),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    use MemberState::{Down, FenceFailed, Fenced, Fencing, Up};
+
+    #[test]
+    fn a_living_owner_keeps_its_volume() {
+        assert_eq!(moved_to(&state(&[(1, 2, Up), (2, 1, Up)], 1, 2)), None);
+    }
+
+    // Invariants A1 and A4.
+    #[test]
+    fn nothing_is_inherited_before_the_fence_is_confirmed() {
+        for unconfirmed in [Fencing, FenceFailed] {
+            assert_eq!(moved_to(&state(&[(1, 2, unconfirmed), (2, 1, Up)], 1, 2)), None);
+        }
+        assert_eq!(moved_to(&state(&[(1, 2, Fenced), (2, 1, Up)], 1, 2)), Some(2));
+        assert_eq!(moved_to(&state(&[(1, 2, Down), (2, 1, Up)], 1, 2)), Some(2));
+    }
+
+    #[test]
+    fn an_owner_that_came_back_is_appointed_anew() {
+        assert_eq!(moved_to(&state(&[(1, 3, Up), (2, 1, Up)], 1, 2)), Some(1));
+    }
+
+    // The node came back, and its new incarnation is in trouble too: the old one is over, so others may inherit.
+    #[test]
+    fn trouble_of_a_later_incarnation_does_not_hold_the_volume() {
+        assert_eq!(moved_to(&state(&[(1, 3, Fencing), (2, 1, Up)], 1, 2)), Some(2));
+    }
+
+    #[test]
+    fn a_volume_that_cannot_be_opened_goes_round() {
+        let mut state = state(&[(1, 2, Up), (2, 1, Up)], 2, 1);
+        state.volumes.get_mut("vol1").expect("it is there").state = VolumeState::Failed;
+        assert_eq!(moved_to(&state), None);
+        let commands = appoint(&state, true);
+        assert!(matches!(commands.as_slice(), [Command::MoveVolume { to: NodeId(1), .. }]), "{commands:?}");
+    }
+}

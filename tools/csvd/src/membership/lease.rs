@@ -1,0 +1,111 @@
+//! This node's lease: prolonged by the answers of a majority, shown on the lease page, obeyed by every writer.
+//!
+//! **Invariant (B1):** the page's deadline is counted from the moment a heartbeat was *sent*. After [`LeaseKeeper::revoke`]
+//! it never grows again.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use api::Error;
+use api::config::NodeConfig;
+use blockio::{BlockDevice, GatedDevice};
+use lockmgr::clock::boottime_ms;
+use lockmgr::lease::{LeasePage, LeaseReader, QuorumLease};
+use lockmgr::timing::Timing;
+use lockmgr::{Epoch, Millis, NodeId};
+
+/// A device that asks for the lease before each request.
+pub(crate) type Gate = GatedDevice<Arc<dyn BlockDevice>>;
+
+/// Keeps the lease page.
+#[derive(Debug)]
+pub(crate) struct LeaseKeeper {
+    /// Rank: below the gates, which are called after it is released.
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    quorum: QuorumLease,
+    page: Option<LeasePage>,
+    /// The devices of this process that wait for renewals.
+    gates: Vec<Weak<Gate>>,
+}
+
+impl LeaseKeeper {
+    pub(crate) fn new(config: &NodeConfig, timing: &Timing) -> Self {
+        let voters = config.members.iter().map(|member| NodeId(member.id));
+        let quorum = QuorumLease::new(NodeId(config.id), voters, timing.holder_stop_ms());
+        Self { inner: Mutex::new(Inner { quorum, page: None, gates: Vec::new() }) }
+    }
+
+    /// Makes the page of a new epoch. Whoever still has the page of an older one mapped learns that its right is over.
+    pub(crate) fn open(&self, config: &NodeConfig, epoch: Epoch) -> Result<(), Error> {
+        let page =
+            LeasePage::create(&config.lease_page(), NodeId(config.id), epoch).map_err(Error::failed)?;
+        self.lock().page = Some(page);
+        Ok(())
+    }
+
+    /// Puts the lease before a device.
+    pub(crate) fn gate(
+        &self,
+        config: &NodeConfig,
+        epoch: Epoch,
+        device: Arc<dyn BlockDevice>,
+    ) -> Result<Arc<Gate>, Error> {
+        let reader = LeaseReader::open(&config.lease_page()).map_err(Error::failed)?;
+        let gate = Arc::new(GatedDevice::new(device, Arc::new(reader.right_of(epoch))));
+        let mut inner = self.lock();
+        inner.gates.retain(|gate| gate.strong_count() > 0);
+        inner.gates.push(Arc::downgrade(&gate));
+        Ok(gate)
+    }
+
+    /// `from` has answered the heartbeat that left at `sent_at`.
+    pub(crate) fn answered(&self, from: NodeId, sent_at: Millis) {
+        self.advance(|inner, now| inner.quorum.answered(now, from, sent_at));
+    }
+
+    /// Time has passed: a cluster of one renews by itself.
+    pub(crate) fn tick(&self) {
+        self.advance(|inner, now| inner.quorum.advance(now));
+    }
+
+    fn advance(&self, step: impl FnOnce(&mut Inner, Millis) -> Option<Millis>) {
+        let mut inner = self.lock();
+        let Some(deadline) = step(&mut inner, boottime_ms()) else { return };
+        let Some(page) = inner.page.as_mut() else { return };
+        page.renew(deadline);
+        let gates: Vec<_> = inner.gates.iter().filter_map(Weak::upgrade).collect();
+        drop(inner);
+        reconsider(&gates);
+    }
+
+    /// Ends this node's right to write, for good.
+    pub(crate) fn revoke(&self) {
+        let mut inner = self.lock();
+        if let Some(page) = inner.page.as_mut() {
+            page.revoke();
+        }
+        let gates: Vec<_> = inner.gates.iter().filter_map(Weak::upgrade).collect();
+        drop(inner);
+        reconsider(&gates);
+    }
+
+    /// Whether this node may write now.
+    pub(crate) fn is_held(&self) -> bool {
+        let inner = self.lock();
+        let view = inner.page.as_ref().map(LeasePage::view);
+        view.is_some_and(|view| !view.revoked && boottime_ms() < view.deadline)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn reconsider(gates: &[Arc<Gate>]) {
+    for gate in gates.iter().filter(|gate| gate.held() > 0) {
+        gate.reconsider();
+    }
+}

@@ -1,0 +1,112 @@
+//! Heartbeats on a LUN: a thread and a queue of their own, so that no other I/O can delay them (B4).
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use api::Error;
+use blockio::{BlockDevice, IoError};
+use lockmgr::detector::Event;
+use lockmgr::heartbeat::{Beat, LunSlots, SlotContent};
+use lockmgr::{Epoch, VolumeId};
+
+use crate::core::Core;
+
+/// The heartbeats of this node on one volume, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct LunBeats {
+    /// Closing it ends the thread.
+    end: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl LunBeats {
+    /// Starts beating on `device`, which nothing else uses.
+    pub(crate) fn start(
+        core: &Arc<Core>,
+        epoch: Epoch,
+        device: Arc<dyn BlockDevice>,
+        area_offset: u64,
+        volume: VolumeId,
+    ) -> Result<Self, Error> {
+        let (end, ended) = mpsc::channel();
+        let slots = LunSlots::new(device, area_offset, volume);
+        let beating = Beating { core: Arc::clone(core), epoch, slots, counter: 0, failing: false };
+        let thread = std::thread::Builder::new()
+            .name("lun-beat".to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || beating.run(&ended))
+            .map_err(|error| Error::failed(format!("start of the LUN heartbeat: {error}")))?;
+        Ok(Self { end: Some(end), thread: Some(thread) })
+    }
+}
+
+impl Drop for LunBeats {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+struct Beating {
+    core: Arc<Core>,
+    epoch: Epoch,
+    slots: LunSlots,
+    counter: u64,
+    failing: bool,
+}
+
+impl Beating {
+    fn run(mut self, ended: &mpsc::Receiver<()>) {
+        let interval = Duration::from_millis(self.core.timing.lun_beat_ms);
+        loop {
+            let outcome = self.beat();
+            self.report(outcome);
+            match ended.recv_timeout(interval) {
+                Err(RecvTimeoutError::Timeout) => {}
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn beat(&mut self) -> Result<(), IoError> {
+        self.counter += 1;
+        self.slots.write(Beat {
+            node: self.core.me,
+            epoch: self.epoch,
+            counter: self.counter,
+            lease_ms: self.core.timing.lease_ms,
+        })?;
+        for slot in self.slots.read_all()? {
+            match slot.content {
+                SlotContent::Beat(beat) if slot.node != self.core.me => {
+                    self.core.membership.observe(Event::LunBeat {
+                        node: beat.node,
+                        epoch: beat.epoch,
+                        counter: beat.counter,
+                    });
+                }
+                _ => {}
+            }
+        }
+        self.core.membership.observe(Event::LunScanned);
+        Ok(())
+    }
+
+    fn report(&mut self, outcome: Result<(), IoError>) {
+        match (outcome, self.failing) {
+            (Ok(()), false) | (Err(_), true) => {}
+            (Ok(()), true) => {
+                self.failing = false;
+                tracing::info!("LUN heartbeat works again");
+            }
+            (Err(error), false) => {
+                self.failing = true;
+                tracing::error!(%error, "LUN heartbeat fails");
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! What the daemons say to each other beside Raft and csvfs. Field numbers are never reused.
+
+use api::pb;
+use lockmgr::ClientId;
+use prost::Message;
+
+/// Service `HEARTBEAT`: "I am here, in this epoch". The reply says whether the receiver still believes it.
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct Beat {
+    /// Incarnation of the sender.
+    #[prost(uint64, tag = "1")]
+    pub(crate) epoch: u64,
+}
+
+/// Answer to a [`Beat`].
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct BeatReply {
+    /// Incarnation of the receiver; 0 while it has none.
+    #[prost(uint64, tag = "1")]
+    pub(crate) epoch: u64,
+    /// The sender's incarnation is over: it was fenced, or has begun a later one.
+    #[prost(bool, tag = "2")]
+    pub(crate) over: bool,
+}
+
+/// Service `CSVFS_PUSH`: a push from a coordinator to a client on the receiving node.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct ClientPush {
+    /// The client's incarnation of the node.
+    #[prost(uint64, tag = "1")]
+    pub(crate) epoch: u64,
+    /// Which client of the node.
+    #[prost(uint64, tag = "2")]
+    pub(crate) serial: u64,
+    /// A `csvfs.Push`.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub(crate) push: bytes::Bytes,
+}
+
+/// Service `ADMIN`: something that only the receiver can do.
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct NodeRequest {
+    #[prost(oneof = "NodeOp", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    pub(crate) op: Option<NodeOp>,
+}
+
+/// See [`NodeRequest`].
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub(crate) enum NodeOp {
+    /// To the owner: hand the coordinator over.
+    #[prost(message, tag = "1")]
+    VolumeMove(pb::VolumeMoveRequest),
+    /// To the new owner: answer when the coordinator serves.
+    #[prost(message, tag = "2")]
+    AwaitCoordinator(AwaitCoordinator),
+    /// To any node: how it reaches its volumes.
+    #[prost(message, tag = "3")]
+    VolumeState(pb::VolumeStateRequest),
+    /// To the owner: a client of another node is gone.
+    #[prost(message, tag = "4")]
+    ClientGone(OfClient),
+    /// To the leader: this node must be fenced.
+    #[prost(message, tag = "5")]
+    Convict(Convict),
+    #[prost(message, tag = "6")]
+    VmStart(pb::VmRequest),
+    #[prost(message, tag = "7")]
+    VmStop(pb::VmStopRequest),
+    #[prost(message, tag = "8")]
+    VmPause(pb::VmRequest),
+    #[prost(message, tag = "9")]
+    VmResume(pb::VmRequest),
+    #[prost(message, tag = "10")]
+    VmShow(pb::VmRequest),
+    #[prost(message, tag = "11")]
+    VmConsole(pb::VmConsoleRequest),
+    /// To the source of a move.
+    #[prost(message, tag = "12")]
+    VmMigrate(pb::VmMigrateRequest),
+    /// To the target of a move: a message of the `migrator`.
+    #[prost(bytes = "bytes", tag = "13")]
+    VmIncoming(bytes::Bytes),
+    /// To the client's node: done when it is gone for certain, an error otherwise.
+    #[prost(message, tag = "14")]
+    IsClientGone(OfClient),
+}
+
+/// See [`NodeOp::AwaitCoordinator`].
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct AwaitCoordinator {
+    #[prost(string, tag = "1")]
+    pub(crate) volume: String,
+    #[prost(uint64, tag = "2")]
+    pub(crate) term: u64,
+}
+
+/// A client of a volume, see [`NodeOp::ClientGone`].
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct OfClient {
+    #[prost(string, tag = "1")]
+    pub(crate) volume: String,
+    #[prost(uint32, tag = "2")]
+    pub(crate) node: u32,
+    #[prost(uint64, tag = "3")]
+    pub(crate) epoch: u64,
+    #[prost(uint64, tag = "4")]
+    pub(crate) serial: u64,
+}
+
+/// See [`NodeOp::Convict`].
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct Convict {
+    #[prost(uint32, tag = "1")]
+    pub(crate) node: u32,
+    #[prost(uint64, tag = "2")]
+    pub(crate) epoch: u64,
+    #[prost(string, tag = "3")]
+    pub(crate) reason: String,
+}
+
+/// Answer to a [`NodeRequest`].
+#[derive(Clone, PartialEq, Message)]
+pub(crate) struct NodeReply {
+    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    pub(crate) answer: Option<NodeAnswer>,
+}
+
+/// See [`NodeReply`].
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub(crate) enum NodeAnswer {
+    #[prost(message, tag = "1")]
+    Error(pb::ErrorDetail),
+    #[prost(message, tag = "2")]
+    Done(pb::Done),
+    #[prost(message, tag = "3")]
+    VolumeMoved(pb::VolumeMoved),
+    #[prost(message, tag = "4")]
+    VolumeStates(pb::VolumeStates),
+    #[prost(message, tag = "5")]
+    Vm(pb::Vm),
+    #[prost(message, tag = "6")]
+    Console(pb::ConsoleChunk),
+    #[prost(message, tag = "7")]
+    Migrated(pb::MigrateReport),
+    #[prost(bytes = "bytes", tag = "8")]
+    Incoming(bytes::Bytes),
+}
+
+impl OfClient {
+    pub(crate) fn new(volume: &str, client: ClientId) -> Self {
+        Self {
+            volume: volume.to_owned(),
+            node: client.node.0.into(),
+            epoch: client.epoch.0,
+            serial: client.serial,
+        }
+    }
+}

@@ -1,0 +1,471 @@
+//! The virtual machines: their records, and the `hv` processes of those that run here.
+//!
+//! ```text
+//!   Stopped --start: CAS Starting, epoch + 1--> hv process --ready: CAS--> Running <--pause/resume--> Paused
+//!                                                  |                          |
+//!                                                  '---- its end: CAS Stopped or Failed, with the reason
+//!   migration.rs    Running here --> saved on the volume --> one CAS of the owner --> Running there
+//! ```
+//!
+//! **Invariant (H1):** an `hv` process runs a guest only in the epoch that the record has given to this node.
+
+mod control;
+mod migration;
+mod runner;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use api::{Error, pb};
+use hv_runner::config::VolumePath;
+use lockmgr::cluster::{ClusterState, Member, VmRecord, VmState};
+use prost::Message;
+use uuid::Uuid;
+
+use lockmgr::cluster::Command;
+
+use crate::core::Core;
+use crate::view;
+
+pub(crate) use migration::{check as check_migrate, incoming, migrate};
+use runner::Runner;
+
+/// Longest name of a VM.
+const NAME_BYTES_MAX: usize = 64;
+/// Least memory of a VM.
+const MEMORY_BYTES_MIN: u64 = 1 << 20;
+/// Longest piece of a console in one message.
+const CONSOLE_WAIT_MS_MAX: u64 = 5_000;
+
+/// The processes of this node's VMs.
+#[derive(Debug, Default)]
+pub(crate) struct Vms {
+    /// By name. Rank: a leaf.
+    running: Mutex<HashMap<String, Arc<Runner>>>,
+    /// The csvfs clients that processes were started as; the process, once its number is known. Rank: a leaf.
+    serials: Mutex<HashMap<u64, Option<u32>>>,
+}
+
+impl Vms {
+    fn get(&self, name: &str) -> Option<Arc<Runner>> {
+        self.lock().get(name).cloned()
+    }
+
+    fn add(&self, runner: &Arc<Runner>) {
+        self.lock().insert(runner.name.clone(), Arc::clone(runner));
+    }
+
+    /// Forgets the process, unless another one has taken its place.
+    fn remove(&self, runner: &Arc<Runner>) {
+        let mut running = self.lock();
+        if running.get(&runner.name).is_some_and(|other| Arc::ptr_eq(other, runner)) {
+            running.remove(&runner.name);
+        }
+    }
+
+    fn serials(&self) -> MutexGuard<'_, HashMap<u64, Option<u32>>> {
+        self.serials.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A process is started as the csvfs client `serial`.
+    fn expect(&self, serial: u64, pid: Option<u32>) {
+        self.serials().insert(serial, pid);
+    }
+
+    fn expect_no_more(&self, serial: u64) {
+        self.serials().remove(&serial);
+    }
+
+    /// Whether there is, or may still be, a process that is this client.
+    pub(crate) fn is_expected(&self, serial: u64) -> bool {
+        self.serials().contains_key(&serial)
+    }
+
+    /// Whether the process `pid` was started as the csvfs client `serial`.
+    pub(crate) fn owns_serial(&self, serial: u64, pid: u32) -> bool {
+        self.serials().get(&serial).is_some_and(|expected| expected.is_none_or(|expected| expected == pid))
+    }
+
+    /// Kills all VMs of this node at once: it has no right to run them any more.
+    pub(crate) fn kill_all(&self) {
+        for runner in self.lock().values() {
+            runner.kill();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<Runner>>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A record as the admin interface shows it.
+pub(crate) fn describe(state: &ClusterState, record: &VmRecord) -> pb::Vm {
+    pb::Vm {
+        name: record.name.clone(),
+        id: record.id.to_string(),
+        state: record.state.to_string(),
+        owner: view::node_name(state, record.owner),
+        epoch: record.epoch,
+        reason: record.reason.clone(),
+        spec: pb::VmSpec::decode(record.spec.clone()).ok(),
+        ..pb::Vm::default()
+    }
+}
+
+fn described(core: &Core, name: &str) -> Result<pb::Vm, Error> {
+    let state = core.state();
+    Ok(describe(&state, view::vm(&state, name)?))
+}
+
+/// What the VM is made of.
+fn spec_of(record: &VmRecord) -> Result<pb::VmSpec, Error> {
+    pb::VmSpec::decode(record.spec.clone()).map_err(|error| {
+        Error::failed(format!("the configuration of VM {} cannot be read: {error}", record.name))
+            .hint("it may have been written by a newer version")
+    })
+}
+
+/// Defines a VM that belongs to this node.
+pub(crate) async fn create(core: &Arc<Core>, name: &str, spec: pb::VmSpec) -> Result<pb::Vm, Error> {
+    let during = |error: Error| error.during(format!("vm create {name}"));
+    check_name(name)?;
+    if spec.memory_bytes < MEMORY_BYTES_MIN || spec.memory_bytes % 4096 != 0 {
+        return Err(during(
+            Error::usage(format!("{} bytes of memory", spec.memory_bytes))
+                .hint("give it at least 1M, in steps of 4K"),
+        ));
+    }
+    if spec.cpus != 1 {
+        return Err(during(
+            Error::usage(format!("{} processors were asked for", spec.cpus))
+                .hint("this version runs VMs with one"),
+        ));
+    }
+    if core.state().vms.contains_key(name) {
+        return Err(Error::conflict(format!("vm create: there is already a VM {name}"))
+            .hint("choose another name, or delete the old one"));
+    }
+    check_disks(core, &spec).await.map_err(during)?;
+    let command = Command::CreateVm {
+        name: name.to_owned(),
+        id: Uuid::new_v4(),
+        owner: core.me,
+        spec: spec.encode_to_vec().into(),
+    };
+    core.propose(command).await.map_err(during)?;
+    described(core, name)
+}
+
+fn check_name(name: &str) -> Result<(), Error> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.chars().all(good) && !name.starts_with('.') {
+        return Ok(());
+    }
+    Err(Error::usage(format!("`{name}` cannot be a VM's name"))
+        .hint(format!("use up to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`")))
+}
+
+/// Each disk is a file on a volume of the cluster.
+async fn check_disks(core: &Arc<Core>, spec: &pb::VmSpec) -> Result<(), Error> {
+    for disk in &spec.disks {
+        let shown = format!("disk {}:/{}", disk.volume, disk.path);
+        let state = core.state();
+        let record = view::volume(&state, &disk.volume)?;
+        let volume = core
+            .volumes
+            .get(record.id)
+            .ok_or_else(|| Error::conflict(format!("volume {} is not open yet", record.name)))?;
+        let (node, path) = (volume.node_or_why()?, disk.path.clone());
+        let looked = tokio::task::spawn_blocking(move || node.resolve(&path)).await.map_err(Error::failed)?;
+        let attr = looked.map_err(|error| {
+            let kind = if error.errno() == libc::ENOENT { api::Kind::NotFound } else { api::Kind::Failed };
+            Error::new(kind, error)
+                .during(&shown)
+                .hint("make it with `csvctl vhdx create`, or copy an image to the volume")
+        })?;
+        if attr.kind != csvfs::node::FileKind::Regular {
+            return Err(
+                Error::usage(format!("{shown} is not a file")).hint("a disk is a VHDX file on a volume")
+            );
+        }
+    }
+    Ok(())
+}
+
+/// A VM that runs nowhere comes to this node, so that it starts here.
+pub(crate) async fn claim_stopped(core: &Arc<Core>, name: &str) -> Result<(), Error> {
+    let state = core.state();
+    let record = view::vm(&state, name)?;
+    let idle = matches!(record.state, VmState::Stopped | VmState::Failed | VmState::Saved);
+    if !idle || record.owner == core.me {
+        return Ok(());
+    }
+    let command = record.update(|record| {
+        record.owner = core.me;
+        record.epoch += 1;
+        record.peer = None;
+    });
+    core.propose(command).await.map(drop).map_err(|error| error.during(format!("vm start {name}")))
+}
+
+/// Starts a VM that belongs to this node.
+pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> {
+    let state = core.state();
+    let record = view::vm(&state, name)?;
+    if !matches!(record.state, VmState::Stopped | VmState::Failed | VmState::Saved) {
+        return Err(Error::conflict(format!("vm start {name}: it is {}", record.state))
+            .hint("`csvctl vm show` tells where it is"));
+    }
+    let during = |error: Error| error.during(format!("vm start {name}"));
+    let spec = spec_of(record)?;
+    check_disks(core, &spec).await.map_err(during)?;
+    let command = record.update(|record| {
+        record.state = VmState::Starting;
+        record.epoch += 1;
+        record.peer = None;
+        record.reason = String::new();
+    });
+    core.propose(command).await.map_err(during)?;
+    let starting = view::vm(&core.state(), name)?.clone();
+    let saved = migration::saved_file(&starting);
+    match launch(core, &starting, &spec, saved.clone()).await {
+        Ok(runner) => {
+            let command = starting.update(|record| {
+                record.state = VmState::Running;
+                record.saved = None;
+            });
+            if let Err(error) = core.propose(command).await {
+                // The record is not ours any more, so neither is the right to run it.
+                runner.kill();
+                return Err(during(error));
+            }
+            if let Some(file) = saved {
+                migration::remove_state(core, &file).await;
+            }
+            described(core, name)
+        }
+        Err(error) => {
+            let reason = error.message.clone();
+            let command = starting.update(|record| {
+                record.state = VmState::Failed;
+                record.reason = reason;
+            });
+            if let Err(error) = core.propose(command).await {
+                tracing::warn!(vm = name, %error, "failed start not recorded");
+            }
+            Err(during(error))
+        }
+    }
+}
+
+/// Starts the process, from a saved state when there is one.
+async fn launch(
+    core: &Arc<Core>,
+    record: &VmRecord,
+    spec: &pb::VmSpec,
+    saved: Option<VolumePath>,
+) -> Result<Arc<Runner>, Error> {
+    let restored = saved.is_some();
+    let runner = Runner::start(core, record, spec, saved).await?;
+    core.vms.add(&runner);
+    supervise(core, &runner);
+    if restored && let Err(error) = runner.control().activate().await {
+        runner.kill();
+        runner.ended().await;
+        return Err(error);
+    }
+    Ok(runner)
+}
+
+/// Watches a process to its end, and records it.
+fn supervise(core: &Arc<Core>, runner: &Arc<Runner>) {
+    let (core, runner) = (Arc::clone(core), Arc::clone(runner));
+    let runtime = core.runtime.clone();
+    runtime.spawn(async move {
+        let end = runner.ended().await;
+        core.vms.remove(&runner);
+        runner::forget_client(&core, runner.serial).await;
+        tracing::info!(vm = runner.name, pid = runner.pid, %end, "VM process ended");
+        record_end(&core, &runner, &end).await;
+    });
+}
+
+/// The process has ended: the VM is stopped, or failed, unless the record has gone on without it.
+async fn record_end(core: &Arc<Core>, runner: &Runner, end: &runner::End) {
+    let state = core.state();
+    let Ok(record) = view::vm(&state, &runner.name) else { return };
+    let ours = record.owner == core.me && record.epoch == runner.epoch;
+    let runs = matches!(record.state, VmState::Starting | VmState::Running | VmState::Paused);
+    if !ours || !runs {
+        return;
+    }
+    let command = record.update(|record| {
+        record.state = if end.in_order { VmState::Stopped } else { VmState::Failed };
+        record.reason = if end.in_order { String::new() } else { end.to_string() };
+    });
+    if let Err(error) = core.propose(command).await {
+        tracing::warn!(vm = runner.name, %error, "end of the VM not recorded");
+    }
+    runner.recorded();
+}
+
+fn running_here(core: &Core, name: &str, doing: &str) -> Result<(VmRecord, Arc<Runner>), Error> {
+    let state = core.state();
+    let record = view::vm(&state, name)?;
+    match core.vms.get(name) {
+        Some(runner) if record.owner == core.me && record.epoch == runner.epoch => {
+            Ok((record.clone(), runner))
+        }
+        _ => Err(Error::conflict(format!("vm {doing} {name}: it is {}", record.state))
+            .hint("`csvctl vm show` tells where it is")),
+    }
+}
+
+/// Stops a VM of this node.
+pub(crate) async fn stop(core: &Arc<Core>, name: &str, force: bool) -> Result<pb::Vm, Error> {
+    let state = core.state();
+    let record = view::vm(&state, name)?;
+    if record.state == VmState::Failed {
+        // Nothing runs: what failed is put away.
+        let command = record.update(|record| {
+            record.state = VmState::Stopped;
+            record.reason = String::new();
+        });
+        core.propose(command).await.map_err(|error| error.during(format!("vm stop {name}")))?;
+        return described(core, name);
+    }
+    if record.state == VmState::Migrating {
+        return Err(
+            Error::conflict(format!("vm stop {name}: it is being moved")).hint("wait until it has arrived")
+        );
+    }
+    let (_, runner) = running_here(core, name, "stop")?;
+    runner.stop(force).await.map_err(|error| error.during(format!("vm stop {name}")))?;
+    runner.record_written().await;
+    described(core, name)
+}
+
+pub(crate) async fn pause(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> {
+    halt(core, name, "pause", VmState::Running, VmState::Paused).await
+}
+
+pub(crate) async fn resume(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> {
+    halt(core, name, "resume", VmState::Paused, VmState::Running).await
+}
+
+async fn halt(
+    core: &Arc<Core>,
+    name: &str,
+    doing: &str,
+    from: VmState,
+    to: VmState,
+) -> Result<pb::Vm, Error> {
+    let (record, runner) = running_here(core, name, doing)?;
+    if record.state != from {
+        return Err(Error::conflict(format!("vm {doing} {name}: it is {}", record.state)));
+    }
+    let during = |error: Error| error.during(format!("vm {doing} {name}"));
+    if to == VmState::Paused {
+        runner.control().pause().await.map_err(during)?;
+    } else {
+        runner.control().resume().await.map_err(during)?;
+    }
+    core.propose(record.update(|record| record.state = to)).await.map_err(during)?;
+    described(core, name)
+}
+
+/// The record, with what the process of this node knows.
+pub(crate) async fn show(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> {
+    let mut vm = described(core, name)?;
+    let Some(runner) = core.vms.get(name) else { return Ok(vm) };
+    vm.pid = runner.pid.into();
+    if let Ok(status) = runner.control().status().await {
+        vm.console_bytes = status.console_bytes;
+        vm.exits = status.exits;
+        if !status.reason.is_empty() {
+            vm.reason = status.reason;
+        }
+        let disks = status.disks.into_iter().map(|disk| pb::VmDiskStatus {
+            path: disk.path,
+            size_bytes: disk.size_bytes,
+            reads: disk.reads,
+            writes: disk.writes,
+            flushes: disk.flushes,
+        });
+        vm.disks = disks.collect();
+    }
+    Ok(vm)
+}
+
+/// A piece of the console of a VM of this node.
+pub(crate) async fn console(
+    core: &Arc<Core>,
+    request: &pb::VmConsoleRequest,
+) -> Result<pb::ConsoleChunk, Error> {
+    let (_, runner) = running_here(core, &request.name, "console")?;
+    let wait_ms = match (request.follow, request.limit_ms) {
+        (false, _) => 0,
+        (true, 0) => CONSOLE_WAIT_MS_MAX,
+        (true, limit_ms) => limit_ms.min(600_000),
+    };
+    runner
+        .console(request.from, Duration::from_millis(wait_ms))
+        .await
+        .map_err(|error| error.during(format!("vm console {}", request.name)))
+}
+
+/// Forgets a VM that runs nowhere.
+pub(crate) async fn delete(core: &Arc<Core>, name: &str, dry_run: bool) -> Result<(), Error> {
+    let state = core.state();
+    let record = view::vm(&state, name)?;
+    if !matches!(record.state, VmState::Stopped | VmState::Failed | VmState::Saved) {
+        return Err(
+            Error::conflict(format!("vm delete {name}: it is {}", record.state)).hint("stop it first")
+        );
+    }
+    if dry_run {
+        return Ok(());
+    }
+    let command = Command::DeleteVm { name: name.to_owned(), expect_epoch: record.epoch };
+    core.propose(command).await.map(drop).map_err(|error| error.during(format!("vm delete {name}")))
+}
+
+/// A new epoch begins without VMs: what the records say of the last one is over.
+pub(crate) async fn adopt(core: &Arc<Core>) {
+    let state = core.state();
+    let lost = state.vms.values().filter(|vm| {
+        vm.owner == core.me
+            && matches!(
+                vm.state,
+                VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating
+            )
+    });
+    for vm in lost {
+        let command = vm.update(|record| {
+            record.state = VmState::Failed;
+            record.peer = None;
+            record.reason = format!("node {} was restarted", core.config.name);
+        });
+        if let Err(error) = core.propose(command).await {
+            tracing::warn!(vm = vm.name, %error, "lost VM not recorded");
+        }
+    }
+}
+
+/// The daemon ends: its VMs are stopped in order.
+pub(crate) async fn end_all(core: &Arc<Core>) {
+    let runners: Vec<_> = core.vms.lock().values().cloned().collect();
+    for runner in runners {
+        if let Err(error) = runner.stop(false).await {
+            tracing::warn!(vm = runner.name, %error, "VM not stopped in order");
+            runner.kill();
+        }
+        runner.record_written().await;
+    }
+}
+
+/// The member that a move goes to, when it may.
+fn usable(core: &Core, member: &Member) -> bool {
+    member.id == core.me || core.membership.hears(member.id, member.epoch)
+}

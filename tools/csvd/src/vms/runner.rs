@@ -1,0 +1,339 @@
+//! An `hv` process: started with a configuration file, watched to its end.
+//!
+//! **Invariant:** its csvfs client is told to be gone only after the process has ended: until then it may write.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use api::{Error, pb};
+use hv_runner::Failure;
+use hv_runner::config::{DiskSpec, RunnerConfig, VolumePath, VolumeSpec};
+use lockmgr::cluster::VmRecord;
+use rustix::process::{Pid, Signal};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::process::{Child, ChildStdout};
+use tokio::sync::watch;
+use wire::Local;
+
+use super::control::Control;
+use crate::core::Core;
+use crate::messages::{NodeOp, OfClient};
+use crate::{forward, view};
+
+/// Longest time until a process is ready: it opens LUN, volume and disks, and reads a saved memory.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+/// Longest time that a process may take to end after it has agreed to.
+const END_WITHIN: Duration = Duration::from_secs(30);
+/// Console output that a process keeps.
+const CONSOLE_BYTES: usize = 1 << 20;
+/// Of what a process says before it dies, so much is kept.
+const WORDS_BYTES_MAX: u64 = 4096;
+
+/// A running `hv` process.
+#[derive(Debug)]
+pub(crate) struct Runner {
+    pub(crate) name: String,
+    /// Epoch of the VM's record that allows it to run.
+    pub(crate) epoch: u64,
+    pub(crate) pid: u32,
+    /// Its csvfs client.
+    pub(crate) serial: u64,
+    control: Control,
+    end: watch::Receiver<Option<End>>,
+    /// Set when somebody asked it to stop: then its end is in order.
+    stopping: watch::Sender<bool>,
+    recorded: watch::Sender<bool>,
+}
+
+/// How a process ended.
+#[derive(Clone, Debug)]
+pub(crate) struct End {
+    /// The guest shut down, or the process was asked to stop.
+    pub(crate) in_order: bool,
+    how: String,
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.how)
+    }
+}
+
+impl Runner {
+    /// Starts a process for the record's epoch and waits until it is ready. With `restore_from` it loads that state and
+    /// waits to be activated; without it the guest runs.
+    pub(super) async fn start(
+        core: &Arc<Core>,
+        record: &VmRecord,
+        spec: &pb::VmSpec,
+        restore_from: Option<VolumePath>,
+    ) -> Result<Arc<Self>, Error> {
+        let serial = core.clients.new_serial();
+        let config = config(core, record, spec, serial, restore_from)?;
+        let file = write_config(core, &config)?;
+        // Before the process is there: its first request must not be refused.
+        core.vms.expect(serial, None);
+        let (mut child, stdout) = spawn(&file).inspect_err(|_| core.vms.expect_no_more(serial))?;
+        let pid = child.id().ok_or_else(|| Error::failed("the VM's process ended at once"))?;
+        core.vms.expect(serial, Some(pid));
+        let local = Local {
+            cluster: core.config.cluster_id,
+            node: core.config.id,
+            name: format!("csvd of {}", core.config.name),
+        };
+        let started = match tokio::time::timeout(READY_WITHIN, ready(stdout)).await {
+            Ok(started) => started,
+            Err(_) => Err(Error::failed(format!("it was not ready after {} s", READY_WITHIN.as_secs()))),
+        };
+        if let Err(error) = started {
+            drop(child.start_kill());
+            drop(child.wait().await);
+            forget_client(core, serial).await;
+            return Err(last_words(&file.with_extension("log")).unwrap_or(error));
+        }
+        let (tell, end) = watch::channel(None);
+        let runner = Arc::new(Self {
+            name: record.name.clone(),
+            epoch: record.epoch,
+            pid,
+            serial,
+            control: Control::new(&config.control_socket, local),
+            end,
+            stopping: watch::Sender::new(false),
+            recorded: watch::Sender::new(false),
+        });
+        let watched = Arc::clone(&runner);
+        core.runtime.spawn(async move {
+            let status = child.wait().await;
+            let asked = *watched.stopping.borrow();
+            let how = match &status {
+                Ok(status) => format!("its process ended ({status})"),
+                Err(error) => format!("its process cannot be watched: {error}"),
+            };
+            let in_order = asked || status.is_ok_and(|status| status.success());
+            tell.send_replace(Some(End { in_order, how }));
+        });
+        tracing::info!(vm = record.name, epoch = record.epoch, pid, serial, "VM process started");
+        Ok(runner)
+    }
+
+    pub(crate) fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// Returns when the process has ended.
+    pub(crate) async fn ended(&self) -> End {
+        let mut end = self.end.clone();
+        let ended = end.wait_for(Option::is_some).await;
+        let gone = || End { in_order: false, how: "it is no longer watched".to_owned() };
+        ended.ok().and_then(|end| end.clone()).unwrap_or_else(gone)
+    }
+
+    /// Asks the process to flush its disks and end, and waits for it. With `force` it need not flush.
+    pub(super) async fn stop(&self, force: bool) -> Result<(), Error> {
+        self.stopping.send_replace(true);
+        if let Err(error) = self.control.stop(force).await {
+            // An answer that is lost because the process has ended is none.
+            if self.end.borrow().is_none() && !force {
+                self.stopping.send_replace(false);
+                return Err(error.hint("`csvctl vm stop --force` pulls the plug"));
+            }
+        }
+        if tokio::time::timeout(END_WITHIN, self.ended()).await.is_err() {
+            tracing::warn!(vm = self.name, pid = self.pid, "VM process does not end: killed");
+            self.kill();
+            self.ended().await;
+        }
+        Ok(())
+    }
+
+    /// Its end is expected from here on: the VM has gone elsewhere.
+    pub(super) fn release(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    /// Kills the process, if it is still there.
+    pub(crate) fn kill(&self) {
+        // Only while it is not reaped: its number is not somebody else's then.
+        if self.end.borrow().is_some() {
+            return;
+        }
+        if let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) {
+            drop(rustix::process::kill_process(pid, Signal::KILL));
+        }
+    }
+
+    /// Its end is in the records.
+    pub(super) fn recorded(&self) {
+        self.recorded.send_replace(true);
+    }
+
+    /// Returns when its end is in the records (or could not be written there in time).
+    pub(super) async fn record_written(&self) {
+        let mut recorded = self.recorded.subscribe();
+        drop(tokio::time::timeout(END_WITHIN, recorded.wait_for(|recorded| *recorded)).await);
+    }
+
+    /// A piece of the console from byte `from` on, waiting up to `limit` for one.
+    pub(super) async fn console(&self, from: u64, limit: Duration) -> Result<pb::ConsoleChunk, Error> {
+        let shown = |chunk: hv::control::ConsoleReply| pb::ConsoleChunk {
+            data: chunk.data,
+            from: chunk.from,
+            next: chunk.next,
+        };
+        let now = self.control.console(from, false).await?;
+        if !now.data.is_empty() || limit.is_zero() {
+            return Ok(shown(now));
+        }
+        match tokio::time::timeout(limit, self.control.console(from, true)).await {
+            Ok(chunk) => chunk.map(shown),
+            Err(_) => Ok(shown(now)),
+        }
+    }
+}
+
+fn config(
+    core: &Arc<Core>,
+    record: &VmRecord,
+    spec: &pb::VmSpec,
+    serial: u64,
+    restore_from: Option<VolumePath>,
+) -> Result<RunnerConfig, Error> {
+    let state = core.state();
+    let mut volumes = Vec::new();
+    for volume in state.volumes.values() {
+        let used = spec.disks.iter().any(|disk| disk.volume == volume.name);
+        let holds_state = state_volume(core, spec).is_ok_and(|name| name == volume.name);
+        if used || holds_state {
+            volumes.push(VolumeSpec {
+                name: volume.name.clone(),
+                id: volume.id.0,
+                lun_uri: volume.lun_uri.clone(),
+                node_socket: core.config.node_socket(),
+                term: volume.term.0,
+            });
+        }
+    }
+    let disks = spec.disks.iter().map(|disk| DiskSpec {
+        volume: disk.volume.clone(),
+        path: disk.path.clone(),
+        read_only: disk.read_only,
+    });
+    let epoch = core.epoch().ok_or_else(|| Error::unreachable("this node has not joined yet"))?;
+    Ok(RunnerConfig {
+        vm: record.name.clone(),
+        vm_id: record.id,
+        vm_epoch: record.epoch,
+        memory_bytes: spec.memory_bytes,
+        cpus: spec.cpus,
+        kernel: spec.kernel.clone(),
+        initrd: (!spec.initrd.is_empty()).then(|| PathBuf::from(&spec.initrd)),
+        cmdline: spec.cmdline.clone(),
+        disks: disks.collect(),
+        volumes,
+        node: core.me.0,
+        node_epoch: epoch.0,
+        client_serial: serial,
+        lease_page: core.config.lease_page(),
+        control_socket: core.config.vm_dir().join(format!("{}.sock", record.name)),
+        console_log_bytes: CONSOLE_BYTES,
+        restore_from,
+    })
+}
+
+/// The volume that a VM's state is saved to: the one of its first disk, or any.
+pub(super) fn state_volume(core: &Core, spec: &pb::VmSpec) -> Result<String, Error> {
+    match spec.disks.first() {
+        Some(disk) => Ok(disk.volume.clone()),
+        None => core
+            .state()
+            .volumes
+            .keys()
+            .next()
+            .cloned()
+            .ok_or_else(|| Error::conflict("there is no volume to save the VM's state to")),
+    }
+}
+
+fn write_config(core: &Core, config: &RunnerConfig) -> Result<PathBuf, Error> {
+    let path = core.config.vm_dir().join(format!("{}.json", config.vm));
+    let text = serde_json::to_vec_pretty(config).map_err(Error::failed)?;
+    match std::fs::remove_file(&config.control_socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::failed(format!("remove {}: {error}", config.control_socket.display())));
+        }
+        _ => {}
+    }
+    std::fs::write(&path, text)
+        .map_err(|error| Error::failed(format!("write {}: {error}", path.display())))?;
+    Ok(path)
+}
+
+/// The program: beside the daemon's, or what `CSV_HV` names.
+fn program() -> Result<PathBuf, Error> {
+    if let Some(path) = std::env::var_os("CSV_HV") {
+        return Ok(path.into());
+    }
+    let here = std::env::current_exe().map_err(|error| Error::failed(format!("finding csvd: {error}")))?;
+    Ok(here.with_file_name("hv"))
+}
+
+fn spawn(config: &std::path::Path) -> Result<(Child, ChildStdout), Error> {
+    let program = program()?;
+    let log = std::fs::File::create(config.with_extension("log"))
+        .map_err(|error| Error::failed(format!("log of the VM's process: {error}")))?;
+    let mut child = tokio::process::Command::new(&program)
+        .arg("--config")
+        .arg(config)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::from(log))
+        .spawn()
+        .map_err(|error| {
+            Error::failed(format!("start {}: {error}", program.display())).hint("install hv beside csvd")
+        })?;
+    let stdout = child.stdout.take().expect("stdout is piped");
+    Ok((child, stdout))
+}
+
+/// Reads what the process says until it is ready. After that it says nothing more.
+async fn ready(stdout: ChildStdout) -> Result<(), Error> {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        state: String,
+    }
+    let mut lines = BufReader::new(stdout.take(WORDS_BYTES_MAX)).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        match serde_json::from_str::<Line>(&line) {
+            Ok(line) if !line.state.is_empty() => return Ok(()),
+            _ => {}
+        }
+    }
+    Err(Error::failed("the VM's process ended before it was ready"))
+}
+
+/// Why a process could not start: its last words are one line of JSON.
+fn last_words(log: &std::path::Path) -> Option<Error> {
+    let text = std::fs::read_to_string(log).ok()?;
+    let failure = text.lines().rev().find_map(|line| serde_json::from_str::<Failure>(line).ok())?;
+    Some(Error::failed(failure.error).hint(failure.hint))
+}
+
+/// Tells the coordinators of all volumes that the process used that its client is gone for certain.
+pub(super) async fn forget_client(core: &Arc<Core>, serial: u64) {
+    core.vms.expect_no_more(serial);
+    let client = core.client(serial);
+    for volume in core.clients.volumes_of(serial) {
+        core.clients.remove(volume, serial);
+        let state = core.state();
+        let Some(record) = view::volume_by_id(&state, volume) else { continue };
+        let op = NodeOp::ClientGone(OfClient::new(&record.name, client));
+        // A coordinator that cannot be told now asks which clients are over when it is opened again.
+        if let Err(error) = forward::ask(core, record.owner, op).await {
+            tracing::warn!(%client, volume = record.name, %error, "coordinator not told that the client is gone");
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Making a new volume: format the LUN here, then tell the cluster.
+
+use std::sync::Arc;
+
+use api::Error;
+use api::pb::VolumeCreateRequest;
+use blockio::{OpenOptions, open_uri};
+use csvfs::volume::{CreateParams, Volume, VolumeError};
+use lockmgr::VolumeId;
+use lockmgr::cluster::{Command, FenceKind};
+
+use crate::core::Core;
+
+/// Longest name: it is also the name of a folder.
+const NAME_BYTES_MAX: usize = 64;
+
+/// Formats the LUN and adds the volume to the records, with this node as its first owner.
+pub(crate) async fn create(core: &Arc<Core>, request: VolumeCreateRequest) -> Result<(), Error> {
+    check_name(&request.name)?;
+    check_lun(&request.lun)?;
+    let state = core.state();
+    let cluster = state.cluster.ok_or_else(|| Error::unreachable("the cluster has not formed yet"))?;
+    let epoch = core.epoch().ok_or_else(|| Error::unreachable("this node has not joined yet"))?;
+    let taken =
+        state.volumes.values().find(|record| record.name == request.name || record.lun_uri == request.lun);
+    if let Some(record) = taken {
+        return Err(Error::conflict(format!(
+            "volume create {}: volume {} on {} already exists",
+            request.name, record.name, record.lun_uri
+        ))
+        .hint("choose another name and LUN, or use the volume that is there"));
+    }
+    let id = format(&request, cluster).await?;
+    let Some(id) = id else { return Ok(()) };
+    core.propose(Command::CreateVolume {
+        name: request.name.clone(),
+        id,
+        lun_uri: request.lun.clone(),
+        owner: core.me,
+        owner_epoch: epoch,
+        fence_kind: FenceKind::Agent,
+    })
+    .await
+    .map_err(|error| {
+        error
+            .during(format!("volume create {}: the LUN is formatted, but not added", request.name))
+            .hint("run the command again with --force")
+    })?;
+    Ok(())
+}
+
+/// Writes the volume's structure; `None` after a dry run.
+async fn format(
+    request: &VolumeCreateRequest,
+    cluster: lockmgr::ClusterId,
+) -> Result<Option<VolumeId>, Error> {
+    let request = request.clone();
+    let formatting = move || {
+        let device = open_uri(&request.lun, OpenOptions::default()).map_err(|error| {
+            Error::failed(error)
+                .during(format!("volume create {}: opening {}", request.name, request.lun))
+                .hint("every node must reach the LUN under the same name")
+        })?;
+        let params = CreateParams { name: request.name.clone(), cluster, force: request.force };
+        if request.dry_run {
+            Volume::check_create(device.as_ref(), &params).map_err(|error| refused(&request, &error))?;
+            return Ok(None);
+        }
+        let superblock = Volume::create(device, params).map_err(|error| refused(&request, &error))?;
+        Ok(Some(superblock.volume))
+    };
+    tokio::task::spawn_blocking(formatting).await.map_err(Error::failed)?
+}
+
+fn refused(request: &VolumeCreateRequest, error: &VolumeError) -> Error {
+    Error::conflict(error).during(format!("volume create {} on {}", request.name, request.lun))
+}
+
+fn check_name(name: &str) -> Result<(), Error> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if !name.is_empty() && name.len() <= NAME_BYTES_MAX && name.chars().all(good) && !name.starts_with('.') {
+        return Ok(());
+    }
+    Err(Error::usage(format!("`{name}` cannot be a volume's name"))
+        .hint(format!("use up to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`")))
+}
+
+fn check_lun(uri: &str) -> Result<(), Error> {
+    let relative = uri.strip_prefix("file:").is_some_and(|path| !path.starts_with('/'));
+    if relative {
+        return Err(Error::usage(format!("LUN {uri}: the path must be absolute"))
+            .hint("every node must find the LUN under this name"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_also_a_folder() {
+        assert!(check_name("vol1").is_ok());
+        for bad in ["", ".", "..", "a/b", ".hidden", "a b"] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! The place of a volume's coordinator on this node: opened when the record appoints this node, closed when it does not.
+//!
+//! ```text
+//!   record says (me, my epoch, term T)  and  nothing open, or an older term open   -->  open T, report Online or Failed
+//!   record says another node                  and  something open                    -->  close
+//! ```
+//! Opening, closing and planned moves of one volume never overlap: they hold `work`.
+//!
+//! **Invariant:** at most one coordinator of a volume is open here, and only of the term in the record.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use api::Error;
+use csvfs::coordinator::{CloseReport, Coordinator, OpenParams};
+use lockmgr::cluster::{Command, VolumeRecord, VolumeState};
+use lockmgr::{Epoch, Term};
+use tokio::sync::{Mutex, MutexGuard, Notify, watch};
+
+use super::local::LocalVolume;
+use crate::core::Core;
+use crate::router::Pushes;
+use crate::view;
+
+/// Pause before another attempt to open a coordinator.
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
+
+/// An open coordinator.
+#[derive(Clone)]
+struct Serving {
+    term: Term,
+    coordinator: Arc<Coordinator>,
+}
+
+/// See the module.
+pub(crate) struct Host {
+    serving: watch::Sender<Option<Serving>>,
+    /// Held while the coordinator is opened, closed or handed over.
+    work: Mutex<()>,
+    nudge: Notify,
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host").field("term", &self.term()).finish_non_exhaustive()
+    }
+}
+
+impl Host {
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self { serving: watch::Sender::new(None), work: Mutex::new(()), nudge: Notify::new() })
+    }
+
+    /// The coordinator, when it is open here.
+    pub(crate) fn serving(&self) -> Option<Arc<Coordinator>> {
+        self.serving.borrow().as_ref().map(|serving| Arc::clone(&serving.coordinator))
+    }
+
+    /// The coordinator, as soon as it is open here.
+    pub(crate) async fn serving_soon(&self) -> Option<Arc<Coordinator>> {
+        let mut watch = self.serving.subscribe();
+        let serving = watch.wait_for(Option::is_some).await.ok()?;
+        serving.as_ref().map(|serving| Arc::clone(&serving.coordinator))
+    }
+
+    /// The term that is open here.
+    pub(crate) fn term(&self) -> Option<Term> {
+        self.serving.borrow().as_ref().map(|serving| serving.term)
+    }
+
+    /// Returns when a coordinator of `term` or a later one is open here.
+    pub(crate) async fn serves(&self, term: Term) {
+        let mut watch = self.serving.subscribe();
+        let open = |serving: &Option<Serving>| serving.as_ref().is_some_and(|serving| serving.term >= term);
+        drop(watch.wait_for(open).await);
+    }
+
+    /// Makes the host look at the record again.
+    pub(crate) fn settle_soon(&self) {
+        self.nudge.notify_one();
+    }
+
+    /// Keeps others from opening or closing.
+    pub(super) async fn begin_work(&self) -> MutexGuard<'_, ()> {
+        self.work.lock().await
+    }
+
+    /// Closes what is open here, because the daemon ends.
+    pub(crate) async fn close(&self, why: &str) {
+        let _work = self.work.lock().await;
+        drop(self.shut(why).await);
+    }
+
+    /// Closes what is open here. The caller holds the work lock.
+    pub(super) async fn shut(&self, why: &str) -> Option<Result<CloseReport, Error>> {
+        let serving = self.serving.send_replace(None)?;
+        let term = serving.term;
+        tracing::info!(%term, why, "coordinator closes");
+        let coordinator = serving.coordinator;
+        let report = tokio::task::spawn_blocking(move || coordinator.close()).await;
+        Some(match report {
+            Ok(Ok(report)) => Ok(report),
+            Ok(Err(error)) => {
+                tracing::error!(%term, %error, "coordinator did not close in order");
+                Err(Error::failed(error))
+            }
+            Err(error) => Err(Error::failed(error)),
+        })
+    }
+
+    /// The coordinator of `term` has stopped by itself: it is put away, and the volume looked at again.
+    pub(crate) fn stopped(&self, term: Term) {
+        self.serving.send_if_modified(|serving| {
+            let it = serving.as_ref().is_some_and(|serving| serving.term == term);
+            if it {
+                *serving = None;
+            }
+            it
+        });
+        self.settle_soon();
+    }
+
+    /// Opens the coordinator of the record's term. The caller holds the work lock and has closed what was open.
+    pub(super) async fn open(
+        &self,
+        core: &Arc<Core>,
+        volume: &Arc<LocalVolume>,
+        record: &VolumeRecord,
+        epoch: Epoch,
+    ) -> Result<(), Error> {
+        let device = volume.device().await?;
+        let pushes = Arc::new(Pushes::new(core, record.id, record.term));
+        let mut params = OpenParams::new(device, record.id, (core.me, epoch, record.term), pushes);
+        params.timing.grace_ms = core.timing.grace_ms;
+        params.timing.locks.recall_ms = core.timing.recall_ms;
+        params.timing.locks.hold_min_ms = core.timing.hold_min_ms;
+        let opened =
+            tokio::task::spawn_blocking(move || Coordinator::open(params)).await.map_err(Error::failed)?;
+        let coordinator = opened.map_err(|error| {
+            Error::failed(error).during(format!("opening the coordinator of {}", record.name))
+        })?;
+        report_gone(core, &coordinator).await;
+        self.serving.send_replace(Some(Serving { term: record.term, coordinator }));
+        tracing::info!(volume = %record.name, term = %record.term, "coordinator serves");
+        core.pulse.beat();
+        Ok(())
+    }
+}
+
+/// Follows the record until the volume or the daemon is gone.
+pub(super) async fn run(core: Arc<Core>, volume: Arc<LocalVolume>) {
+    let host = Arc::clone(&volume.host);
+    let weak: Weak<LocalVolume> = Arc::downgrade(&volume);
+    drop(volume);
+    loop {
+        let Some(volume) = weak.upgrade().filter(|volume| !volume.is_leaving()) else {
+            host.close("the volume was removed").await;
+            return;
+        };
+        let again = settle(&core, &volume).await;
+        drop(volume);
+        tokio::select! {
+            () = core.stop.cancelled() => return,
+            () = host.nudge.notified() => {}
+            () = tokio::time::sleep(AGAIN_AFTER), if again => {}
+        }
+    }
+}
+
+/// Makes what is open here fit the record. `true`: it did not work, try again later.
+async fn settle(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> bool {
+    let host = &volume.host;
+    let _work = host.begin_work().await;
+    // Read under the lock: a move that has just ended has changed it.
+    let state = core.state();
+    let (Some(record), Some(epoch)) = (view::volume_by_id(&state, volume.id), core.epoch()) else {
+        return false;
+    };
+    let mine = record.owner == core.me && record.owner_epoch == epoch;
+    if mine && host.term() == Some(record.term) {
+        if let Some(coordinator) = host.serving() {
+            report_gone(core, &coordinator).await;
+        }
+        return false;
+    }
+    if host.term().is_some() {
+        drop(host.shut("the record names another coordinator").await);
+    }
+    if !mine {
+        return false;
+    }
+    let opened = host.open(core, volume, record, epoch).await;
+    let failed = opened.is_err();
+    report(core, record, opened).await;
+    failed
+}
+
+/// Writes the outcome of an attempt into the record.
+pub(super) async fn report(core: &Arc<Core>, record: &VolumeRecord, opened: Result<(), Error>) {
+    let (state, reason) = match opened {
+        Ok(()) => (VolumeState::Online, String::new()),
+        Err(error) => {
+            tracing::error!(volume = %record.name, term = %record.term, %error, "no coordinator");
+            (VolumeState::Failed, error.message)
+        }
+    };
+    if record.state == state && record.reason == reason {
+        return;
+    }
+    let command =
+        Command::SetVolumeState { name: record.name.clone(), expect_term: record.term, state, reason };
+    if let Err(error) = core.propose(command).await {
+        tracing::warn!(volume = %record.name, %error, "state of the volume not recorded");
+    }
+}
+
+/// Tells the coordinator which of its clients are certainly over (A1).
+async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) {
+    let state = core.state();
+    let asked = Arc::clone(coordinator);
+    let clients = tokio::task::spawn_blocking(move || asked.clients()).await.unwrap_or_default();
+    let mut gone: Vec<_> = clients
+        .into_iter()
+        .map(|client| (client.id.node, client.id.epoch))
+        .filter(|(node, epoch)| view::is_over(&state, *node, *epoch))
+        .collect();
+    gone.sort_unstable();
+    gone.dedup();
+    for (node, epoch) in gone {
+        tracing::info!(%node, %epoch, "clients of this incarnation are over");
+        coordinator.node_gone(node, epoch);
+    }
+}

@@ -1,0 +1,267 @@
+//! One volume on this node, from its LUN to its mount.
+//!
+//! ```text
+//!   open the LUN -> superblock is this volume's -> heartbeat -> attach to the coordinator -> mount
+//! ```
+//! Whatever fails is tried again; `volume state` says what is missing.
+//!
+//! **Invariant:** all I/O of the mount and the coordinator passes the gate of this node's lease; only the heartbeat, on a
+//! queue of its own, does not.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use api::Error;
+use blockio::{BlockDevice, OpenOptions, open_uri};
+use csvfs::format::layout;
+use csvfs::format::superblock::Superblock;
+use csvfs::node::{Node, NodeParams};
+use csvfs_fuse::{Mount, MountOptions};
+use lockmgr::cluster::VolumeRecord;
+use lockmgr::{Epoch, VolumeId};
+use tokio::sync::watch;
+
+use super::host::Host;
+use super::status::{Code, State, StatusCell};
+use crate::clients::Client;
+use crate::core::Core;
+use crate::membership::LunBeats;
+use crate::router::Router;
+use crate::view;
+
+/// Pause before another attempt.
+const AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// Longest time that a coordinator waits for the LUN to be opened here.
+const LUN_WITHIN: Duration = Duration::from_secs(10);
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct LocalVolume {
+    pub(crate) id: VolumeId,
+    pub(crate) name: String,
+    pub(crate) status: StatusCell,
+    pub(crate) host: Arc<Host>,
+    lun: watch::Sender<Option<Lun>>,
+    mounted: Mutex<Option<Mounted>>,
+    leaving: AtomicBool,
+}
+
+#[derive(Clone)]
+struct Lun {
+    gated: Arc<dyn BlockDevice>,
+    _beats: Arc<LunBeats>,
+}
+
+impl std::fmt::Debug for Lun {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Lun")
+    }
+}
+
+#[derive(Debug)]
+struct Mounted {
+    node: Arc<Node>,
+    mount: Mount,
+    serial: u64,
+}
+
+impl LocalVolume {
+    pub(super) fn new(id: VolumeId, name: &str) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            name: name.to_owned(),
+            status: StatusCell::new(),
+            host: Host::new(),
+            lun: watch::Sender::new(None),
+            mounted: Mutex::new(None),
+            leaving: AtomicBool::new(false),
+        })
+    }
+
+    /// The LUN behind the gate of the lease, as soon as it is open.
+    pub(super) async fn device(&self) -> Result<Arc<dyn BlockDevice>, Error> {
+        let mut watch = self.lun.subscribe();
+        let opened = tokio::time::timeout(LUN_WITHIN, watch.wait_for(Option::is_some)).await;
+        match opened {
+            Ok(Ok(lun)) => Ok(Arc::clone(&lun.as_ref().expect("waited for it").gated)),
+            _ => Err(Error::failed(format!(
+                "the LUN of {} is not open: {}",
+                self.name,
+                self.status.get().reason
+            ))),
+        }
+    }
+
+    /// The node library's side of the mount.
+    pub(crate) fn node(&self) -> Option<Arc<Node>> {
+        self.mounted.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map(|it| Arc::clone(&it.node))
+    }
+
+    /// The node library's side of the mount, or an error that says why there is none.
+    pub(crate) fn node_or_why(&self) -> Result<Arc<Node>, Error> {
+        self.node().ok_or_else(|| {
+            Error::conflict(format!(
+                "volume {} is not usable on this node: {}",
+                self.name,
+                self.status.get().reason
+            ))
+            .hint("`csvctl volume state` shows what is missing")
+        })
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
+    }
+
+    /// The volume is no longer in the records.
+    pub(super) fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
+        self.host.settle_soon();
+    }
+
+    /// Unmounts and detaches.
+    pub(super) async fn unmount(self: &Arc<Self>, core: &Arc<Core>) {
+        self.status.set(State::Paused(Code::Leaving), "the node is leaving the volume");
+        let Some(mounted) = self.mounted.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return;
+        };
+        let serial = mounted.serial;
+        let ended = tokio::task::spawn_blocking(move || {
+            let Mounted { node, mount, .. } = mounted;
+            mount.unmount().map_err(|error| error.to_string())?;
+            node.detach().map_err(|error| error.to_string())
+        });
+        match ended.await {
+            Ok(Ok(())) => tracing::info!(volume = self.name, "unmounted"),
+            Ok(Err(error)) => tracing::warn!(volume = self.name, error, "not unmounted in order"),
+            Err(error) => tracing::warn!(volume = self.name, %error, "not unmounted in order"),
+        }
+        core.clients.remove(self.id, serial);
+    }
+
+    fn set_status(&self, core: &Core, state: State, reason: &str) {
+        if self.status.set(state, reason) {
+            tracing::info!(
+                volume = self.name,
+                state = state.word(),
+                code = state.code(),
+                reason,
+                "volume state"
+            );
+            core.pulse.beat();
+        }
+    }
+}
+
+/// Opens, attaches and mounts; tries again until it works or the volume is gone.
+pub(super) async fn run(core: Arc<Core>, volume: Arc<LocalVolume>) {
+    loop {
+        if volume.is_leaving() {
+            volume.unmount(&core).await;
+            return;
+        }
+        match bring_up(&core, &volume).await {
+            Ok(()) => break,
+            Err((code, error)) => volume.set_status(&core, State::Paused(code), &error.message),
+        }
+        tokio::select! {
+            () = core.stop.cancelled() => return,
+            () = tokio::time::sleep(AGAIN_AFTER) => {}
+        }
+    }
+    volume.set_status(&core, State::Direct, "mounted; file data goes straight to the LUN");
+}
+
+async fn bring_up(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> Result<(), (Code, Error)> {
+    let state = core.state();
+    let epoch = core.epoch().ok_or_else(|| (Code::Starting, Error::failed("the node has not joined yet")))?;
+    let record = view::volume(&state, &volume.name).map_err(|error| (Code::Leaving, error))?;
+    if volume.lun.borrow().is_none() {
+        let lun = open_lun(core, record, epoch).await.map_err(|error| (Code::NoLun, error))?;
+        volume.lun.send_replace(Some(lun));
+    }
+    let device = volume.device().await.map_err(|error| (Code::NoLun, error))?;
+    let (node, serial) = attach(core, record, device).await.map_err(|error| (Code::NoCoordinator, error))?;
+    let mount = match mount(core, record, &node).await {
+        Ok(mount) => mount,
+        Err(error) => {
+            core.clients.remove(record.id, serial);
+            drop(tokio::task::spawn_blocking(move || node.detach()).await);
+            return Err((Code::NoMount, error));
+        }
+    };
+    let mounted = Mounted { node, mount, serial };
+    tracing::info!(volume = volume.name, serial = mounted.serial, "mounted");
+    *volume.mounted.lock().unwrap_or_else(PoisonError::into_inner) = Some(mounted);
+    Ok(())
+}
+
+async fn open_lun(core: &Arc<Core>, record: &VolumeRecord, epoch: Epoch) -> Result<Lun, Error> {
+    let (core, record) = (Arc::clone(core), record.clone());
+    let opening = move || {
+        let during = |error: &dyn std::fmt::Display| {
+            Error::failed(error).during(format!("opening the LUN of {}", record.name))
+        };
+        let raw = open_uri(&record.lun_uri, OpenOptions::default()).map_err(|error| during(&error))?;
+        check_superblock(&core, &record, &raw)?;
+        let beat_device =
+            open_uri(&record.lun_uri, OpenOptions::default()).map_err(|error| during(&error))?;
+        let beats = LunBeats::start(&core, epoch, beat_device, layout::HEARTBEAT_OFFSET, record.id)?;
+        let gated = core.membership.lease.gate(&core.config, epoch, raw)?;
+        Ok(Lun { gated, _beats: Arc::new(beats) })
+    };
+    tokio::task::spawn_blocking(opening).await.map_err(Error::failed)?
+}
+
+fn check_superblock(core: &Core, record: &VolumeRecord, raw: &Arc<dyn BlockDevice>) -> Result<(), Error> {
+    let found = Superblock::read(raw.as_ref()).map_err(|error| {
+        Error::failed(error).during(format!("reading the superblock of {}", record.lun_uri))
+    })?;
+    if found.volume != record.id {
+        return Err(Error::conflict(format!(
+            "{} holds volume {}, not {} ({})",
+            record.lun_uri, found.volume, record.name, record.id
+        ))
+        .hint("another LUN has this path on this node"));
+    }
+    if Some(found.cluster) != core.state().cluster {
+        return Err(Error::conflict(format!("{} belongs to cluster {}", record.lun_uri, found.cluster))
+            .hint("two clusters must not use one LUN"));
+    }
+    Ok(())
+}
+
+async fn attach(
+    core: &Arc<Core>,
+    record: &VolumeRecord,
+    device: Arc<dyn BlockDevice>,
+) -> Result<(Arc<Node>, u64), Error> {
+    let serial = core.clients.new_serial();
+    let params = NodeParams {
+        device,
+        link: Arc::new(Router::new(core)),
+        client: core.client(serial),
+        volume: record.id,
+        term: record.term,
+        name: format!("mount on {}", core.config.name),
+    };
+    let attached = tokio::task::spawn_blocking(move || Node::attach(params)).await.map_err(Error::failed)?;
+    let node = attached
+        .map_err(|error| Error::failed(error).during(format!("attaching to volume {}", record.name)))?;
+    core.clients.add(record.id, serial, Client::Mount(Arc::downgrade(&node)));
+    Ok((node, serial))
+}
+
+async fn mount(core: &Arc<Core>, record: &VolumeRecord, node: &Arc<Node>) -> Result<Mount, Error> {
+    let point = core.config.mount_point(&record.name);
+    let (node, name) = (Arc::clone(node), record.name.clone());
+    let mounting = move || {
+        std::fs::create_dir_all(&point)
+            .map_err(|error| Error::failed(format!("making {}: {error}", point.display())))?;
+        let options = MountOptions { volume: name, ..MountOptions::default() };
+        csvfs_fuse::mount(node, &point, &options)
+            .map_err(|error| Error::failed(error).during(format!("mounting on {}", point.display())))
+    };
+    tokio::task::spawn_blocking(mounting).await.map_err(Error::failed)?
+}

@@ -1,0 +1,146 @@
+//! What a disk costs in flushes and writes. Counts do not depend on the machine, so they are the bar.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use blockio::{BlockDevice, Geometry, ImageFile, IoError, IoOp, IoRequest, MemoryDevice};
+use common::{MIB, read_only};
+use vhdx::{Builder, Disk, Spec};
+
+/// Counts what reaches the file.
+struct Counter {
+    inner: MemoryDevice,
+    flushes: AtomicUsize,
+    writes: AtomicUsize,
+    resizes: AtomicUsize,
+}
+
+impl Counter {
+    fn counts(&self) -> (usize, usize) {
+        (self.flushes.load(Ordering::SeqCst), self.writes.load(Ordering::SeqCst))
+    }
+
+    fn changes(&self) -> usize {
+        self.counts().0 + self.counts().1 + self.resizes.load(Ordering::SeqCst)
+    }
+}
+
+impl BlockDevice for Counter {
+    fn geometry(&self) -> Geometry {
+        self.inner.geometry()
+    }
+
+    fn submit(&self, request: IoRequest) {
+        match &request.op {
+            IoOp::Flush => drop(self.flushes.fetch_add(1, Ordering::SeqCst)),
+            IoOp::Read { .. } => (),
+            _ => drop(self.writes.fetch_add(1, Ordering::SeqCst)),
+        }
+        self.inner.submit(request);
+    }
+}
+
+impl ImageFile for Counter {
+    fn set_len(&self, size_bytes: u64) -> Result<(), IoError> {
+        self.resizes.fetch_add(1, Ordering::SeqCst);
+        self.inner.set_len(size_bytes)
+    }
+
+    fn identity(&self) -> String {
+        self.inner.identity()
+    }
+}
+
+fn image(spec: &Spec) -> Arc<Counter> {
+    let inner = MemoryDevice::new(0);
+    vhdx::create(&inner, spec).expect("it is created");
+    let zero = || AtomicUsize::new(0);
+    Arc::new(Counter { inner, flushes: zero(), writes: zero(), resizes: zero() })
+}
+
+fn open(file: &Arc<Counter>) -> Disk {
+    Builder::open(Arc::clone(file) as Arc<dyn ImageFile>).writable().expect("it opens for writing")
+}
+
+/// Flushes and writes of the file during `action`.
+fn cost(file: &Counter, action: impl FnOnce()) -> (usize, usize) {
+    let before = file.counts();
+    action();
+    let after = file.counts();
+    (after.0 - before.0, after.1 - before.1)
+}
+
+fn spec() -> Spec {
+    Spec { block_bytes: MIB, ..Spec::dynamic(1024 * MIB) }
+}
+
+#[test]
+fn a_disk_that_is_never_written_changes_nothing() {
+    let file = image(&spec());
+    let disk = open(&file);
+    disk.flush().expect("it flushes");
+    disk.run(IoOp::Discard { offset: 0, len: 64 * MIB }).expect("nothing is there");
+    disk.run(IoOp::WriteZeroes { offset: 512, len: 5 * MIB, may_unmap: false }).expect("all is zero");
+    disk.close().expect("it closes");
+    assert_eq!(file.changes(), 0);
+}
+
+#[test]
+fn an_allocation_costs_no_flush_and_a_guest_flush_costs_one() {
+    let file = image(&spec());
+    let disk = open(&file);
+    let first = cost(&file, || disk.write_at(0, &[1; 4096]).expect("it is writable"));
+    // Two headers, the empty first entry of the log, the payload.
+    assert_eq!(first, (2, 4), "the first write of a session");
+    let many = cost(&file, || {
+        for block in 1..20 {
+            disk.write_at(block * MIB, &[1; 4096]).expect("it is writable");
+        }
+    });
+    assert_eq!(many, (0, 19), "allocations cost their payload only");
+    // The header that is one update behind, and one log entry.
+    assert_eq!(cost(&file, || disk.flush().expect("it flushes")), (1, 2), "20 allocations");
+    disk.write_at(21 * MIB, &[1; 4096]).expect("it is writable");
+    assert_eq!(cost(&file, || disk.flush().expect("it flushes")), (1, 1), "one allocation");
+    disk.write_at(0, &[2; 4096]).expect("it is writable");
+    assert_eq!(cost(&file, || disk.flush().expect("it flushes")), (1, 0), "payload only");
+    assert_eq!(cost(&file, || disk.flush().expect("it flushes")), (0, 0), "nothing since the last");
+    // BAT page, two headers.
+    assert_eq!(cost(&file, || assert!(disk.close().is_ok())), (3, 3), "close");
+    assert_eq!(read_only(&(file as Arc<dyn ImageFile>)).data_from(0), Some(0..MIB));
+}
+
+#[test]
+fn a_thousand_allocations_with_a_flush_each_cost_a_thousand_flushes_and_the_ends_of_generations() {
+    let file = image(&spec());
+    let disk = open(&file);
+    disk.write_at(0, &[1; 512]).expect("it is writable");
+    disk.flush().expect("it flushes");
+    let (flushes, writes) = cost(&file, || {
+        for block in 1..1001 {
+            disk.write_at(block * MIB, &[1; 512]).expect("it is writable");
+            disk.flush().expect("it flushes");
+        }
+    });
+    // 63 entries of 8 KiB per half-ring of 512 KiB. Growth goes with a flush that happens anyway.
+    let generations = 1000_usize.div_ceil(63);
+    assert!(flushes <= 1000 + 2 * generations, "{flushes} flushes");
+    assert!(writes <= 2000 + 6 * generations, "{writes} writes");
+    disk.close().expect("it closes");
+}
+
+#[test]
+fn forced_writes_to_durable_blocks_cost_no_flush() {
+    let file = image(&spec());
+    let disk = open(&file);
+    let fua = |offset, value| {
+        let buf = blockio::IoBuf::zeroed(4096);
+        buf.copy_from(&[value; 4096]);
+        disk.run(IoOp::Write { offset, buf, fua: true }).expect("it is writable");
+    };
+    fua(0, 1);
+    assert_eq!(cost(&file, || fua(0, 2)), (0, 1), "its mapping is durable");
+    assert_eq!(cost(&file, || fua(MIB, 3)).0, 1, "a new block needs the log");
+}
