@@ -360,6 +360,60 @@ async fn a_node_without_a_majority_decides_nothing_and_says_so() {
     stop_all(nodes).await;
 }
 
+// Invariant H6: in doubt the record is read, and what is read is the present.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_contains_all_that_was_acknowledged_on_any_node_before_it() {
+    let (_world, nodes) = World::start(quick()).await;
+    ready(&nodes).await;
+    for round in 0..30usize {
+        let text = format!("{round}");
+        in_time("proposal", nodes[round % 3].cluster.propose(event(text.clone()))).await.expect("applied");
+        for node in &nodes {
+            let state = in_time("read", node.cluster.read()).await.expect("quorum");
+            assert!(texts(&state).contains(&text), "node {} read the past", node.cluster.node());
+        }
+    }
+    stop_all(nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proposal_does_not_hang_with_a_leader_that_hangs() {
+    let timing = RaftTiming { propose_ms: 60_000, ..quick() };
+    let (_world, nodes) = World::start(timing).await;
+    ready(&nodes).await;
+    let leader = status_where(&nodes[0], "leader", |s| s.leader.is_some()).await.leader.expect("one");
+    let position = nodes.iter().position(|n| n.cluster.node() == leader).expect("one of them");
+    // Connections to a partitioned node stay open and silent, as those to a stopped process.
+    nodes[position].mesh.set_partitioned(true);
+    let other = &nodes[(position + 1) % 3];
+    other.cluster.propose(event("meanwhile")).await.expect("applied");
+    assert_ne!(other.cluster.status().leader, Some(leader));
+    let state = other.cluster.read().await.expect("quorum");
+    assert_eq!(texts(&state), ["meanwhile"]);
+    nodes[position].mesh.set_partitioned(false);
+    stop_all(nodes).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_runs_on_after_a_cluster_was_shut_down() {
+    let tasks = tokio::runtime::Handle::current().metrics();
+    let before = tasks.num_alive_tasks();
+    let (_world, nodes) = World::start(quick()).await;
+    ready(&nodes).await;
+    in_time("proposal", nodes[1].cluster.propose(event("one"))).await.expect("applied");
+    let cluster = Arc::clone(&nodes[0].cluster);
+    stop_all(nodes).await;
+    assert!(matches!(cluster.propose(event("late")).await, Err(ProposeError::Stopped { .. })));
+    assert!(cluster.status().stopped.is_some());
+    // The runtime counts a task out a moment after whoever joined it goes on.
+    in_time("tasks end", async {
+        while tasks.num_alive_tasks() > before {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
 // Invariant H1: the commit of a move is one compare-and-swap with one winner; E5.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_all_who_try_to_take_a_vm_exactly_one_succeeds() {

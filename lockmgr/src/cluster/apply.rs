@@ -105,7 +105,7 @@ impl ClusterState {
         if matches!(member.state, MemberState::Fencing | MemberState::FenceFailed) {
             return Err(conflict(format!("state of node {node}"), "no fence under way", member.state));
         }
-        member.epoch = Epoch(expect.0 + 1);
+        member.epoch = Epoch(next(expect.0)?);
         member.state = MemberState::Up;
         member.joined_ms = at.at_ms;
         let text = format!("node {} joined with epoch {}", member.name, member.epoch);
@@ -181,11 +181,12 @@ impl ClusterState {
     fn move_volume(&mut self, name: String, expect_term: Term, to: NodeId, to_epoch: Epoch) -> Applied {
         self.volume_mut(&name, expect_term)?;
         self.check_up(to, to_epoch)?;
+        let next_term = Term(next(expect_term.0)?);
         let volume = self.volume_mut(&name, expect_term)?;
         let from = volume.owner;
         volume.owner = to;
         volume.owner_epoch = to_epoch;
-        volume.term = Term(expect_term.0 + 1);
+        volume.term = next_term;
         volume.state = VolumeState::Opening;
         volume.reason = String::new();
         let text = format!("coordinator of {name} moves from node {from} to node {to}, term {}", volume.term);
@@ -224,7 +225,7 @@ impl ClusterState {
     }
 
     fn update_vm(&mut self, update: VmUpdate) -> Applied {
-        let VmUpdate { expect_epoch, expect_owner, expect_state, to } = update;
+        let VmUpdate { expect_epoch, expect_owner, expect_state, mut to } = update;
         let old = self.vm(&to.name)?;
         let expected = (expect_epoch, expect_owner, expect_state);
         if (old.epoch, old.owner, old.state) != expected {
@@ -237,6 +238,10 @@ impl ClusterState {
         check_vm_change(old, &to)?;
         if to.owner != old.owner {
             self.check_vm_owner(to.owner)?;
+        }
+        if to.spec == old.spec {
+            // One copy in memory, however often the record changes.
+            to.spec = old.spec.clone();
         }
         let text = if to.owner == old.owner {
             format!("vm {} is {} on node {}, epoch {}", to.name, to.state, to.owner, to.epoch)
@@ -395,6 +400,11 @@ fn check_spec(bytes: usize) -> Result<(), Rejection> {
         return Err(invalid(format!("the vm's configuration has {bytes} bytes, more than {SPEC_BYTES_MAX}")));
     }
     Ok(())
+}
+
+/// The next epoch or term. They count joins and moves; only a forged record could exhaust them.
+fn next(number: u64) -> Result<u64, Rejection> {
+    number.checked_add(1).ok_or_else(|| invalid("the number cannot grow any more".to_owned()))
 }
 
 fn conflict(what: impl Into<String>, expected: impl ToString, found: impl ToString) -> Rejection {

@@ -69,6 +69,11 @@ pub(crate) fn uuid_bytes(id: Uuid) -> Bytes {
     Bytes::copy_from_slice(id.as_bytes())
 }
 
+/// A configuration of its own memory: a slice would keep the whole message alive as long as the record.
+fn own(bytes: &Bytes) -> Bytes {
+    Bytes::copy_from_slice(bytes)
+}
+
 /// Both directions of an enum that has a value 0 for "unknown".
 macro_rules! convert_enum {
     ($ours:ident, $theirs:ident, $prefix:literal, $($variant:ident = $number:ident),+) => {
@@ -217,7 +222,7 @@ impl TryFrom<pb::Vm> for VmRecord {
             epoch: vm.epoch,
             state: VmState::from_number(vm.state)?,
             peer: vm.peer.map(node_id).transpose()?,
-            spec: vm.spec,
+            spec: own(&vm.spec),
             saved: vm.saved,
             name: vm.name,
             reason: vm.reason,
@@ -384,7 +389,7 @@ impl TryFrom<PbCommand> for Command {
                 id: uuid(&create.id)?,
                 owner: node_id(create.owner)?,
                 name: create.name,
-                spec: create.spec,
+                spec: own(&create.spec),
             },
             PbCommand::UpdateVm(update) => Self::UpdateVm(VmUpdate {
                 expect_epoch: update.expect_epoch,
@@ -398,6 +403,7 @@ impl TryFrom<PbCommand> for Command {
             PbCommand::AddEvent(event) => {
                 Self::Event { kind: event.kind, subject: event.subject, text: event.text }
             }
+            PbCommand::Read(_) => return Err(malformed("proposal: a read changes nothing")),
         })
     }
 }

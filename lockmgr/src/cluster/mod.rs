@@ -10,6 +10,8 @@
 //! the disks of a majority. What lies on disk and on the wire is our own encoding (`proto/cluster.proto`).
 
 mod apply;
+#[cfg(test)]
+mod apply_tests;
 mod codec;
 mod command;
 mod config;

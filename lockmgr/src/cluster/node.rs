@@ -120,15 +120,27 @@ impl Cluster {
         Arc::clone(&self.state.borrow())
     }
 
+    /// The records as they are now: all that was acknowledged anywhere before this call is in them. Asks the leader, which
+    /// asks a majority. For decisions that a stale copy would get wrong, such as what became of a lost message.
+    pub async fn read(&self) -> Result<Arc<ClusterState>, ProposeError> {
+        self.proposer.read().await
+    }
+
     /// Waits until there is a leader and the cluster's records exist here.
     pub async fn ready(&self) -> Result<(), ProposeError> {
+        self.proposer.leader().await?;
         let mut state = self.state.clone();
-        let created = state.wait_for(|state| state.cluster.is_some());
-        created.await.map_err(|_| propose::stopped("raft ended"))?;
         let mut metrics = self.raft.metrics();
-        let led = metrics.wait_for(|metrics| metrics.current_leader.is_some());
-        led.await.map_err(|_| propose::stopped("raft ended"))?;
-        Ok(())
+        tokio::select! {
+            created = state.wait_for(|state| state.cluster.is_some()) => {
+                created.map_err(|_| propose::stopped("raft ended"))?;
+                Ok(())
+            }
+            ended = metrics.wait_for(|metrics| metrics.running_state.is_err()) => {
+                let reason = ended.ok().and_then(|seen| seen.running_state.as_ref().err().map(ToString::to_string));
+                Err(propose::stopped(reason.unwrap_or_else(|| "raft ended".to_owned())))
+            }
+        }
     }
 
     /// How this node sees Raft.

@@ -18,6 +18,7 @@ use wire::{Mesh, Refusal, RefusalCode, WireError, service};
 use super::codec::{End, Proposal};
 use super::command::{Command, Outcome, ProposeError, Rejection};
 use super::pb;
+use super::pb::proposal::Command as PbCommand;
 use super::pb::proposal_reply::Result as Answer;
 use super::raft_types::Raft;
 use super::records::ClusterState;
@@ -79,18 +80,18 @@ impl Proposer {
 
     /// Tries until there is an end.
     async fn drive(&self, proposal: &Arc<Proposal>, maybe_logged: &mut bool) -> Result<End, ProposeError> {
-        let mut metrics = self.raft.metrics();
         loop {
-            let leader = {
-                let led = metrics.wait_for(|m| m.current_leader.is_some() || m.running_state.is_err());
-                let seen = led.await.map_err(|_| stopped("raft ended"))?;
-                seen.running_state.as_ref().map_err(|error| stopped(error))?;
-                seen.current_leader.and_then(node_id)
-            };
+            let leader = self.leader().await?;
             let before = *maybe_logged;
             // Should this future be dropped within the try, the try may have come through.
             *maybe_logged = true;
-            match self.try_at(leader, proposal).await? {
+            let outcome = tokio::select! {
+                biased;
+                outcome = self.try_at(leader, proposal) => outcome?,
+                // A leader that hangs is not waited for longer than it takes to elect another.
+                () = self.deposed(leader) => Try::Unknown,
+            };
+            match outcome {
                 Try::Ended(end) => {
                     *maybe_logged = before;
                     return Ok(end);
@@ -140,6 +141,78 @@ impl Proposer {
         })
     }
 
+    /// The present: how far this node's copy must have come to contain all that was acknowledged anywhere before the call.
+    pub(crate) async fn read(&self) -> Result<Arc<ClusterState>, ProposeError> {
+        let deadline = Instant::now() + Duration::from_millis(self.propose_ms);
+        // Reading changes nothing, so an answer that is lost is no unknown outcome.
+        let no_quorum = ProposeError::NoQuorum { waited_ms: self.propose_ms };
+        let index = tokio::time::timeout_at(deadline, self.read_index());
+        let index = index.await.map_err(|_| no_quorum.clone())??;
+        let mut state = self.state.clone();
+        let applied = tokio::time::timeout_at(deadline, state.wait_for(|state| state.applied >= index));
+        let state = applied.await.map_err(|_| no_quorum)?.map_err(|_| stopped("raft ended"))?;
+        Ok(Arc::clone(&state))
+    }
+
+    async fn read_index(&self) -> Result<u64, ProposeError> {
+        loop {
+            let leader = self.leader().await?;
+            let index = tokio::select! {
+                biased;
+                index = self.read_index_at(leader) => index?,
+                () = self.deposed(leader) => None,
+            };
+            match index {
+                Some(index) => return Ok(index),
+                None => tokio::time::sleep(Duration::from_millis(RETRY_MS)).await,
+            }
+        }
+    }
+
+    async fn read_index_at(&self, leader: Option<NodeId>) -> Result<Option<u64>, ProposeError> {
+        match leader {
+            Some(leader) if leader == self.node => self.read_index_here().await,
+            Some(leader) => Ok(self.read_index_there(leader).await),
+            None => Ok(None),
+        }
+    }
+
+    /// Waits until another node leads.
+    async fn deposed(&self, leader: Option<NodeId>) {
+        let mut metrics = self.raft.metrics();
+        let leader = leader.map(|leader| u64::from(leader.0));
+        // An error means that Raft has ended here, which the try itself notices.
+        let _ended = metrics.wait_for(|m| m.current_leader.is_some() && m.current_leader != leader).await;
+    }
+
+    /// Asks a majority whether this node still leads.
+    async fn read_index_here(&self) -> Result<Option<u64>, ProposeError> {
+        match self.raft.get_read_log_id().await {
+            Ok((read, _)) => Ok(Some(read.map_or(0, |id| id.index))),
+            Err(RaftError::APIError(_)) => Ok(None),
+            Err(RaftError::Fatal(error)) => Err(stopped(&error)),
+        }
+    }
+
+    async fn read_index_there(&self, leader: NodeId) -> Option<u64> {
+        let command = Some(PbCommand::Read(pb::Nothing {}));
+        let read = pb::Proposal { node: self.node.0.into(), command, ..pb::Proposal::default() };
+        let reply = self.mesh.call(leader.0, service::PROPOSAL, read.encode_to_vec().into()).await.ok()?;
+        match pb::ProposalReply::decode(reply).ok()?.result? {
+            Answer::End(end) => Some(end.index),
+            Answer::NotLeader(_) | Answer::Unknown(_) => None,
+        }
+    }
+
+    /// Waits until there is a leader.
+    pub(crate) async fn leader(&self) -> Result<Option<NodeId>, ProposeError> {
+        let mut metrics = self.raft.metrics();
+        let led = metrics.wait_for(|m| m.current_leader.is_some() || m.running_state.is_err());
+        let seen = led.await.map_err(|_| stopped("raft ended"))?;
+        seen.running_state.as_ref().map_err(stopped)?;
+        Ok(seen.current_leader.and_then(node_id))
+    }
+
     /// Waits until this node's copy has come as far, so that a proposer reads its own change.
     async fn wait_applied(&self, index: u64, deadline: Instant) {
         let mut state = self.state.clone();
@@ -152,24 +225,39 @@ impl Proposer {
 /// Answers a proposal that another node has forwarded.
 pub(crate) async fn serve(proposer: Proposer, from: u16, body: Bytes) -> Result<Bytes, Refusal> {
     let invalid = |what: String| Refusal::new(RefusalCode::Invalid, what);
-    let proposal = pb::Proposal::decode(body).map_err(|error| invalid(format!("proposal: {error}")))?;
-    let proposal = Proposal::try_from(proposal).map_err(|error| invalid(error.to_string()))?;
-    if proposal.node.0 != from {
-        let what = format!("node {from} proposed in the name of node {}", proposal.node);
+    let message = pb::Proposal::decode(body).map_err(|error| invalid(format!("proposal: {error}")))?;
+    if message.node != u32::from(from) {
+        let what = format!("node {from} proposed in the name of node {}", message.node);
         return Err(Refusal::new(RefusalCode::Denied, what));
     }
     let leader = proposer.raft.metrics().borrow().current_leader;
-    let answer = if leader == Some(proposer.node.0.into()) {
-        let limit = Duration::from_millis(proposer.propose_ms);
-        match tokio::time::timeout(limit, proposer.try_here(Arc::new(proposal))).await {
-            Ok(Ok(Try::Ended(end))) => Answer::End(pb::End::from(&end)),
-            Ok(Ok(Try::NotDone | Try::Unknown) | Err(_)) | Err(_) => Answer::Unknown(pb::Nothing {}),
-        }
-    } else {
+    let result = if leader != Some(proposer.node.0.into()) {
         let leader = leader.and_then(|leader| u32::try_from(leader).ok());
         Answer::NotLeader(pb::NotLeader { leader })
+    } else if matches!(message.command, Some(PbCommand::Read(_))) {
+        answer_read(&proposer).await
+    } else {
+        let proposal = Proposal::try_from(message).map_err(|error| invalid(error.to_string()))?;
+        answer_proposal(&proposer, proposal).await
     };
-    Ok(pb::ProposalReply { result: Some(answer) }.encode_to_vec().into())
+    Ok(pb::ProposalReply { result: Some(result) }.encode_to_vec().into())
+}
+
+async fn answer_proposal(proposer: &Proposer, proposal: Proposal) -> Answer {
+    let limit = Duration::from_millis(proposer.propose_ms);
+    match tokio::time::timeout(limit, proposer.try_here(Arc::new(proposal))).await {
+        Ok(Ok(Try::Ended(end))) => Answer::End(pb::End::from(&end)),
+        Ok(Ok(Try::NotDone | Try::Unknown) | Err(_)) | Err(_) => Answer::Unknown(pb::Nothing {}),
+    }
+}
+
+async fn answer_read(proposer: &Proposer) -> Answer {
+    let limit = Duration::from_millis(proposer.propose_ms);
+    match tokio::time::timeout(limit, proposer.read_index_here()).await {
+        Ok(Ok(Some(index))) => Answer::End(pb::End { index, end: None }),
+        Ok(Ok(None)) => Answer::NotLeader(pb::NotLeader { leader: None }),
+        Ok(Err(_)) | Err(_) => Answer::Unknown(pb::Nothing {}),
+    }
 }
 
 /// Whether asking again is pointless, whoever leads.

@@ -239,7 +239,7 @@ impl Connection {
     /// Whether both are the same connection.
     #[must_use]
     pub fn same_as(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.handle, &other.handle)
+        Arc::ptr_eq(&self.handle.link, &other.handle.link)
     }
 
     pub(crate) fn link(&self) -> &Link {

@@ -146,12 +146,22 @@ where
     connection
 }
 
-/// Tells the waiting callers even if a handler panics.
-struct End(Arc<Link>);
+/// The end of a connection, reached even if a handler panics: waiting callers and the handler learn it.
+struct End {
+    link: Arc<Link>,
+    handle: Weak<Handle>,
+    handler: Arc<dyn Handler>,
+}
 
 impl Drop for End {
     fn drop(&mut self) {
-        self.0.finish();
+        self.link.finish();
+        let reason = self.link.reason();
+        tracing::debug!(peer = %self.link.peer, class = %self.link.peer.class, %reason, "connection over");
+        // The last user may have gone, which is why it ended: then this is a new handle to the same connection.
+        let handle =
+            self.handle.upgrade().unwrap_or_else(|| Arc::new(Handle { link: Arc::clone(&self.link) }));
+        self.handler.gone(&Connection { handle }, &reason);
     }
 }
 
@@ -168,20 +178,16 @@ impl Reader {
     where
         R: AsyncRead + Unpin,
     {
-        let end = End(Arc::clone(&self.link));
-        // Kept so that `gone` can name the connection even if nobody else holds it.
-        let outcome = self.read_all(&mut frames).await;
-        if let Err(error) = outcome {
+        let _end = End {
+            link: Arc::clone(&self.link),
+            handle: Weak::clone(&self.handle),
+            handler: Arc::clone(&self.handler),
+        };
+        if let Err(error) = self.read_all(&mut frames).await {
             self.refuse_connection(&error);
         }
         // The writer sends what is queued and ends because the link is closing.
         let _panicked = writer.await;
-        let reason = self.link.reason();
-        tracing::debug!(peer = %self.link.peer, class = %self.link.peer.class, %reason, "connection over");
-        drop(end);
-        let handle = Arc::new(Handle { link: Arc::clone(&self.link) });
-        let connection = self.handle.upgrade().unwrap_or(handle);
-        self.handler.gone(&Connection { handle: connection }, &reason);
     }
 
     async fn read_all<R>(&self, frames: &mut FramedRead<R, FrameCodec>) -> Result<(), WireError>

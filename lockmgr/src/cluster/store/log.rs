@@ -149,7 +149,7 @@ impl RaftLogStorage<Types> for LogStore {
     async fn purge(&mut self, upto: LogId) -> Result<(), StorageError> {
         let mut log = self.log();
         log.purged = Some(upto);
-        log.entries = log.entries.split_off(&(upto.index + 1));
+        log.entries = log.entries.split_off(&upto.index.saturating_add(1));
         // Not waited for: entries that come back after a crash are behind a snapshot and do no harm.
         self.writer.queue(Change::Purge { upto: log_id_to_pb(&upto) }, Done::Nobody);
         Ok(())

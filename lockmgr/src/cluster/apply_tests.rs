@@ -1,0 +1,217 @@
+//! The records under arbitrary commands, and their encoding under arbitrary bytes.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use prost::Message;
+use uuid::Uuid;
+
+use super::apply::Position;
+use super::codec::Proposal;
+use super::command::{Command, Given, Rejection, VmUpdate};
+use super::machine::Machine;
+use super::records::{ClusterState, EVENTS_MAX, FenceKind, MemberState, VmRecord, VmState, VolumeState};
+use super::{pb, raft_codec};
+use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
+
+fn node() -> impl Strategy<Value = NodeId> {
+    (1u16..5).prop_map(NodeId)
+}
+
+fn name(prefix: &'static str) -> impl Strategy<Value = String> {
+    (0u8..3).prop_map(move |i| format!("{prefix}{i}"))
+}
+
+fn vm_state() -> impl Strategy<Value = VmState> {
+    use VmState::{Failed, Migrating, Paused, Running, Saved, Saving, Starting, Stopped};
+    prop::sample::select(vec![Stopped, Starting, Running, Paused, Saving, Saved, Migrating, Failed])
+}
+
+fn member_state() -> impl Strategy<Value = MemberState> {
+    use MemberState::{Down, FenceFailed, Fenced, Fencing, Up};
+    prop::sample::select(vec![Down, Up, Fencing, Fenced, FenceFailed])
+}
+
+fn volume_state() -> impl Strategy<Value = VolumeState> {
+    use VolumeState::{Failed, Offline, Online, Opening};
+    prop::sample::select(vec![Opening, Online, Offline, Failed])
+}
+
+fn vm_record() -> impl Strategy<Value = VmRecord> {
+    (name("m"), 0u8..3, node(), 0u64..6, vm_state(), prop::option::of(node())).prop_map(
+        |(name, id, owner, epoch, state, peer)| VmRecord {
+            name,
+            id: Uuid::from_u128(id.into()),
+            owner,
+            epoch,
+            state,
+            peer,
+            spec: Bytes::from_static(b"spec"),
+            saved: peer.map(|peer| format!("saved/{peer}")),
+            reason: String::new(),
+        },
+    )
+}
+
+/// Small numbers, so that expectations are met often.
+fn command() -> impl Strategy<Value = Command> {
+    let number = 0u64..6;
+    prop_oneof![
+        (node(), number.clone()).prop_map(|(node, e)| Command::BeginEpoch { node, expect: Epoch(e) }),
+        (node(), number.clone(), member_state()).prop_map(|(node, e, state)| Command::MarkNode {
+            node,
+            epoch: Epoch(e),
+            state
+        }),
+        (name("v"), 0u8..3, node(), number.clone()).prop_map(|(name, id, owner, e)| Command::CreateVolume {
+            name,
+            id: VolumeId(Uuid::from_u128(id.into())),
+            lun_uri: format!("file:{id}"),
+            owner,
+            owner_epoch: Epoch(e),
+            fence_kind: FenceKind::Agent,
+        }),
+        (name("v"), number.clone())
+            .prop_map(|(name, t)| Command::RemoveVolume { name, expect_term: Term(t) }),
+        (name("v"), number.clone(), node(), number.clone()).prop_map(|(name, t, to, e)| {
+            Command::MoveVolume { name, expect_term: Term(t), to, to_epoch: Epoch(e) }
+        }),
+        (name("v"), number.clone(), volume_state()).prop_map(|(name, t, state)| Command::SetVolumeState {
+            name,
+            expect_term: Term(t),
+            state,
+            reason: String::new(),
+        }),
+        (name("m"), 0u8..3, node()).prop_map(|(name, id, owner)| Command::CreateVm {
+            name,
+            id: Uuid::from_u128(id.into()),
+            owner,
+            spec: Bytes::from_static(b"spec"),
+        }),
+        (number.clone(), node(), vm_state(), vm_record()).prop_map(
+            |(expect_epoch, expect_owner, expect_state, to)| {
+                Command::UpdateVm(VmUpdate { expect_epoch, expect_owner, expect_state, to })
+            }
+        ),
+        (name("m"), number).prop_map(|(name, expect_epoch)| Command::DeleteVm { name, expect_epoch }),
+        Just(Command::Event { kind: "k".into(), subject: "s".into(), text: "t".into() }),
+    ]
+}
+
+fn created() -> Machine {
+    let members = (1..4).map(|id| (NodeId(id), format!("n{id}"), format!("host{id}:1"))).collect();
+    let cluster = ClusterId(Uuid::from_u128(1));
+    let mut machine = Machine::default();
+    let create = proposal(Command::CreateCluster { cluster, name: "c".into(), members }, 0);
+    machine.apply(1, &create).result.expect("created");
+    machine
+}
+
+fn proposal(command: Command, basis: u64) -> Proposal {
+    Proposal { id: Uuid::new_v4(), node: NodeId(1), at_ms: 5, basis, command }
+}
+
+/// What no command may break, whatever it was.
+fn check_step(before: &ClusterState, after: &ClusterState) {
+    for (id, old) in &before.members {
+        let new = &after.members[id];
+        assert!(new.epoch >= old.epoch, "epochs never go back");
+        if matches!(old.state, MemberState::Fencing | MemberState::FenceFailed) {
+            assert_eq!(new.epoch, old.epoch, "no successor before the end is certain");
+        }
+    }
+    for (name, old) in &before.volumes {
+        let Some(new) = after.volumes.get(name) else { continue };
+        assert!(new.term >= old.term, "terms never go back");
+        if (new.owner, new.owner_epoch) != (old.owner, old.owner_epoch) {
+            assert!(new.term > old.term, "another coordinator has another term");
+        }
+    }
+    for (name, old) in &before.vms {
+        let Some(new) = after.vms.get(name) else { continue };
+        assert!(new.epoch >= old.epoch && new.id == old.id);
+        if new.owner != old.owner {
+            assert_eq!(new.epoch, old.epoch + 1, "another owner has the next epoch");
+            assert_eq!(after.members[&new.owner].state, MemberState::Up);
+        }
+    }
+    assert!(after.events.len() <= EVENTS_MAX);
+}
+
+proptest! {
+    // Invariants H1 and E5 (one epoch per runner), A4 (quarantine), A5 (terms and epochs only grow).
+    #[test]
+    fn no_sequence_of_commands_breaks_the_records(commands in prop::collection::vec(command(), 1..60)) {
+        let mut state = created().state;
+        for (i, command) in commands.into_iter().enumerate() {
+            let before = state.clone();
+            let at = Position { index: i as u64 + 2, node: NodeId(1), at_ms: 0 };
+            match state.apply(command, at) {
+                Ok(_) => check_step(&before, &state),
+                Err(_) => prop_assert_eq!(&before, &state, "a refusal changes nothing"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_log_gives_the_same_records_also_through_a_snapshot(commands in prop::collection::vec(command(), 1..60)) {
+        let log: Vec<Proposal> = commands.into_iter().map(|command| proposal(command, 1)).collect();
+        let mut straight = created();
+        let mut restored = straight.clone();
+        for (i, proposal) in log.iter().enumerate() {
+            let index = i as u64 + 2;
+            let bytes = pb::Proposal::from(proposal).encode_to_vec();
+            let received = Proposal::try_from(pb::Proposal::decode(bytes.as_slice()).expect("ours")).expect("ours");
+            prop_assert_eq!(&received, proposal);
+            restored = Machine::decode(restored.encode().into()).expect("ours");
+            prop_assert_eq!(straight.apply(index, proposal), restored.apply(index, &received));
+        }
+        prop_assert_eq!(&straight.state, &restored.state);
+        prop_assert_eq!(straight.encode(), restored.encode());
+    }
+
+    #[test]
+    fn arbitrary_bytes_are_a_message_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        let bytes = Bytes::from(bytes);
+        let _snapshot = Machine::decode(bytes.clone());
+        let _entry = pb::Entry::decode(bytes.clone()).map(raft_codec::entry_from_pb);
+        let _append = pb::Append::decode(bytes.clone()).map(raft_codec::append_from_pb);
+        let _install = pb::Install::decode(bytes.clone()).map(raft_codec::install_from_pb);
+        let _proposal = pb::Proposal::decode(bytes).map(Proposal::try_from);
+    }
+
+    #[test]
+    fn a_damaged_snapshot_is_an_error_or_another_state_never_a_panic(at in any::<prop::sample::Index>(), to in any::<u8>()) {
+        let mut bytes = created().encode();
+        let at = at.index(bytes.len());
+        bytes[at] = to;
+        if let Ok(mut machine) = Machine::decode(bytes.into()) {
+            let members: Vec<_> = machine.state.members.values().map(|m| (m.id, m.epoch)).collect();
+            for (node, expect) in members {
+                let _end = machine.apply(9, &proposal(Command::BeginEpoch { node, expect }, 8));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_proposal_whose_first_try_may_be_forgotten_is_refused() {
+    let mut machine = created();
+    let joins = Arc::new(proposal(Command::BeginEpoch { node: NodeId(1), expect: Epoch(0) }, 1));
+    assert_eq!(machine.apply(2, &joins).result, Ok(Given::Epoch(Epoch(1))));
+    for index in 3..5000 {
+        let line = Command::Event { kind: "k".into(), subject: "s".into(), text: "t".into() };
+        machine.apply(index, &proposal(line, index - 1)).result.expect("noted");
+    }
+    assert_eq!(machine.apply(5000, &joins).result, Err(Rejection::Expired));
+    assert_eq!(machine.state.members[&NodeId(1)].epoch, Epoch(1), "it is not applied again");
+}
+
+#[test]
+fn a_conflict_names_what_was_expected_and_what_was_found() {
+    let mut machine = created();
+    let wrong = proposal(Command::BeginEpoch { node: NodeId(2), expect: Epoch(7) }, 1);
+    let refused = machine.apply(2, &wrong).result.expect_err("wrong epoch");
+    assert_eq!(refused.to_string(), "epoch of node 2: expected 7, found 0");
+}
