@@ -1,6 +1,5 @@
 //! Raft's messages over the mesh: control for votes and entries, bulk for snapshots.
 
-use std::future::Future;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -153,28 +152,21 @@ impl RaftNetwork<Types> for Client {
 }
 
 /// Answers a Raft message of a peer.
-pub(crate) fn serve(
-    raft: Raft,
-    from: u16,
-    body: Bytes,
-) -> impl Future<Output = Result<Bytes, Refusal>> + Send + 'static {
-    async move {
-        let request = decode(from, body)?;
-        let reply = match request {
-            Request::Append(append) => {
-                let append = codec::append_from_pb(append).map_err(|error| invalid(&error))?;
-                let reply = raft.append_entries(append).await.map_err(|error| failed(&error))?;
-                Reply::Append(codec::append_reply_to_pb(&reply))
-            }
-            Request::Vote(vote) => {
-                let vote = codec::vote_request_from_pb(vote).map_err(|error| invalid(&error))?;
-                let reply = raft.vote(vote).await.map_err(|error| failed(&error))?;
-                Reply::Vote(codec::vote_reply_to_pb(&reply))
-            }
-            Request::Install(install) => Reply::Install(serve_install(&raft, install).await?),
-        };
-        Ok(pb::RaftReply { reply: Some(reply) }.encode_to_vec().into())
-    }
+pub(crate) async fn serve(raft: Raft, from: u16, body: Bytes) -> Result<Bytes, Refusal> {
+    let reply = match decode(from, body)? {
+        Request::Append(append) => {
+            let append = codec::append_from_pb(append).map_err(|error| invalid(&error))?;
+            let reply = raft.append_entries(append).await.map_err(|error| failed(&error))?;
+            Reply::Append(codec::append_reply_to_pb(&reply))
+        }
+        Request::Vote(vote) => {
+            let vote = codec::vote_request_from_pb(vote).map_err(|error| invalid(&error))?;
+            let reply = raft.vote(vote).await.map_err(|error| failed(&error))?;
+            Reply::Vote(codec::vote_reply_to_pb(&reply))
+        }
+        Request::Install(install) => Reply::Install(serve_install(&raft, install).await?),
+    };
+    Ok(pb::RaftReply { reply: Some(reply) }.encode_to_vec().into())
 }
 
 async fn serve_install(raft: &Raft, install: pb::Install) -> Result<pb::InstallReply, Refusal> {

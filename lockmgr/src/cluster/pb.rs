@@ -1,4 +1,4 @@
 //! Messages generated from `proto/cluster.proto`, which documents them.
-#![expect(unreachable_pub, reason = "generated code")]
+#![expect(unreachable_pub, clippy::enum_variant_names, reason = "generated code")]
 
 include!(concat!(env!("OUT_DIR"), "/cluster.rs"));

@@ -200,7 +200,7 @@ impl Disk {
 
     /// Reads everything.
     pub(super) fn load(&self) -> Result<Loaded, StoreError> {
-        let read = || -> Result<(BTreeMap<String, Vec<u8>>, Vec<Vec<u8>>), redb::Error> {
+        let read = || -> Result<Rows, redb::Error> {
             let transaction = self.db.begin_read()?;
             let mut values = BTreeMap::new();
             for row in transaction.open_table(VALUES)?.iter()? {
@@ -211,10 +211,10 @@ impl Disk {
             for row in transaction.open_table(LOG)?.iter()? {
                 entries.push(row?.1.value().to_vec());
             }
-            Ok((values, entries))
+            Ok(Rows { values, entries })
         };
-        let (values, entries) = read().map_err(|error| self.damaged(error))?;
-        decode(values, entries).map_err(|error| self.damaged(error))
+        let rows = read().map_err(|error| self.damaged(error))?;
+        decode(rows).map_err(|error| self.damaged(error))
     }
 
     /// Makes changes in their order, all or none. On stable storage when it returns, unless all of them are lazy.
@@ -268,7 +268,13 @@ impl Disk {
     }
 }
 
-fn decode(mut values: BTreeMap<String, Vec<u8>>, entries: Vec<Vec<u8>>) -> Result<Loaded, CodecError> {
+/// The file's rows as they are.
+struct Rows {
+    values: BTreeMap<String, Vec<u8>>,
+    entries: Vec<Vec<u8>>,
+}
+
+fn decode(Rows { mut values, entries }: Rows) -> Result<Loaded, CodecError> {
     let mut take = |key: &str| values.remove(key).map(Bytes::from);
     let mut loaded = Loaded::default();
     if let Some(vote) = take("vote") {
