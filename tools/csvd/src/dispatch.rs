@@ -62,14 +62,14 @@ impl Handler for Dispatcher {
 
     fn connected(&self, conn: &Connection) {
         let peer = conn.peer();
-        tracing::info!(peer = %peer, class = %peer.class, "connected");
+        tracing::debug!(peer = %peer, class = %peer.class, "connected");
         if let Some(core) = self.core.get().filter(|_| peer.class == Class::Control) {
             router::reconnected(core, peer.node);
         }
     }
 
     fn gone(&self, conn: &Connection, reason: &str) {
-        tracing::info!(peer = %conn.peer(), class = %conn.peer().class, reason, "disconnected");
+        tracing::debug!(peer = %conn.peer(), class = %conn.peer().class, reason, "disconnected");
     }
 }
 
