@@ -17,6 +17,7 @@ pub mod clock;
 pub mod coordinator;
 pub mod extents;
 pub mod format;
+pub mod local;
 mod meta;
 mod namespace;
 pub mod node;

@@ -24,7 +24,7 @@ pub use devices::virtio::block::DiskStats;
 pub use devices::virtio::queue::DrainTimeout;
 pub use kvm::{HostCaps, KvmError};
 pub use memory::{GuestRam, MemoryError, PAGE_BYTES};
-pub use vm::{DiskConfig, RunState, Vm, VmConfig, VmError};
+pub use vm::{DiskConfig, GuestEnd, RunState, Vm, VmConfig, VmError};
 
 /// Disks of one VM: each has a virtio-mmio slot and an interrupt line of its own.
 pub const DISKS_MAX: usize = 8;

@@ -11,7 +11,6 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use blockio::BlockDevice;
 
@@ -324,12 +323,22 @@ impl Vm {
         self.life.lock().clone()
     }
 
-    /// Waits until the VM is no longer running, at most `limit`.
+    /// To wait for the guest's end, while somebody else owns the VM.
     #[must_use]
-    pub fn wait_while_running(&self, limit: Duration) -> RunState {
-        let runs = |state: &mut RunState| *state == RunState::Running;
-        let waited = self.life.changed.wait_timeout_while(self.life.lock(), limit, runs);
-        waited.unwrap_or_else(PoisonError::into_inner).0.clone()
+    pub fn end(&self) -> GuestEnd {
+        GuestEnd(Arc::clone(&self.life))
+    }
+
+    /// Whether a disk has its content.
+    #[must_use]
+    pub fn is_disk_attached(&self, slot: u32) -> bool {
+        self.slot(slot).is_ok_and(|slot| slot.disk.is_attached())
+    }
+
+    /// Size of each disk in bytes, as the guest sees it.
+    #[must_use]
+    pub fn disk_sizes(&self) -> Vec<u64> {
+        self.bus.slots.iter().map(|slot| slot.disk.shape().size_bytes).collect()
     }
 
     /// How often the guest has left for this process.
@@ -363,8 +372,22 @@ impl Vm {
     }
 }
 
+/// The end of a guest: by itself, by a crash, or with its VM.
+#[derive(Clone, Debug)]
+pub struct GuestEnd(Arc<Life>);
+
+impl GuestEnd {
+    /// Waits for it.
+    pub fn wait(&self) -> RunState {
+        let lives = |state: &mut RunState| !matches!(state, RunState::Stopped(_) | RunState::Crashed(_));
+        let waited = self.0.changed.wait_while(self.0.lock(), lives);
+        waited.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
 impl Drop for Vm {
     fn drop(&mut self) {
+        self.life.set(RunState::Stopped("the VM was dropped".into()));
         for slot in &self.bus.slots {
             slot.disk.stop();
         }

@@ -241,7 +241,10 @@ impl Inode {
     fn acquired(self: &Arc<Self>, asked_at: u64, outcome: Result<Answered, FsError>) {
         let mut out = Out::default();
         let mut state = self.lock();
+        let current = outcome.as_ref().map_or(true, |answered| self.core.session.is_current(answered));
         match checked_grant(outcome) {
+            // It is asked for again, from the coordinator of now.
+            Ok(_) if !current => state.grant.acquiring = None,
             // What waits is admitted in the same step, so that a recall that is on its way finds some work done (E4).
             Ok((mode, at, attr)) => {
                 if state.grant.granted(mode, at) {

@@ -24,8 +24,8 @@ pub(super) struct Release {
     pub(super) to: Mode,
     /// Distinguishes it from earlier ones.
     pub(super) number: u64,
-    /// Its request id; `None` while what goes with it is being flushed.
-    pub(super) request: Option<u64>,
+    /// Its request id once it is sent with a commit. A release without one needs no care: what is left is what is held.
+    pub(super) committing: Option<u64>,
 }
 
 /// What a recall calls for.
@@ -108,21 +108,21 @@ impl Grant {
     /// Starts to go down to `to`: nothing starts from now on. Gives the release's number.
     pub(super) fn begin_release(&mut self, to: Mode) -> u64 {
         self.releases += 1;
-        self.release = Some(Release { from: self.mode, to, number: self.releases, request: None });
+        self.release = Some(Release { from: self.mode, to, number: self.releases, committing: None });
         self.releases
     }
 
-    /// The release goes out: from now on only `to` is held.
-    pub(super) fn releasing(&mut self, request: u64) {
+    /// The release goes out: from now on only `to` is held. `committing`: its id, if it carries a commit.
+    pub(super) fn releasing(&mut self, committing: Option<u64>) {
         if let Some(release) = &mut self.release {
-            release.request = Some(request);
+            release.committing = committing;
             self.mode = release.to;
         }
     }
 
     /// What to claim from a new coordinator. Whether the old one has had a release is unknown until the new one looks.
     pub(super) fn claim(&self, ino: u64) -> Option<pb::Claim> {
-        let in_doubt = self.release.and_then(|release| release.request.map(|id| (release, id)));
+        let in_doubt = self.release.and_then(|release| release.committing.map(|id| (release, id)));
         let (mode, release_request, release_to) = match in_doubt {
             Some((release, id)) => (release.from, id, release.to),
             None => (self.mode, 0, Mode::Null),
@@ -192,7 +192,7 @@ mod tests {
         assert!(!grant.permits(ProtectedRead));
         grant.recall = None;
         let number = grant.begin_release(ProtectedRead);
-        grant.releasing(7);
+        grant.releasing(Some(7));
         assert!(!grant.permits(ProtectedRead));
         assert_eq!(grant.released(number), None);
         assert!(grant.permits(ProtectedRead) && !grant.permits(Exclusive));
@@ -203,7 +203,7 @@ mod tests {
         let mut grant = Grant::default();
         assert!(grant.granted(Exclusive, (1, 1)));
         let number = grant.begin_release(ProtectedRead);
-        grant.releasing(7);
+        grant.releasing(Some(7));
         assert_eq!(grant.recalled(Null, (1, 5)), OnRecall::Drain);
         assert_eq!(grant.released(number), None);
         assert_eq!(grant.recall, Some((Null, (1, 5))));

@@ -29,10 +29,13 @@ const RETRY_MS_MAX: u64 = 200;
 /// Called with the outcome of a request, on the link's thread: hands over, no more.
 pub(super) type Done = Box<dyn FnOnce(Result<Answered, FsError>) + Send>;
 
-/// A reply that is no failure, and the term of who gave it.
+/// A reply that is no failure.
 #[derive(Debug)]
 pub(super) struct Answered {
+    /// Of who gave it.
     pub(super) term: u64,
+    /// The attach under which it was asked for, see [`Session::is_current`].
+    pub(super) attempt: u64,
     pub(super) result: pb::reply::Result,
 }
 
@@ -219,6 +222,12 @@ impl Session {
         }
     }
 
+    /// Whether no attach was begun since. A grant of an older attach is not among what was claimed then, so it does not
+    /// count; asked under the lock of the file, under which its claim is made too.
+    pub(super) fn is_current(&self, answered: &Answered) -> bool {
+        self.lock().attempt == answered.attempt
+    }
+
     pub(super) fn term(&self) -> u64 {
         self.lock().term
     }
@@ -269,7 +278,7 @@ impl Session {
     }
 
     fn answered(self: &Arc<Self>, id: u64, attempt: u64, outcome: Result<pb::Reply, LinkError>) {
-        match judge(outcome) {
+        match judge(outcome, attempt) {
             Verdict::Answer(outcome) => {
                 let kept = self.lock().kept.remove(&id);
                 // Of a request that was sent twice the first reply counts.
@@ -371,7 +380,7 @@ impl Session {
     }
 
     fn attach_answered(self: &Arc<Self>, attempt: u64, asked: u64, outcome: Result<pb::Reply, LinkError>) {
-        match judge(outcome) {
+        match judge(outcome, attempt) {
             Verdict::Answer(Ok(Answered { result: pb::reply::Result::Attached(attached), .. })) => {
                 self.attach_done(attempt, asked, attached)
             }
@@ -462,8 +471,8 @@ enum Verdict {
     Gone { term: u64 },
 }
 
-fn judge(outcome: Result<pb::Reply, LinkError>) -> Verdict {
-    use pb::FailureKind::{InGrace, NotAttached, NotCoordinator, WrongTerm};
+fn judge(outcome: Result<pb::Reply, LinkError>, attempt: u64) -> Verdict {
+    use pb::FailureKind::{InGrace, NotAttached, NotCoordinator, Stopped, WrongTerm};
     let reply = match outcome {
         Err(LinkError::Lost(_)) => return Verdict::Gone { term: 0 },
         Ok(reply) => reply,
@@ -472,9 +481,10 @@ fn judge(outcome: Result<pb::Reply, LinkError>) -> Verdict {
         None => Verdict::Answer(Err(FsError::Protocol("an empty reply".into()))),
         Some(pb::reply::Result::Failure(failure)) => match failure.kind() {
             InGrace => Verdict::Later,
-            NotCoordinator | WrongTerm | NotAttached => Verdict::Gone { term: reply.term },
+            // One that has stopped leaves the volume to its successor, as one that was closed.
+            NotCoordinator | WrongTerm | NotAttached | Stopped => Verdict::Gone { term: reply.term },
             _ => Verdict::Answer(Err(FsError::from_failure(failure))),
         },
-        Some(result) => Verdict::Answer(Ok(Answered { term: reply.term, result })),
+        Some(result) => Verdict::Answer(Ok(Answered { term: reply.term, attempt, result })),
     }
 }

@@ -263,7 +263,7 @@ impl Inode {
         let id = self.ask(Op::ReleaseGrant(release), out, move |inode, outcome| {
             inode.released(number, carried, outcome);
         });
-        state.grant.releasing(id);
+        state.grant.releasing(carried.then_some(id));
         state.snapshot_committed();
         if to == Mode::Null {
             state.map.clear();

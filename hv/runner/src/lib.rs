@@ -1,6 +1,21 @@
 //! The hv process as a library: what a supervisor needs to start one and to talk to it, and the process itself.
+//!
+//! ```text
+//!   guest -> hv::Vm -> vhdx::Disk -> csvfs File -> GatedDevice -> LUN          no other process in between
+//!                                       \-> NodeLink -- node socket --> csvd -> coordinator     metadata only
+//!   supervisor --control socket--> Runner: status, pause, resume, save, abandon, activate, console, stop
+//! ```
 
 pub mod config;
+mod control;
+mod disk;
 mod failure;
+mod lease;
+mod link;
+mod runner;
+mod saved;
+mod volume;
 
+pub use control::serve_control;
 pub use failure::Failure;
+pub use runner::{Ended, Runner};

@@ -1,0 +1,95 @@
+//! The control socket: requests of the supervisor, answered one after the other on each connection.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use hv::control::{
+    Console, ConsoleReply, Control, ControlReply, Ok as Done, Refused, control, control_reply,
+};
+use prost::Message;
+use wire::{BlockingServer, Local, Refusal, RefusalCode, service};
+
+use crate::config::VolumePath;
+use crate::failure::Failure;
+use crate::runner::Runner;
+
+/// Console bytes in one answer; far below the largest frame.
+const CONSOLE_BYTES_MAX: usize = 256 << 10;
+/// How long an answer waits for output, when asked to.
+const FOLLOW_LIMIT: Duration = Duration::from_secs(1);
+
+/// Serves the runner's control socket until the server is dropped.
+///
+/// # Errors
+/// When the socket cannot be made.
+pub fn serve_control(
+    runner: Arc<Runner>,
+    socket: &Path,
+    node: u16,
+    vm: &str,
+) -> Result<BlockingServer, Failure> {
+    let failed = |error: &dyn std::fmt::Display| {
+        Failure::new(
+            format!("cannot listen on {}: {error}", socket.display()),
+            "the folder must exist and the path be shorter than 108 bytes",
+        )
+    };
+    // A socket that a former process left behind; one that still listens is another VM's supervisor's mistake.
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(&error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(socket).map_err(|error| failed(&error))?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
+        .map_err(|error| failed(&error))?;
+    let local = Local { cluster: uuid::Uuid::nil(), node, name: format!("hv {vm}") };
+    BlockingServer::serve(listener, local, Box::new(move |_, service, body| answer(&runner, service, body)))
+        .map_err(|error| failed(&error))
+}
+
+fn answer(runner: &Runner, service: u16, body: Bytes) -> Result<Bytes, Refusal> {
+    if service != service::HV {
+        return Err(Refusal::unsupported(service));
+    }
+    let request = Control::decode(body).map_err(|error| {
+        Refusal::new(RefusalCode::Invalid, format!("unreadable control request: {error}"))
+    })?;
+    let op = request
+        .op
+        .ok_or_else(|| Refusal::new(RefusalCode::Unsupported, "a control request of a newer version"))?;
+    let result = carry_out(runner, op).unwrap_or_else(|failure| {
+        control_reply::Result::Refused(Refused { message: failure.error, hint: failure.hint })
+    });
+    Ok(ControlReply { result: Some(result) }.encode_to_vec().into())
+}
+
+fn carry_out(runner: &Runner, op: control::Op) -> Result<control_reply::Result, Failure> {
+    use control::Op;
+    let done = |()| control_reply::Result::Ok(Done {});
+    match op {
+        Op::Status(_) => Ok(control_reply::Result::Status(runner.status())),
+        Op::Pause(_) => runner.pause().map(done),
+        Op::Resume(_) => runner.resume().map(done),
+        Op::Save(to) => {
+            let to = VolumePath { volume: to.volume, path: to.path };
+            runner.save(&to).map(control_reply::Result::Save)
+        }
+        Op::Abandon(_) => runner.abandon().map(done),
+        Op::Activate(_) => runner.activate().map(done),
+        Op::Console(console) => Ok(control_reply::Result::Console(read_console(runner, &console))),
+        Op::Stop(stop) => runner.stop(stop.force).map(done),
+    }
+}
+
+fn read_console(runner: &Runner, request: &Console) -> ConsoleReply {
+    let console = runner.vm().console();
+    let text = match request.follow {
+        true => console.read_waiting(request.from, CONSOLE_BYTES_MAX, FOLLOW_LIMIT),
+        false => console.read(request.from, CONSOLE_BYTES_MAX),
+    };
+    ConsoleReply { data: text.data, from: text.from, next: text.next }
+}

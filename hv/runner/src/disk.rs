@@ -1,0 +1,88 @@
+//! The VM's disks: VHDX images on a volume, open for writing, for reading, or known but not in use.
+//!
+//! **Invariant:** at most one of these forms exists at a time; a disk is given to the VM only after it was opened for its
+//! use here (H2), and the VM has let go of it before it is closed (H3).
+
+use std::sync::Arc;
+
+use blockio::{BlockDevice, ImageFile};
+use csvfs::node::File;
+use vhdx::{Builder, ErrorKind, Standby, VhdxError};
+
+use crate::config::{DiskSpec, VolumePath};
+use crate::failure::Failure;
+use crate::volume::Volumes;
+
+/// One disk of the VM.
+pub(crate) struct RunnerDisk {
+    spec: DiskSpec,
+    state: State,
+}
+
+enum State {
+    Closed,
+    Standby(Box<Standby>),
+    Writable(Arc<vhdx::Disk>),
+    ReadOnly,
+}
+
+impl RunnerDisk {
+    pub(crate) fn new(spec: DiskSpec) -> Self {
+        Self { spec, state: State::Closed }
+    }
+
+    pub(crate) fn spec(&self) -> &DiskSpec {
+        &self.spec
+    }
+
+    /// Opens the disk for the VM.
+    pub(crate) fn open(&mut self, volumes: &Volumes) -> Result<Arc<dyn BlockDevice>, Failure> {
+        if self.spec.read_only {
+            let image = self.builder(volumes)?.read_only().map_err(|error| self.refused(&error))?;
+            self.state = State::ReadOnly;
+            return Ok(Arc::new(image));
+        }
+        let disk = match std::mem::replace(&mut self.state, State::Closed) {
+            // Everything that was read before the take-over is read again by this.
+            State::Standby(standby) => standby.activate(),
+            _ => self.builder(volumes)?.repair(true).writable(),
+        };
+        let disk = Arc::new(disk.map_err(|error| self.refused(&error))?);
+        self.state = State::Writable(Arc::clone(&disk));
+        Ok(disk)
+    }
+
+    /// Looks at the disk while another node may still write it: early failures, warm caches, no change.
+    pub(crate) fn stand_by(&mut self, volumes: &Volumes) -> Result<(), Failure> {
+        let standby = self.builder(volumes)?.inactive().map_err(|error| self.refused(&error))?;
+        self.state = State::Standby(Box::new(standby));
+        Ok(())
+    }
+
+    /// Makes everything durable and leaves a clean image. The VM must have let go of it.
+    pub(crate) fn close(&mut self) -> Result<(), Failure> {
+        match std::mem::replace(&mut self.state, State::Closed) {
+            State::Writable(disk) => disk.close().map(drop).map_err(|error| self.refused(&error)),
+            State::Closed | State::Standby(_) | State::ReadOnly => Ok(()),
+        }
+    }
+
+    fn builder(&self, volumes: &Volumes) -> Result<Builder, Failure> {
+        let at = VolumePath { volume: self.spec.volume.clone(), path: self.spec.path.clone() };
+        let file: Arc<File> = volumes.open_file(&at)?;
+        Ok(Builder::open(file as Arc<dyn ImageFile>))
+    }
+
+    fn refused(&self, error: &VhdxError) -> Failure {
+        let hint = match error.kind() {
+            ErrorKind::NotVhdx => "make it one with `csvctl vhdx convert`, or name the right file",
+            ErrorKind::Truncated => "the copy was cut short: copy the image again",
+            ErrorKind::Io => "look at the volume's state with `csvctl volume show`",
+            _ => "look at the image with `csvctl vhdx info`",
+        };
+        Failure::new(
+            format!("the disk {}:{} cannot be used: {error}", self.spec.volume, self.spec.path),
+            hint,
+        )
+    }
+}

@@ -1,0 +1,440 @@
+//! The life of one VM in this process.
+//!
+//! ```text
+//!   start ----------> Live <--- abandon --- Saved        Live: the VM decides (running, paused, stopped, crashed)
+//!   start incoming -> Incoming -- activate --> Live      Saved: disks closed, state on the volume, may be abandoned
+//!                                 any -- stop --> Ended
+//! ```
+//! **Invariants:** the disks are open for writing only in `Live`; before the hand-over the source may always go on
+//! (`abandon`), and whether the hand-over happened is not known here: the supervisor reads the record (H1).
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hv::control::{SaveReply, StatusReply, VmRunState};
+use hv::{BootSource, DiskConfig, RunState, Vm, VmConfig, VmError};
+use lockmgr::Epoch;
+
+use crate::config::{BUILTIN_SECTOR_WRITER, RunnerConfig, VolumePath};
+use crate::disk::RunnerDisk;
+use crate::failure::Failure;
+use crate::volume::Volumes;
+use crate::{lease, saved};
+
+const WATCH_STACK_BYTES: usize = 256 << 10;
+
+/// One VM with everything that it needs.
+pub struct Runner {
+    config: RunnerConfig,
+    vm: Vm,
+    volumes: Volumes,
+    /// Held over a whole operation, so that operations come one after the other. Never taken by an I/O thread.
+    work: Mutex<Vec<RunnerDisk>>,
+    /// Protects the phase only; taken under `work`.
+    phase: Mutex<Phase>,
+    ended: Sender<Ended>,
+}
+
+/// Why the process ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Somebody asked for it.
+    Stopped,
+    /// The node's right to do I/O is over; why.
+    LeaseOver(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Phase {
+    Incoming,
+    Live,
+    Saved { ran: bool },
+    Ended,
+}
+
+impl std::fmt::Debug for Runner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Runner").field("vm", &self.vm).finish_non_exhaustive()
+    }
+}
+
+impl Runner {
+    /// Opens everything; a VM that is not incoming runs when this returns. What ends the process comes out of the
+    /// receiver.
+    ///
+    /// # Errors
+    /// What could not be opened and what to do about it.
+    pub fn start(config: RunnerConfig) -> Result<(Arc<Self>, Receiver<Ended>), Failure> {
+        config.check()?;
+        let lease = lease::open(&config.lease_page)?;
+        let volumes = Volumes::open(&config, &lease)?;
+        let (ended, told) = channel();
+        let over = ended.clone();
+        let epoch = Epoch(config.node_epoch);
+        lease::watch(lease, epoch, volumes.gates(), move |why| drop(over.send(Ended::LeaseOver(why))))?;
+        let disks = config.disks.iter().cloned().map(RunnerDisk::new).collect();
+        let runner = match config.restore_from.clone() {
+            Some(from) => Self::incoming(config, volumes, disks, &from, ended)?,
+            None => Self::boot(config, volumes, disks, ended)?,
+        };
+        let runner = Arc::new(runner);
+        watch_end(&runner)?;
+        Ok((runner, told))
+    }
+
+    fn boot(
+        config: RunnerConfig,
+        volumes: Volumes,
+        mut disks: Vec<RunnerDisk>,
+        ended: Sender<Ended>,
+    ) -> Result<Self, Failure> {
+        let kernel = read_kernel(&config.kernel)?;
+        let initrd = config.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
+        let mut devices = Vec::new();
+        for disk in &mut disks {
+            devices.push(Some(disk.open(&volumes)?));
+        }
+        let boot = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &config.cmdline };
+        let vm = Vm::build(VmConfig {
+            memory_bytes: config.memory_bytes,
+            boot: Some(boot),
+            disks: disk_configs(&config, devices),
+            console_bytes: config.console_log_bytes,
+        })
+        .map_err(|error| not_built(&error))?;
+        vm.resume().map_err(|error| not_built(&error))?;
+        Ok(Self { config, vm, volumes, work: Mutex::new(disks), phase: Mutex::new(Phase::Live), ended })
+    }
+
+    /// Everything but the disks is here when this returns.
+    fn incoming(
+        config: RunnerConfig,
+        volumes: Volumes,
+        mut disks: Vec<RunnerDisk>,
+        from: &VolumePath,
+        ended: Sender<Ended>,
+    ) -> Result<Self, Failure> {
+        for disk in &mut disks {
+            disk.stand_by(&volumes)?;
+        }
+        let file = volumes.open_file(from)?;
+        let image = saved::read(&file, from, &config)?;
+        let devices = disks.iter().map(|_| None).collect();
+        let vm = Vm::build(VmConfig {
+            memory_bytes: config.memory_bytes,
+            boot: None,
+            disks: disk_configs(&config, devices),
+            console_bytes: config.console_log_bytes,
+        })
+        .map_err(|error| not_built(&error))?;
+        saved::load(&file, from, &image, &vm)?;
+        Ok(Self { config, vm, volumes, work: Mutex::new(disks), phase: Mutex::new(Phase::Incoming), ended })
+    }
+
+    /// The VM, for its console.
+    #[must_use]
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// Stops the guest's processor.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn pause(&self) -> Result<(), Failure> {
+        let _work = self.work_in("paused", &[Phase::Live])?;
+        self.vm.pause().map_err(|error| not_now(&error))
+    }
+
+    /// Lets it go on.
+    ///
+    /// # Errors
+    /// When it is not paused.
+    pub fn resume(&self) -> Result<(), Failure> {
+        let _work = self.work_in("resumed", &[Phase::Live])?;
+        self.vm.resume().map_err(|error| not_now(&error))
+    }
+
+    /// Pauses, drains, closes the disks, and writes RAM and state to a file. On any error the VM goes on as before.
+    ///
+    /// # Errors
+    /// What failed; the VM goes on.
+    pub fn save(&self, to: &VolumePath) -> Result<SaveReply, Failure> {
+        let mut disks = self.work_in("saved", &[Phase::Live])?;
+        let ran = self.vm.run_state() == RunState::Running;
+        let reply = self.write_everything(&mut disks, to, ran);
+        match reply {
+            Ok(reply) => {
+                *self.phase() = Phase::Saved { ran };
+                Ok(reply)
+            }
+            Err(failure) => {
+                tracing::warn!(%failure, "saving failed, the VM goes on");
+                self.go_on(&mut disks, ran)?;
+                Err(failure)
+            }
+        }
+    }
+
+    fn write_everything(
+        &self,
+        disks: &mut [RunnerDisk],
+        to: &VolumePath,
+        ran: bool,
+    ) -> Result<SaveReply, Failure> {
+        let mut watch = Stopwatch::start();
+        if ran {
+            self.vm.pause().map_err(|error| not_now(&error))?;
+        }
+        self.close_disks(disks)?;
+        let drain_ms = watch.lap_ms();
+        let file = self.volumes.create_file(to)?;
+        let ram = saved::write_ram(&file, &self.vm)?;
+        let memory_ms = watch.lap_ms();
+        let stats = saved::write_state(&file, &self.vm, ram, &self.config)?;
+        let state_ms = watch.lap_ms();
+        Ok(SaveReply {
+            drain_ms,
+            memory_ms,
+            state_ms,
+            memory_bytes_written: stats.memory_bytes_written,
+            memory_bytes_total: stats.memory_bytes_total,
+        })
+    }
+
+    /// Takes a save back: the disks are opened again and the VM goes on here.
+    ///
+    /// # Errors
+    /// When nothing was saved, or a disk cannot be opened; it can be tried again.
+    pub fn abandon(&self) -> Result<(), Failure> {
+        let mut disks =
+            self.work_in("taken back", &[Phase::Saved { ran: true }, Phase::Saved { ran: false }])?;
+        let ran = *self.phase() == Phase::Saved { ran: true };
+        self.go_on(&mut disks, ran)?;
+        *self.phase() = Phase::Live;
+        Ok(())
+    }
+
+    /// The VM belongs to this process now: opens its disks anew and runs it.
+    ///
+    /// # Errors
+    /// When it is not incoming, or a disk cannot be opened; it can be tried again.
+    pub fn activate(&self) -> Result<(), Failure> {
+        let mut disks = self.work_in("activated", &[Phase::Incoming])?;
+        self.go_on(&mut disks, true)?;
+        *self.phase() = Phase::Live;
+        Ok(())
+    }
+
+    /// Opens what is closed, and runs the VM if it ran.
+    fn go_on(&self, disks: &mut [RunnerDisk], run: bool) -> Result<(), Failure> {
+        for (slot, disk) in (0..).zip(disks) {
+            if self.vm.is_disk_attached(slot) {
+                continue;
+            }
+            let device = disk.open(&self.volumes)?;
+            self.vm.attach_disk(slot, device).map_err(|error| {
+                let at = format!("{}:{}", disk.spec().volume, disk.spec().path);
+                Failure::new(
+                    format!("the disk {at} cannot be attached: {error}"),
+                    "was it changed while the VM was saved?",
+                )
+            })?;
+        }
+        if run && self.vm.run_state() != RunState::Running {
+            self.vm.resume().map_err(|error| not_now(&error))?;
+        }
+        Ok(())
+    }
+
+    /// Ends the VM. Without `force` its disks are drained and closed first.
+    ///
+    /// # Errors
+    /// When a disk cannot be closed; the process ends all the same.
+    pub fn stop(&self, force: bool) -> Result<(), Failure> {
+        let closed = if force { Ok(()) } else { self.stop_cleanly() };
+        *self.phase() = Phase::Ended;
+        // The receiver lives in `main`; when it is gone, the process ends already.
+        let _ = self.ended.send(Ended::Stopped);
+        closed
+    }
+
+    fn stop_cleanly(&self) -> Result<(), Failure> {
+        let mut disks = self.work();
+        if self.vm.run_state() == RunState::Running {
+            // It may end by itself in this very moment.
+            drop(self.vm.pause());
+        }
+        let closed = self.close_disks(&mut disks);
+        self.volumes.detach();
+        closed
+    }
+
+    fn close_disks(&self, disks: &mut [RunnerDisk]) -> Result<(), Failure> {
+        self.vm.detach_disks().map_err(|error| not_now(&error))?;
+        disks.iter_mut().try_for_each(RunnerDisk::close)
+    }
+
+    /// Everything about the VM that a person wants to see.
+    #[must_use]
+    pub fn status(&self) -> StatusReply {
+        let (state, reason) = self.run_state();
+        let geometry = self.vm.disk_sizes();
+        let disks = self.config.disks.iter().zip(self.vm.disk_stats()).zip(geometry);
+        StatusReply {
+            state: state.into(),
+            reason,
+            memory_bytes: self.config.memory_bytes,
+            exits: self.vm.exits(),
+            console_bytes: self.vm.console().end(),
+            disks: disks
+                .map(|((spec, stats), size_bytes)| hv::control::DiskStatus {
+                    path: format!("{}:{}", spec.volume, spec.path),
+                    size_bytes,
+                    reads: stats.reads,
+                    writes: stats.writes,
+                    flushes: stats.flushes,
+                })
+                .collect(),
+        }
+    }
+
+    fn run_state(&self) -> (VmRunState, String) {
+        match self.phase().clone() {
+            Phase::Incoming => return (VmRunState::Incoming, String::new()),
+            Phase::Saved { .. } => return (VmRunState::Saved, String::new()),
+            Phase::Ended => return (VmRunState::Stopped, "stopped on request".into()),
+            Phase::Live => {}
+        }
+        match self.vm.run_state() {
+            RunState::Running => (VmRunState::Running, self.disk_trouble()),
+            RunState::Created | RunState::Restored | RunState::Paused => (VmRunState::Paused, String::new()),
+            RunState::Stopped(why) => (VmRunState::Stopped, why),
+            RunState::Crashed(why) => (VmRunState::Crashed, why),
+        }
+    }
+
+    fn disk_trouble(&self) -> String {
+        let last = self.vm.disk_stats().into_iter().find_map(|disk| disk.last_error);
+        last.map_or(String::new(), |error| format!("a disk request failed: {error}"))
+    }
+
+    /// The guest has ended by itself: its disks need nobody any more.
+    fn guest_ended(&self) {
+        let mut disks = self.work();
+        if *self.phase() == Phase::Live
+            && let Err(failure) = self.close_disks(&mut disks)
+        {
+            tracing::warn!(%failure, "closing the disks of a guest that has ended failed");
+        }
+    }
+
+    fn work_in(&self, what: &str, phases: &[Phase]) -> Result<MutexGuard<'_, Vec<RunnerDisk>>, Failure> {
+        let work = self.work();
+        let phase = self.phase().clone();
+        if phases.contains(&phase) {
+            return Ok(work);
+        }
+        let now = match phase {
+            Phase::Incoming => "incoming",
+            Phase::Live => "live",
+            Phase::Saved { .. } => "saved",
+            Phase::Ended => "ended",
+        };
+        Err(Failure::new(
+            format!("a VM that is {now} cannot be {what}"),
+            "look at its state with `csvctl vm show`",
+        ))
+    }
+
+    fn work(&self) -> MutexGuard<'_, Vec<RunnerDisk>> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn watch_end(runner: &Arc<Runner>) -> Result<(), Failure> {
+    let end = runner.vm.end();
+    let runner = Arc::downgrade(runner);
+    thread::Builder::new()
+        .name("guest-end".into())
+        .stack_size(WATCH_STACK_BYTES)
+        .spawn(move || {
+            end.wait();
+            if let Some(runner) = runner.upgrade() {
+                runner.guest_ended();
+            }
+        })
+        .map(drop)
+        .map_err(|error| Failure::new(format!("cannot start a thread: {error}"), "check the limits"))
+}
+
+fn disk_configs(
+    config: &RunnerConfig,
+    devices: Vec<Option<Arc<dyn blockio::BlockDevice>>>,
+) -> Vec<DiskConfig> {
+    let vm = config.vm_id.simple().to_string();
+    let disk = |(slot, (spec, device)): (usize, (&crate::config::DiskSpec, _))| DiskConfig {
+        device,
+        read_only: spec.read_only,
+        // The same wherever the VM runs.
+        serial: format!("{}-{slot}", &vm[..12]),
+    };
+    config.disks.iter().zip(devices).enumerate().map(disk).collect()
+}
+
+fn read_kernel(kernel: &str) -> Result<Vec<u8>, Failure> {
+    if kernel == BUILTIN_SECTOR_WRITER {
+        return Ok(hv_guest::SECTOR_WRITER.to_vec());
+    }
+    read_file(std::path::Path::new(kernel), "kernel")
+}
+
+fn read_file(path: &std::path::Path, what: &str) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path).map_err(|error| {
+        Failure::new(
+            format!("cannot read the {what} {}: {error}", path.display()),
+            format!("give a readable file, or {BUILTIN_SECTOR_WRITER} as kernel"),
+        )
+    })
+}
+
+fn not_built(error: &VmError) -> Failure {
+    let hint = match error {
+        VmError::Kvm(_) => "is KVM available on this node, and may this process open /dev/kvm?",
+        VmError::Memory(_) => "choose another memory size",
+        VmError::Boot(_) => "choose another kernel or command line",
+        _ => "look at the VM's configuration with `csvctl vm show`",
+    };
+    Failure::new(format!("the VM cannot be started: {error}"), hint)
+}
+
+fn not_now(error: &VmError) -> Failure {
+    let hint = match error {
+        VmError::Drain(_) => "the storage does not answer: look at the volume with `csvctl volume show`",
+        _ => "look at its state with `csvctl vm show`",
+    };
+    Failure::new(error.to_string(), hint)
+}
+
+/// Milliseconds between the steps of a save.
+struct Stopwatch(Instant);
+
+impl Stopwatch {
+    #[expect(clippy::disallowed_methods, reason = "a process that reports how long its own steps took")]
+    fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    fn lap_ms(&mut self) -> f64 {
+        let next = Self::start();
+        let lap: Duration = next.0 - self.0;
+        *self = next;
+        lap.as_secs_f64() * 1000.0
+    }
+}

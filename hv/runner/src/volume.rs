@@ -1,0 +1,193 @@
+//! A cluster volume as this process uses it: the LUN behind the node's lease, and a csvfs node on it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use blockio::{BlockDevice, GatedDevice, OpenOptions, open_uri};
+use csvfs::Superblock;
+use csvfs::node::{Creation, File, FsError, Node, NodeParams, ROOT_INO};
+use lockmgr::lease::LeaseReader;
+use lockmgr::{ClientId, Epoch, NodeId, Term, VolumeId};
+use wire::Local;
+
+use crate::config::{RunnerConfig, VolumePath, VolumeSpec};
+use crate::failure::Failure;
+use crate::link::{NodeLink, VolumeLink};
+
+/// Requests of one VM in flight on one LUN.
+const QUEUE_DEPTH: u32 = 128;
+/// Directories and files that this process makes belong to root alone.
+const DIRECTORY: Creation = Creation { mode: 0o700, uid: 0, gid: 0 };
+const FILE: Creation = Creation { mode: 0o600, uid: 0, gid: 0 };
+
+/// The LUN as the VM's I/O reaches it.
+pub(crate) type Gate = GatedDevice<Arc<dyn BlockDevice>>;
+
+/// All volumes of this process.
+pub(crate) struct Volumes {
+    volumes: BTreeMap<String, Volume>,
+}
+
+struct Volume {
+    node: Arc<Node>,
+    gate: Arc<Gate>,
+}
+
+impl Volumes {
+    /// Opens each LUN and attaches to each coordinator.
+    pub(crate) fn open(config: &RunnerConfig, lease: &LeaseReader) -> Result<Self, Failure> {
+        let mut links: BTreeMap<_, Arc<NodeLink>> = BTreeMap::new();
+        let mut volumes = BTreeMap::new();
+        for spec in &config.volumes {
+            let link = match links.get(&spec.node_socket) {
+                Some(link) => Arc::clone(link),
+                None => {
+                    let link = NodeLink::connect(spec.node_socket.clone(), local(config))?;
+                    links.insert(spec.node_socket.clone(), Arc::clone(&link));
+                    link
+                }
+            };
+            volumes.insert(spec.name.clone(), attach(config, spec, lease, &link)?);
+        }
+        Ok(Self { volumes })
+    }
+
+    /// The gates, to be asked again when the lease was renewed.
+    pub(crate) fn gates(&self) -> Vec<Arc<Gate>> {
+        self.volumes.values().map(|volume| Arc::clone(&volume.gate)).collect()
+    }
+
+    /// Opens an existing file.
+    pub(crate) fn open_file(&self, at: &VolumePath) -> Result<Arc<File>, Failure> {
+        let node = self.node(&at.volume)?;
+        let attr = node.resolve(&at.path).map_err(|error| not_opened(at, &error))?;
+        node.open(attr.ino).map_err(|error| not_opened(at, &error))
+    }
+
+    /// Opens a file for new content, with the directories above it.
+    pub(crate) fn create_file(&self, at: &VolumePath) -> Result<Arc<File>, Failure> {
+        let node = self.node(&at.volume)?;
+        let mut names = at.path.split('/').filter(|name| !name.is_empty()).peekable();
+        let mut parent = ROOT_INO;
+        while let Some(name) = names.next() {
+            let made = match names.peek() {
+                Some(_) => directory(node, parent, name).map(|ino| parent = ino).map(|()| None),
+                None => node.create(parent, name.as_bytes(), &FILE, false).map(|(_, file)| Some(file)),
+            };
+            if let Some(file) = made.map_err(|error| not_created(at, &error))? {
+                return Ok(file);
+            }
+        }
+        Err(Failure::new(
+            format!("{}:{} names no file", at.volume, at.path),
+            "give a path below the volume's root",
+        ))
+    }
+
+    /// Leaves all volumes; what was buffered becomes durable.
+    pub(crate) fn detach(&self) {
+        for (name, volume) in &self.volumes {
+            if let Err(error) = volume.node.detach() {
+                tracing::warn!(volume = name, %error, "leaving the volume failed; the coordinator will drop this client");
+            }
+        }
+    }
+
+    fn node(&self, volume: &str) -> Result<&Arc<Node>, Failure> {
+        self.volumes.get(volume).map(|volume| &volume.node).ok_or_else(|| {
+            Failure::new(
+                format!("the volume {volume} is not among those of this VM"),
+                "disks and saved states must lie on a cluster volume",
+            )
+        })
+    }
+}
+
+fn local(config: &RunnerConfig) -> Local {
+    Local { cluster: uuid::Uuid::nil(), node: config.node, name: format!("hv {}", config.vm) }
+}
+
+fn attach(
+    config: &RunnerConfig,
+    spec: &VolumeSpec,
+    lease: &LeaseReader,
+    link: &Arc<NodeLink>,
+) -> Result<Volume, Failure> {
+    let options = OpenOptions { queue_depth: QUEUE_DEPTH, ..OpenOptions::default() };
+    let device = open_uri(&spec.lun_uri, options).map_err(|error| {
+        Failure::new(
+            format!("cannot open the LUN of volume {}: {error}", spec.name),
+            "is the LUN visible on this node?",
+        )
+    })?;
+    let right = lease.clone().right_of(Epoch(config.node_epoch));
+    let gate = Arc::new(GatedDevice::new(device, Arc::new(right)));
+    check_identity(spec, gate.inner())?;
+    let node = Node::attach(NodeParams {
+        device: Arc::clone(&gate) as Arc<dyn BlockDevice>,
+        link: Arc::new(VolumeLink(Arc::clone(link))),
+        client: ClientId {
+            node: NodeId(config.node),
+            epoch: Epoch(config.node_epoch),
+            serial: config.client_serial,
+        },
+        volume: VolumeId(spec.id),
+        term: Term(spec.term),
+        name: format!("hv {}", config.vm),
+    })
+    .map_err(|error| {
+        Failure::new(
+            format!("cannot attach to volume {}: {error}", spec.name),
+            "`csvctl volume show` tells its coordinator and state",
+        )
+    })?;
+    link.register(spec.id.as_bytes(), &node);
+    Ok(Volume { node, gate })
+}
+
+/// The LUN must be the one that the records mean: a path may lead to another one after a reboot.
+fn check_identity(spec: &VolumeSpec, device: &Arc<dyn BlockDevice>) -> Result<(), Failure> {
+    let found = Superblock::read(&**device).map_err(|error| {
+        Failure::new(
+            format!("the LUN {} does not hold volume {}: {error}", spec.lun_uri, spec.name),
+            "compare `csvctl volume show` with the LUN's path on this node",
+        )
+    })?;
+    if found.volume == VolumeId(spec.id) {
+        return Ok(());
+    }
+    Err(Failure::new(
+        format!(
+            "the LUN {} holds volume {} ({}), not {} ({})",
+            spec.lun_uri, found.name, found.volume, spec.name, spec.id
+        ),
+        "compare `csvctl volume show` with the LUN's path on this node",
+    ))
+}
+
+fn directory(node: &Arc<Node>, parent: u64, name: &str) -> Result<u64, FsError> {
+    match node.mkdir(parent, name.as_bytes(), &DIRECTORY) {
+        Ok(attr) => Ok(attr.ino),
+        Err(error) if error.errno() == libc::EEXIST => Ok(node.lookup(parent, name.as_bytes())?.ino),
+        Err(error) => Err(error),
+    }
+}
+
+fn not_opened(at: &VolumePath, error: &FsError) -> Failure {
+    let shown = format!("{}:{}", at.volume, at.path);
+    if error.errno() == libc::ENOENT {
+        return Failure::new(
+            format!("{shown} does not exist"),
+            "look with `ls` in the volume's mount on any node, then correct the VM's disk path",
+        );
+    }
+    Failure::new(format!("cannot open {shown}: {error}"), "is it a regular file?")
+}
+
+fn not_created(at: &VolumePath, error: &FsError) -> Failure {
+    let hint = match error.errno() {
+        libc::ENOSPC => "the volume is full: delete something or choose another volume",
+        _ => "look at the volume's state with `csvctl volume show`",
+    };
+    Failure::new(format!("cannot create {}:{}: {error}", at.volume, at.path), hint)
+}
