@@ -14,7 +14,8 @@ pub(crate) fn start(path: &Path) -> Result<(), Error> {
         std::fs::create_dir_all(dir).map_err(|error| cannot(&error))?;
     }
     let file = OpenOptions::new().create(true).append(true).open(path).map_err(|error| cannot(&error))?;
-    let filter = EnvFilter::try_from_env("CSVD_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
+    let filter =
+        EnvFilter::try_from_env("CSVD_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
