@@ -38,10 +38,10 @@ fn a_reader_sees_each_write_of_another_node() {
         write(writer, offset as u64, &bytes).expect("a write");
         model.write(offset, &bytes);
         let (at, many) = (dice.size(220_000), dice.size(50_000));
-        assert_eq!(read(reader, at as u64, many).expect("a read"), model.read(at, many), "round {round}");
+        assert!(read(reader, at as u64, many).expect("a read") == model.read(at, many), "round {round}");
         assert_eq!(reader.size().expect("a size"), model.0.len() as u64, "round {round}");
     }
-    assert_eq!(read(&writer, 0, 300_000).expect("a read"), model.0);
+    assert!(read(&writer, 0, 300_000).expect("a read") == model.0);
     drop((writer, reader));
     a.detach().expect("a detach");
     assert!(world.problems(&b).is_empty(), "{:?}", world.problems(&b));
@@ -80,7 +80,7 @@ fn a_truncated_file_shows_zeros_where_it_grows_again() {
     file.set_size(12_000).expect("a growth");
     let mut expected = vec![1; 5_001];
     expected.resize(12_000, 0);
-    assert_eq!(read(&other, 0, 20_000).expect("a read"), expected);
+    assert!(read(&other, 0, 20_000).expect("a read") == expected);
     assert!(world.problems(&a).is_empty());
 }
 
@@ -132,7 +132,7 @@ fn writers_of_different_files_do_not_disturb_each_other() {
                         fsync(&file).expect("an fsync");
                     }
                 }
-                assert_eq!(read(&file, 0, 600_000).expect("a read"), model.0);
+                assert!(read(&file, 0, 600_000).expect("a read") == model.0);
             })
         })
         .collect();
@@ -210,7 +210,7 @@ fn holes_and_data_are_found() {
     assert_eq!(file.seek(SeekFrom::Data(block + 4096)).expect_err("none").errno(), 6);
     file.allocate(0, 1 << 20, true).expect("space");
     assert_eq!(file.size().expect("a size"), 300_000);
-    assert_eq!(read(&file, 0, 100_000).expect("a read"), vec![0; 100_000]);
+    assert!(read(&file, 0, 100_000).expect("a read") == vec![0; 100_000]);
     let total: u64 = file.map().expect("a map").iter().map(|extent| extent.length).sum();
     assert!(total >= 1 << 20);
     drop(file);

@@ -216,7 +216,8 @@ impl Node {
     /// # Errors
     /// When buffered changes could not be made durable, or no coordinator answers.
     pub fn detach(&self) -> Result<(), FsError> {
-        let given_back = self.core.give_back(DETACH_PATIENCE);
+        // What has stopped can give nothing back: the coordinator gets it when it knows that this client has ended.
+        let given_back = self.core.stopped().is_none() && self.core.give_back(DETACH_PATIENCE);
         let outcome = if given_back {
             self.ask_done(Op::Detach(pb::Detach {}))
         } else {

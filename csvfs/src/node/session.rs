@@ -75,6 +75,8 @@ struct State {
     kept: BTreeMap<u64, Kept>,
     retry_ms: u64,
     retry_armed: bool,
+    /// A coordinator was announced while an Attach was under way, and may not have seen it.
+    attach_again: bool,
     /// Waits for the first Attach.
     first: Option<Box<dyn FnOnce(Result<pb::Attached, FsError>) + Send>>,
 }
@@ -110,6 +112,7 @@ impl Session {
             kept: BTreeMap::new(),
             retry_ms: RETRY_MS_MIN,
             retry_armed: false,
+            attach_again: false,
             first: None,
         };
         Arc::new(Self {
@@ -193,8 +196,9 @@ impl Session {
         if matches!(state.phase, Phase::Closed(_)) || term < state.term {
             return;
         }
-        let known = matches!(state.phase, Phase::Attached | Phase::Attaching) && term == state.term;
-        if known {
+        // Also of the term that is known: whoever passes messages on may have forgotten this client.
+        if matches!(state.phase, Phase::Attaching) && term == state.term {
+            state.attach_again = true;
             return;
         }
         state.term = term;
@@ -398,8 +402,9 @@ impl Session {
         if state.attempt != attempt || !matches!(state.phase, Phase::Attaching) {
             return;
         }
-        if state.term > asked.max(attached.term) {
-            // A newer coordinator was announced meanwhile.
+        let again = std::mem::take(&mut state.attach_again);
+        if again || state.term > asked.max(attached.term) {
+            // A coordinator was announced meanwhile.
             state.phase = Phase::Lost;
             drop(state);
             return self.attach();

@@ -1,0 +1,215 @@
+//! Power cuts, failing flushes, a full volume, requests that take their time.
+
+mod world;
+
+use std::sync::Arc;
+use std::thread;
+
+use blockio::{BlockDevice, FaultDevice, IoBuf, IoOp, MemoryDevice, OpKind, Unflushed};
+use csvfs::node::ROOT_INO;
+use world::{Dice, LUN_BYTES, World, buf_of, create, fsync, later, open, read, write};
+
+type Faulty = Arc<FaultDevice<Arc<MemoryDevice>>>;
+
+fn faulty() -> (Faulty, Arc<MemoryDevice>) {
+    let stable = Arc::new(MemoryDevice::new(LUN_BYTES));
+    (Arc::new(FaultDevice::new(stable.clone())), stable)
+}
+
+fn after_power_cut(choice: Unflushed) {
+    let (device, stable) = faulty();
+    // Old bytes everywhere: whatever is read without having been written shows.
+    for at in (256 << 20..512 << 20).step_by(1 << 20) {
+        stable.write_at(at, &vec![0xEE; 1 << 20]).expect("a write");
+    }
+    let world = World::on(device.clone());
+    let node = world.node(1);
+    let file = create(&node, "f");
+    let mut dice = Dice(99);
+    let content = dice.bytes(300_001);
+    write(&file, 0, &content).expect("a write");
+    fsync(&file).expect("an fsync");
+    // Not synchronised: may be there or not, but never anybody else's bytes.
+    write(&file, 400_000, &[7; 50_000]).expect("a write");
+    file.allocate(1 << 20, 1 << 20, false).expect("space");
+    let term = world.term();
+    device.crash(choice).expect("a power cut");
+    drop((file, node));
+    world.kill_coordinator();
+
+    let world = World::of_after(stable, world.volume, term);
+    world.link.coordinator().expect("there").node_gone(lockmgr::NodeId(1), lockmgr::Epoch(1));
+    let node = world.node(2);
+    let file = open(&node, "f");
+    assert!(read(&file, 0, 300_001).expect("a read") == content, "{choice:?}");
+    let rest = read(&file, 300_001, 4 << 20).expect("a read");
+    assert!(rest.iter().all(|byte| *byte == 0 || *byte == 7), "{choice:?}: old bytes of the LUN are seen");
+    assert_eq!(world.problems(&node), Vec::<String>::new());
+}
+
+// Invariants C2, C3, C5.
+#[test]
+fn after_a_power_cut_synchronised_data_is_there_and_fresh_space_reads_zeros() {
+    for choice in [
+        Unflushed::None,
+        Unflushed::All,
+        Unflushed::Subset { seed: 1 },
+        Unflushed::Torn { seed: 2 },
+        Unflushed::Torn { seed: 3 },
+    ] {
+        after_power_cut(choice);
+    }
+}
+
+// Invariant C6: in flight is counted; the recall waits for the last request.
+#[test]
+fn a_recall_is_answered_only_when_nothing_is_in_flight() {
+    let (device, stable) = faulty();
+    let world = World::on(stable.clone());
+    let (a, b) = (world.node_on(1, device.clone()), world.node_on(2, device.clone()));
+    let file = create(&a, "f");
+    write(&file, 0, &[1; 8192]).expect("a write");
+    fsync(&file).expect("an fsync");
+    device.hold(Some(OpKind::Write));
+    let slow = later(|tell| file.write(0, buf_of(&[2; 4096]), tell));
+    device.wait_held(1);
+    let reader = {
+        let b = b.clone();
+        thread::spawn(move || read(&open(&b, "f"), 0, 8192))
+    };
+    // The recall arrives; new writes wait behind it, and the reader waits for the held one.
+    while a.stats().recalls == 0 {
+        thread::yield_now();
+    }
+    let later_write = later(|tell| file.write(4096, buf_of(&[3; 4096]), tell));
+    assert!(slow.try_recv().is_err() && later_write.try_recv().is_err() && !reader.is_finished());
+    device.release();
+    slow.recv().expect("a completion").expect("a write");
+    let seen = reader.join().expect("no panic").expect("a read");
+    assert!(seen[..4096] == [2; 4096]);
+    later_write.recv().expect("a completion").expect("a write");
+    assert!(read(&open(&b, "f"), 4096, 4096).expect("a read") == [3; 4096]);
+}
+
+// Invariant D6.
+#[test]
+fn after_a_failed_flush_the_node_writes_nothing_more() {
+    let (device, stable) = faulty();
+    let world = World::on(stable.clone());
+    let node = world.node_on(1, device.clone());
+    let file = create(&node, "f");
+    let other = create(&node, "g");
+    write(&file, 0, &[1; 4096]).expect("a write");
+    device.fail(OpKind::Flush, 1, 5);
+    assert_eq!(fsync(&file).expect_err("a failed flush").errno(), 5);
+    assert!(node.stopped().is_some());
+    assert!(write(&file, 0, &[2; 4096]).is_err());
+    assert!(write(&other, 0, &[2; 4096]).is_err());
+    assert!(fsync(&other).is_err());
+    assert!(file.set_size(0).is_err());
+    assert!(node.detach().is_err());
+    // Nothing of it was committed: others see no block that may be missing.
+    world.link.coordinator().expect("there").node_gone(lockmgr::NodeId(1), lockmgr::Epoch(1));
+    let b = world.node(2);
+    assert_eq!(b.lookup(ROOT_INO, b"f").expect("the name").size_bytes, 0);
+    assert_eq!(world.problems(&b), Vec::<String>::new());
+}
+
+#[test]
+fn a_failed_write_is_reported_and_commits_nothing() {
+    let (device, stable) = faulty();
+    let world = World::on(stable.clone());
+    let node = world.node_on(1, device.clone());
+    let file = create(&node, "f");
+    device.fail(OpKind::Write, 1, 5);
+    assert_eq!(write(&file, 0, &[1; 4096]).expect_err("a failed write").errno(), 5);
+    assert_eq!(file.size().expect("a size"), 0);
+    write(&file, 0, &[2; 100]).expect("a write");
+    assert!(read(&file, 0, 4096).expect("a read") == [2; 100]);
+    fsync(&file).expect("an fsync");
+}
+
+#[test]
+fn a_full_volume_is_an_error_and_usable_again_after_deletes() {
+    let world = World::on(Arc::new(MemoryDevice::new(96 << 20)));
+    let (a, b) = (world.node(1), world.node(2));
+    let file = create(&a, "big");
+    let mut at = 0;
+    let full = loop {
+        match write(&file, at, &[1; 1 << 18]) {
+            Ok(n) => at += n as u64,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(full.errno(), 28);
+    assert!(at > 8 << 20);
+    assert_eq!(file.size().expect("a size"), at);
+    // What is there can still be changed and read.
+    write(&file, 0, &[2; 4096]).expect("a write in place");
+    assert!(read(&open(&b, "big"), 0, 1).expect("a read") == [2]);
+    drop(file);
+    a.unlink(ROOT_INO, b"big").expect("an unlink");
+    let again = create(&b, "again");
+    write(&again, 0, &vec![3; 4 << 20]).expect("space is usable again");
+    assert_eq!(world.problems(&a), Vec::<String>::new());
+}
+
+#[test]
+fn as_a_device_a_file_has_fixed_bounds_and_zeroes_ranges() {
+    let world = World::new();
+    let node = world.node(1);
+    let file = create(&node, "disk");
+    blockio::ImageFile::set_len(&*file, 1 << 20).expect("a size");
+    let beyond = file.run(IoOp::Write { offset: (1 << 20) - 512, buf: IoBuf::zeroed(1024), fua: false });
+    assert!(matches!(beyond, Err(blockio::IoError::OutOfRange { .. })), "{beyond:?}");
+    file.write_at(1000, &[5; 9000]).expect("a write");
+    file.run(IoOp::WriteZeroes { offset: 2000, len: 5000, may_unmap: true }).expect("zeroes");
+    let mut bytes = vec![0; 12_000];
+    file.read_at(0, &mut bytes).expect("a read");
+    let expected: Vec<u8> = (0..12_000)
+        .map(|at| if (1000..2000).contains(&at) || (7000..10_000).contains(&at) { 5 } else { 0 })
+        .collect();
+    assert!(bytes == expected);
+    file.run(IoOp::Write { offset: 0, buf: IoBuf::zeroed(512), fua: true }).expect("a write through");
+    BlockDevice::flush(&*file).expect("a flush");
+    assert_eq!(BlockDevice::geometry(&*file).size_bytes, 1 << 20);
+}
+
+// A device that addresses only whole blocks: every odd range is read, changed and written.
+#[test]
+fn any_range_works_on_a_lun_of_large_blocks() {
+    let world = World::on(Arc::new(MemoryDevice::with_block_bytes(LUN_BYTES, 4096)));
+    let (a, b) = (world.node(1), world.node(2));
+    let file = create(&a, "f");
+    let other = open(&b, "f");
+    let (mut model, mut dice) = (world::Model::default(), Dice(4242));
+    for _ in 0..150 {
+        let (offset, len) = (dice.size(60_000), 1 + dice.size(10_000));
+        let bytes = dice.bytes(len);
+        write(&file, offset as u64, &bytes).expect("a write");
+        model.write(offset, &bytes);
+        let (at, many) = (dice.size(70_000), dice.size(9_000));
+        assert!(read(&file, at as u64, many).expect("a read") == model.read(at, many));
+    }
+    assert!(read(&other, 0, 100_000).expect("a read") == model.0);
+}
+
+// Callers that come together share a flush.
+#[test]
+fn concurrent_fsyncs_share_flushes() {
+    let (device, stable) = faulty();
+    let world = World::on(stable.clone());
+    let node = world.node_on(1, device.clone());
+    let file = create(&node, "f");
+    write(&file, 0, &[1; 4096]).expect("a write");
+    device.hold(Some(OpKind::Flush));
+    let first = later(|tell| file.fsync(tell));
+    device.wait_held(1);
+    let rest: Vec<_> = (0..50).map(|_| later(|tell| file.fsync(tell))).collect();
+    device.release();
+    first.recv().expect("a completion").expect("an fsync");
+    for told in rest {
+        told.recv().expect("a completion").expect("an fsync");
+    }
+    assert_eq!(node.stats().flushes, 2);
+}
