@@ -13,17 +13,14 @@ use std::time::Duration;
 
 use csvfs::node::Node;
 use fuser::{Config, MountOption, Session, SessionACL};
-use rustix::fs::{AtFlags, CWD, StatxFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::UnmountFlags;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
 
 use crate::ops::Ops;
 
 /// Threads that read requests of one mount.
 const READERS: usize = 2;
-/// How long programs with open files may hold a detached mount.
-const DETACHED_PATIENCE: Duration = Duration::from_secs(5);
-
 /// How to mount.
 #[derive(Clone, Debug)]
 pub struct MountOptions {
@@ -33,11 +30,18 @@ pub struct MountOptions {
     pub allow_other: bool,
     /// Whether the mount refuses all changes.
     pub read_only: bool,
+    /// How long programs may go on with files that they have open when the volume is unmounted.
+    pub patience: Duration,
 }
 
 impl Default for MountOptions {
     fn default() -> Self {
-        Self { volume: "volume".to_owned(), allow_other: true, read_only: false }
+        Self {
+            volume: "volume".to_owned(),
+            allow_other: true,
+            read_only: false,
+            patience: Duration::from_secs(5),
+        }
     }
 }
 
@@ -78,6 +82,7 @@ pub struct Mount {
     mountpoint: PathBuf,
     /// Names the mount's connection in `/sys/fs/fuse`.
     minor: Option<u32>,
+    patience: Duration,
     serving: Option<JoinHandle<()>>,
     ended: mpsc::Receiver<()>,
 }
@@ -107,7 +112,7 @@ pub fn mount(
     let serving = Builder::new().name(name.chars().take(15).collect()).spawn(serve).map_err(refused)?;
     let minor = connection(&mountpoint);
     tracing::info!(mountpoint = %mountpoint.display(), volume = options.volume, "mounted");
-    Ok(Mount { mountpoint, minor, serving: Some(serving), ended })
+    Ok(Mount { mountpoint, minor, patience: options.patience, serving: Some(serving), ended })
 }
 
 fn config(options: &MountOptions) -> Config {
@@ -179,7 +184,7 @@ impl Mount {
     }
 
     /// Takes the volume out of the file tree and waits until its last request is answered. Programs that have files
-    /// open there keep them for a few seconds and then get errors.
+    /// open there keep them for as long as the options say, and then get errors.
     ///
     /// # Errors
     /// When the kernel refuses even a lazy unmount.
@@ -212,7 +217,7 @@ impl Mount {
             }
             Err(error) => return Err(refused(error)),
         }
-        if self.ended.recv_timeout(DETACHED_PATIENCE).is_err() {
+        if self.ended.recv_timeout(self.patience).is_err() {
             self.abort()?;
         }
         Ok(())
@@ -220,11 +225,23 @@ impl Mount {
 
     /// Ends the kernel's side: all calls of programs on this mount fail from now on.
     fn abort(&self) -> Result<(), MountError> {
-        let minor = self.minor.ok_or_else(|| io::Error::from(Errno::NODEV));
-        minor
-            .and_then(|minor| std::fs::write(format!("/sys/fs/fuse/connections/{minor}/abort"), "1"))
-            .map_err(|source| MountError::Unmount { mountpoint: self.mountpoint.clone(), source })
+        let minor = self.minor.ok_or(Errno::NODEV);
+        let aborted = minor.and_then(abort_connection);
+        aborted.map_err(|error| MountError::Unmount {
+            mountpoint: self.mountpoint.clone(),
+            source: error.into(),
+        })
     }
+}
+
+/// Writes to the connection's control file. The control filesystem need not be mounted: it is opened for this alone.
+fn abort_connection(minor: u32) -> rustix::io::Result<()> {
+    let context = rustix::mount::fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    rustix::mount::fsconfig_create(&context)?;
+    let controls = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+    let control = format!("{minor}/abort");
+    let control = rustix::fs::openat(&controls, control, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::io::write(&control, b"1").map(drop)
 }
 
 impl Drop for Mount {

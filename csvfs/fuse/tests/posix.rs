@@ -1,0 +1,339 @@
+//! POSIX calls of ordinary programs on mounted volumes.
+#![expect(clippy::cast_possible_truncation, reason = "the sizes in these tests are small")]
+
+mod world;
+
+use std::collections::BTreeSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
+use std::thread;
+
+use rustix::fs::{CWD, FallocateFlags, RenameFlags};
+use world::{World, can_mount};
+
+const MIB: usize = 1 << 20;
+
+fn pattern(seed: u8, len: usize) -> Vec<u8> {
+    (0..len).map(|at| seed.wrapping_mul(37).wrapping_add((at % 253) as u8)).collect()
+}
+
+fn names(folder: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(folder).expect("read_dir");
+    entries.map(|entry| entry.expect("entry").file_name().into_string().expect("a plain name")).collect()
+}
+
+#[test]
+fn what_one_mount_writes_the_other_reads() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    fs::write(a.join("file"), pattern(1, 3 * MIB + 77)).expect("write");
+    assert_eq!(fs::read(b.join("file")).expect("read"), pattern(1, 3 * MIB + 77));
+    fs::create_dir(b.join("dir")).expect("mkdir");
+    fs::rename(b.join("file"), b.join("dir/renamed")).expect("rename");
+    assert_eq!(names(&a), BTreeSet::from(["dir".to_owned()]));
+    let mut both = File::options().write(true).open(a.join("dir/renamed")).expect("open");
+    both.write_all(b"changed").expect("write");
+    assert_eq!(
+        &fs::read(b.join("dir/renamed")).expect("read")[..10],
+        &[b"changed".as_slice(), &pattern(1, 10)[7..]].concat()[..]
+    );
+    drop(both);
+    world.end();
+}
+
+#[test]
+fn names_links_and_attributes_behave_as_on_any_filesystem() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let root = world.mount();
+    let (file, other) = (root.join("file"), root.join("other"));
+    fs::write(&file, b"content").expect("write");
+    fs::hard_link(&file, &other).expect("link");
+    assert_eq!(fs::metadata(&other).expect("stat").nlink(), 2);
+    assert_eq!(fs::metadata(&other).expect("stat").ino(), fs::metadata(&file).expect("stat").ino());
+    symlink("file", root.join("soft")).expect("symlink");
+    assert_eq!(fs::read_link(root.join("soft")).expect("readlink"), Path::new("file"));
+    assert_eq!(fs::read(root.join("soft")).expect("read"), b"content");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).expect("chmod");
+    assert_eq!(fs::metadata(&other).expect("stat").mode() & 0o7777, 0o640);
+    rustix::fs::mknodat(CWD, root.join("pipe"), rustix::fs::FileType::Fifo, 0o600.into(), 0).expect("mkfifo");
+    assert!(fs::metadata(root.join("pipe")).expect("stat").file_type().is_fifo());
+    let refused = |outcome: std::io::Result<()>| outcome.expect_err("refused").kind();
+    fs::create_dir(root.join("full")).expect("mkdir");
+    fs::write(root.join("full/x"), b"x").expect("write");
+    assert_eq!(refused(fs::remove_dir(root.join("full"))), ErrorKind::DirectoryNotEmpty);
+    assert_eq!(refused(fs::create_dir(root.join("full"))), ErrorKind::AlreadyExists);
+    assert_eq!(refused(fs::remove_file(root.join("missing"))), ErrorKind::NotFound);
+    assert_eq!(refused(fs::create_dir(root.join("n".repeat(256)))), ErrorKind::InvalidFilename);
+    world.end();
+}
+
+#[test]
+fn rename_replaces_exchanges_and_respects_what_is_there() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let root = world.mount();
+    let (a, b) = (root.join("a"), root.join("b"));
+    fs::write(&a, b"a").expect("write");
+    fs::write(&b, b"b").expect("write");
+    let kept = rustix::fs::renameat_with(CWD, &a, CWD, &b, RenameFlags::NOREPLACE);
+    assert_eq!(kept, Err(rustix::io::Errno::EXIST));
+    rustix::fs::renameat_with(CWD, &a, CWD, &b, RenameFlags::EXCHANGE).expect("exchange");
+    assert_eq!((fs::read(&a).expect("read"), fs::read(&b).expect("read")), (b"b".to_vec(), b"a".to_vec()));
+    fs::rename(&a, &b).expect("replace");
+    assert_eq!(fs::read(&b).expect("read"), b"b");
+    assert_eq!(names(&root), BTreeSet::from(["b".to_owned()]));
+    world.end();
+}
+
+#[test]
+fn a_file_lives_on_while_it_is_open_after_its_last_name_went() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    let file = File::options().read(true).write(true).create_new(true).open(a.join("gone")).expect("create");
+    file.write_all_at(&pattern(3, 10_000), 0).expect("write");
+    fs::remove_file(b.join("gone")).expect("unlink on the other mount");
+    file.write_all_at(b"still here", 9_990).expect("write");
+    let mut tail = [0; 20];
+    file.read_exact_at(&mut tail, 9_980).expect("read");
+    assert_eq!(&tail[10..], b"still here");
+    assert_eq!(file.metadata().expect("fstat").nlink(), 0);
+    assert!(names(&a).is_empty());
+    drop(file);
+    world.end();
+}
+
+#[test]
+fn sizes_holes_and_space_are_as_set() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let root = world.mount();
+    let file =
+        File::options().read(true).write(true).create_new(true).open(root.join("file")).expect("create");
+    file.set_len(10 << 20).expect("grow");
+    file.write_all_at(&pattern(5, MIB), 4 << 20).expect("write");
+    assert_eq!(file.metadata().expect("fstat").len(), 10 << 20);
+    assert!(file.metadata().expect("fstat").blocks() * 512 < 9 << 20, "the rest is a hole");
+    let seek = |from| rustix::fs::seek(&file, from);
+    assert_eq!(seek(rustix::fs::SeekFrom::Data(0)), Ok(4 << 20));
+    assert!(seek(rustix::fs::SeekFrom::Hole(4 << 20)).expect("hole") >= 5 << 20);
+    assert_eq!(seek(rustix::fs::SeekFrom::Data(10 << 20)), Err(rustix::io::Errno::NXIO));
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 10 << 20, 1 << 20).expect("allocate");
+    assert_eq!(file.metadata().expect("fstat").len(), 11 << 20);
+    rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 11 << 20, 1 << 20).expect("allocate");
+    assert_eq!(file.metadata().expect("fstat").len(), 11 << 20);
+    let punched =
+        rustix::fs::fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, 4096);
+    assert_eq!(punched, Err(rustix::io::Errno::OPNOTSUPP));
+    let mut tail = vec![1; MIB];
+    file.read_exact_at(&mut tail, 10 << 20).expect("read");
+    assert!(tail.iter().all(|byte| *byte == 0), "allocated and never written: zeros");
+    file.set_len(100).expect("shrink");
+    file.set_len(8192).expect("grow");
+    assert!(fs::read(root.join("file")).expect("read").iter().all(|byte| *byte == 0));
+    file.sync_all().expect("fsync");
+    drop(file);
+    world.end();
+}
+
+#[test]
+fn a_directory_of_three_thousand_is_listed_whole_while_others_come_and_go() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    fs::create_dir(a.join("many")).expect("mkdir");
+    thread::scope(|scope| {
+        for lane in 0..6 {
+            let folder = if lane % 2 == 0 { a.join("many") } else { b.join("many") };
+            scope.spawn(move || {
+                for n in 0..500 {
+                    File::create(folder.join(format!("file-{lane}-{n:04}"))).expect("create");
+                }
+            });
+        }
+    });
+    assert_eq!(names(&a.join("many")).len(), 3000);
+    let mut listing = fs::read_dir(b.join("many")).expect("read_dir");
+    let first = listing.next().expect("not empty").expect("entry").file_name();
+    for n in 0..500 {
+        fs::remove_file(a.join(format!("many/file-0-{n:04}"))).expect("unlink");
+    }
+    let rest: BTreeSet<_> = listing.map(|entry| entry.expect("entry").file_name()).collect();
+    assert!(!rest.contains(&first), "no name twice");
+    let staying = |name: &&std::ffi::OsString| !name.to_string_lossy().starts_with("file-0-");
+    let seen = rest.iter().filter(staying).count() + usize::from(staying(&&first));
+    assert_eq!(seen, 2500, "what stayed is listed once");
+    world.end();
+}
+
+#[test]
+fn many_threads_write_and_read_their_parts_of_one_file() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    let file =
+        File::options().read(true).write(true).create_new(true).open(a.join("shared")).expect("create");
+    thread::scope(|scope| {
+        for lane in 0..8_usize {
+            let file = &file;
+            scope.spawn(move || {
+                for n in 0..40 {
+                    let at = ((n * 8 + lane) * 10_000) as u64;
+                    file.write_all_at(&pattern(lane as u8 + 1, 10_000), at).expect("write");
+                    let mut back = vec![0; 10_000];
+                    file.read_exact_at(&mut back, at).expect("read");
+                    assert_eq!(back, pattern(lane as u8 + 1, 10_000));
+                }
+            });
+        }
+    });
+    let all = fs::read(b.join("shared")).expect("read on the other mount");
+    assert_eq!(all.len(), 8 * 40 * 10_000);
+    for (n, part) in all.chunks(10_000).enumerate() {
+        assert_eq!(part, pattern((n % 8) as u8 + 1, 10_000), "part {n}");
+    }
+    drop(file);
+    world.end();
+}
+
+#[test]
+fn appends_of_two_mounts_never_overwrite_each_other() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let mounts = [world.mount(), world.mount()];
+    File::create(mounts[0].join("log")).expect("create");
+    thread::scope(|scope| {
+        for (lane, mount) in mounts.iter().enumerate() {
+            scope.spawn(move || {
+                let mut log = OpenOptions::new().append(true).open(mount.join("log")).expect("open");
+                for n in 0..100 {
+                    log.write_all(format!("{lane} {n:05}\n").as_bytes()).expect("append");
+                }
+            });
+        }
+    });
+    let text = fs::read_to_string(mounts[0].join("log")).expect("read");
+    let lines: BTreeSet<&str> = text.lines().collect();
+    assert_eq!((text.len(), lines.len()), (200 * 8, 200));
+    world.end();
+}
+
+#[test]
+fn a_copy_through_the_mount_and_the_free_space_are_right() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let root = world.mount();
+    let free = || rustix::fs::statvfs(&root).expect("statvfs");
+    let before = free();
+    assert!(before.f_bavail > 0 && before.f_namemax == 255);
+    fs::write(root.join("from"), pattern(9, 5 * MIB)).expect("write");
+    fs::copy(root.join("from"), root.join("to")).expect("copy");
+    assert_eq!(fs::read(root.join("to")).expect("read"), pattern(9, 5 * MIB));
+    let used = (before.f_bavail - free().f_bavail) * before.f_frsize;
+    assert!(used >= 10 << 20, "{used} bytes used");
+    let mut file = File::open(root.join("to")).expect("open");
+    file.seek(SeekFrom::End(-3)).expect("seek");
+    let mut tail = Vec::new();
+    file.read_to_end(&mut tail).expect("read");
+    assert_eq!(tail, pattern(9, 5 * MIB)[5 * MIB - 3..]);
+    drop(file);
+    world.end();
+}
+
+// Locks are kept by the kernel of this node: two programs here exclude each other.
+#[test]
+fn locks_hold_on_one_node() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let root = world.mount();
+    let (one, two) =
+        (File::create(root.join("f")).expect("create"), File::create(root.join("f")).expect("open"));
+    one.lock().expect("lock");
+    assert!(two.try_lock().is_err());
+    drop(one);
+    two.try_lock().expect("free again");
+    drop(two);
+    world.end();
+}
+
+#[test]
+fn an_unmounted_folder_is_empty_and_a_panic_leaves_no_mount_behind() {
+    if !can_mount() {
+        return;
+    }
+    let kept = tempfile::TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    let place = kept.path().join("where");
+    let panicked = thread::spawn({
+        let place = place.clone();
+        move || {
+            let mut world = World::new();
+            let mountpoint = world.mount();
+            fs::write(mountpoint.join("x"), b"x").expect("write");
+            fs::write(place, mountpoint.to_string_lossy().as_bytes()).expect("write");
+            std::panic::panic_any("on purpose");
+        }
+    })
+    .join();
+    assert!(panicked.is_err());
+    let mountpoint = fs::read_to_string(place).expect("read");
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+    assert!(!mounts.contains(&mountpoint), "{mountpoint} is still mounted");
+}
+
+// Invariant F10: a program that holds a file cannot hold the unmount, and is told.
+#[test]
+fn a_program_that_holds_a_file_gets_an_error_once_the_patience_ends() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let root = world.mount();
+    let held =
+        File::options().read(true).write(true).create_new(true).open(root.join("held")).expect("create");
+    held.write_all_at(b"before", 0).expect("write");
+    world.unmount(0);
+    assert!(!root.join("held").exists(), "out of the tree");
+    let error = held.write_all_at(b"after", 0).expect_err("the connection has ended");
+    assert_eq!(error.raw_os_error(), Some(libc::ENOTCONN));
+    drop(held);
+    world.end();
+}
+
+#[test]
+fn a_mountpoint_that_cannot_be_one_is_named() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let root = world.mount();
+    fs::write(root.join("plain"), b"").expect("write");
+    for (place, word) in [("missing", "create it"), ("plain", "not a directory")] {
+        let refused = world.mount_at(&root.join(place)).expect_err("refused").to_string();
+        assert!(refused.contains(place) && refused.contains(word), "{refused}");
+    }
+    world.end();
+}
