@@ -124,10 +124,10 @@ impl BlockDevice for Image {
             IoOp::Read { offset, buf } => self.read(offset, &buf, request.done),
             IoOp::Flush => (request.done)(Ok(())),
             IoOp::Write { offset, .. } => {
-                (request.done)(Err(IoError::Os { op: "write", offset, errno: EROFS }))
+                (request.done)(Err(IoError::Os { op: "write", offset, errno: EROFS }));
             }
             IoOp::Discard { offset, .. } => {
-                (request.done)(Err(IoError::Os { op: "discard", offset, errno: EROFS }))
+                (request.done)(Err(IoError::Os { op: "discard", offset, errno: EROFS }));
             }
             IoOp::WriteZeroes { offset, .. } => {
                 (request.done)(Err(IoError::Os { op: "write-zeroes", offset, errno: EROFS }));

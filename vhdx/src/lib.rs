@@ -1,4 +1,78 @@
 //! The VHDX virtual disk format over any block device.
+//!
+//! ```text
+//!   guest range --resolve--> file ranges --the caller's I/O--> file --complete--> mapping visible --flush--> durable
+//!
+//!   0        file identifier, two headers, two region tables
+//!   1 MiB    log: a ring of entries; what they rewrite is BAT and metadata, never payload
+//!   ...      metadata region: what the disk is      BAT: where each block lies      payload blocks, 1 MiB aligned
+//! ```
+//! A disk is opened in one of three ways, and the type says which: [`Image`] (reads only, a dirty log is replayed in memory),
+//! [`Standby`] (the target of a migration: nothing replayed, nothing written until it is activated) and [`Disk`] (the one
+//! writer). `Image` and `Disk` are [`blockio::BlockDevice`]s.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use blockio::{BlockDevice, ImageFile, MemoryDevice};
+//! use vhdx::{Builder, Spec};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let file: Arc<dyn ImageFile> = Arc::new(MemoryDevice::new(0));
+//! vhdx::create(&file, &Spec::dynamic(10 << 30))?;
+//!
+//! let disk = Builder::open(Arc::clone(&file)).writable()?;
+//! disk.write_at(5 << 30, b"sixteen sectors ".repeat(512).as_slice())?;
+//! disk.flush()?; // durable from here on, mapping included
+//! disk.close()?; // clean log, no surplus at the end of the file
+//!
+//! let image = Builder::open(file).read_only()?;
+//! let mut sector = [0; 512];
+//! image.read_at(5 << 30, &mut sector)?;
+//! assert!(sector.starts_with(b"sixteen sectors "));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What survives a crash, and why
+//!
+//! The promise is that of a disk: what was complete when a flush was asked for is there after any crash, what came later is
+//! old or new sector by sector, and no block ever shows bytes of another.
+//!
+//! | event | writes | flushes |
+//! |---|---|---|
+//! | open for writing, nothing written | none | 0 |
+//! | first write of a session | header, empty log entry, header | 2 |
+//! | write to a block that has its place | payload | 0 |
+//! | write to a new block | payload | 0 |
+//! | guest flush, k new blocks | one log entry | 1 |
+//! | guest flush, payload only | none | 1 |
+//! | guest flush, nothing since the last | none | 0 |
+//! | end of a log generation, every 63 entries of 8 KiB | BAT pages in place, empty entry, two headers | 2 |
+//! | close | BAT pages in place, two headers | 3 |
+//!
+//! **One flush is enough for new blocks** because of what is handed out: space that reads as zeros, durably, below a size of
+//! the file that is durable. A crash inside that flush may leave the mapping without the payload; the block then reads as
+//! zeros, which is what it was before. Such space is made by cutting the file back to what is in use when a session begins
+//! (a crash leaves unlogged payload behind that) and growing it, in steps that double and whose flush is mostly one that
+//! the guest asked for anyway; and by zeroing what discards gave up, after the log has dropped it and the last request that
+//! could know the old place has ended.
+//!
+//! **A generation is half of the ring under an id of its own.** Its first entry is empty and durable before the header names
+//! the id, so a header never names a log that is not there. When the half is full, its pages are written in place and the
+//! empty entry of the next generation to the *other* half, with one flush; then the header names that one. Until then the
+//! old run is whole, and replaying it again changes nothing. Nothing wraps, so readers with a simple search find it too.
+//!
+//! **Replay** (an open for writing of a dirty image) changes the file write id first, writes the pages in place, makes them
+//! durable, and only then says in the headers that there is no log. A crash in it means doing it again.
+//!
+//! **A failure** to write a header, the log or the BAT, or to flush, stops the disk: nothing is acknowledged any more, and
+//! the next open replays. A failed payload write is the guest's error alone; so is a file that cannot grow.
+//!
+//! # Bounds
+//!
+//! An image is untrusted input. Lengths are compared with the size of the file before memory is taken for them, arithmetic
+//! is checked, one interval map proves that no byte has two owners, and the work to search a log is bounded. Differencing
+//! images are recognised and refused by name.
 #![forbid(unsafe_code)]
 
 mod bat;

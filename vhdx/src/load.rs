@@ -115,7 +115,7 @@ impl Loaded {
                 view.patches = replay.patches.clone();
             }
             LogState::Orphan(id) => {
-                findings.warn(format!("the header names the log {id}, which has no entry"))
+                findings.warn(format!("the header names the log {id}, which has no entry"));
             }
             LogState::Clean => (),
         }
