@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blockio::BlockDevice;
 use hv::control::{SaveReply, StatusReply, VmRunState};
 use hv::{BootSource, DiskConfig, RunState, Vm, VmConfig, VmError};
 use lockmgr::Epoch;
@@ -74,63 +75,17 @@ impl Runner {
         let over = ended.clone();
         let epoch = Epoch(config.node_epoch);
         lease::watch(lease, epoch, volumes.gates(), move |why| drop(over.send(Ended::LeaseOver(why))))?;
-        let disks = config.disks.iter().cloned().map(RunnerDisk::new).collect();
-        let runner = match config.restore_from.clone() {
-            Some(from) => Self::incoming(config, volumes, disks, &from, ended)?,
-            None => Self::boot(config, volumes, disks, ended)?,
+        let mut disks: Vec<_> = config.disks.iter().cloned().map(RunnerDisk::new).collect();
+        let vm = match &config.restore_from {
+            Some(from) => incoming(&config, &volumes, &mut disks, from).map(|vm| (vm, Phase::Incoming)),
+            None => boot(&config, &volumes, &mut disks).map(|vm| (vm, Phase::Live)),
         };
-        let runner = Arc::new(runner);
+        // Nobody waits for grants of a process that is about to end.
+        let (vm, phase) = vm.inspect_err(|_| volumes.detach())?;
+        let (work, phase) = (Mutex::new(disks), Mutex::new(phase));
+        let runner = Arc::new(Self { config, vm, volumes, work, phase, ended });
         watch_end(&runner)?;
         Ok((runner, told))
-    }
-
-    fn boot(
-        config: RunnerConfig,
-        volumes: Volumes,
-        mut disks: Vec<RunnerDisk>,
-        ended: Sender<Ended>,
-    ) -> Result<Self, Failure> {
-        let kernel = read_kernel(&config.kernel)?;
-        let initrd = config.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
-        let mut devices = Vec::new();
-        for disk in &mut disks {
-            devices.push(Some(disk.open(&volumes)?));
-        }
-        let boot = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &config.cmdline };
-        let vm = Vm::build(VmConfig {
-            memory_bytes: config.memory_bytes,
-            boot: Some(boot),
-            disks: disk_configs(&config, devices),
-            console_bytes: config.console_log_bytes,
-        })
-        .map_err(|error| not_built(&error))?;
-        vm.resume().map_err(|error| not_built(&error))?;
-        Ok(Self { config, vm, volumes, work: Mutex::new(disks), phase: Mutex::new(Phase::Live), ended })
-    }
-
-    /// Everything but the disks is here when this returns.
-    fn incoming(
-        config: RunnerConfig,
-        volumes: Volumes,
-        mut disks: Vec<RunnerDisk>,
-        from: &VolumePath,
-        ended: Sender<Ended>,
-    ) -> Result<Self, Failure> {
-        for disk in &mut disks {
-            disk.stand_by(&volumes)?;
-        }
-        let file = volumes.open_file(from)?;
-        let image = saved::read(&file, from, &config)?;
-        let devices = disks.iter().map(|_| None).collect();
-        let vm = Vm::build(VmConfig {
-            memory_bytes: config.memory_bytes,
-            boot: None,
-            disks: disk_configs(&config, devices),
-            console_bytes: config.console_log_bytes,
-        })
-        .map_err(|error| not_built(&error))?;
-        saved::load(&file, from, &image, &vm)?;
-        Ok(Self { config, vm, volumes, work: Mutex::new(disks), phase: Mutex::new(Phase::Incoming), ended })
     }
 
     /// The VM, for its console.
@@ -358,6 +313,51 @@ impl Runner {
     }
 }
 
+/// A VM that runs when this returns.
+fn boot(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) -> Result<Vm, Failure> {
+    let kernel = read_kernel(&config.kernel)?;
+    let initrd = config.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
+    let mut devices = Vec::new();
+    for disk in disks {
+        devices.push(Some(disk.open(volumes)?));
+    }
+    let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &config.cmdline };
+    let vm = build(config, Some(source), devices)?;
+    vm.resume().map_err(|error| not_built(&error))?;
+    Ok(vm)
+}
+
+/// A VM with its RAM and state; the disks follow when it is activated.
+fn incoming(
+    config: &RunnerConfig,
+    volumes: &Volumes,
+    disks: &mut [RunnerDisk],
+    from: &VolumePath,
+) -> Result<Vm, Failure> {
+    for disk in disks.iter_mut() {
+        disk.stand_by(volumes)?;
+    }
+    let file = volumes.open_file(from)?;
+    let image = saved::read(&file, from, config)?;
+    let vm = build(config, None, disks.iter().map(|_| None).collect())?;
+    saved::load(&file, from, &image, &vm)?;
+    Ok(vm)
+}
+
+fn build(
+    config: &RunnerConfig,
+    boot: Option<BootSource<'_>>,
+    devices: Vec<Option<Arc<dyn BlockDevice>>>,
+) -> Result<Vm, Failure> {
+    Vm::build(VmConfig {
+        memory_bytes: config.memory_bytes,
+        boot,
+        disks: disk_configs(config, devices),
+        console_bytes: config.console_log_bytes,
+    })
+    .map_err(|error| not_built(&error))
+}
+
 fn watch_end(runner: &Arc<Runner>) -> Result<(), Failure> {
     let end = runner.vm.end();
     let runner = Arc::downgrade(runner);
@@ -374,10 +374,7 @@ fn watch_end(runner: &Arc<Runner>) -> Result<(), Failure> {
         .map_err(|error| Failure::new(format!("cannot start a thread: {error}"), "check the limits"))
 }
 
-fn disk_configs(
-    config: &RunnerConfig,
-    devices: Vec<Option<Arc<dyn blockio::BlockDevice>>>,
-) -> Vec<DiskConfig> {
+fn disk_configs(config: &RunnerConfig, devices: Vec<Option<Arc<dyn BlockDevice>>>) -> Vec<DiskConfig> {
     let vm = config.vm_id.simple().to_string();
     let disk = |(slot, (spec, device)): (usize, (&crate::config::DiskSpec, _))| DiskConfig {
         device,

@@ -1,0 +1,7 @@
+//! Real hv processes on a real volume: its coordinator and the node's socket are in this process.
+#![expect(clippy::print_stdout, reason = "a skipped test says so")]
+
+mod bad;
+mod moves;
+mod process;
+mod world;

@@ -1,0 +1,178 @@
+//! An hv process and its control socket.
+
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use hv::control::{
+    Abandon, Activate, Console, Control, ControlReply, Pause, Refused, Resume, Save, SaveReply, Status,
+    StatusReply, Stop, VmRunState, control, control_reply,
+};
+use hv_guest::Ack;
+use hv_runner::config::RunnerConfig;
+use prost::Message;
+use wire::{BlockingCallbacks, BlockingConnection, Local, service};
+
+/// False, with a line that says so, where there is no KVM.
+pub(crate) fn kvm_is_here() -> bool {
+    let here = std::path::Path::new("/dev/kvm").exists();
+    if !here {
+        println!("skipped: /dev/kvm is missing");
+    }
+    here
+}
+
+fn spawn(config: &RunnerConfig) -> Child {
+    let file = config.control_socket.with_extension("json");
+    std::fs::write(&file, serde_json::to_vec(config).unwrap()).unwrap();
+    Command::new(env!("CARGO_BIN_EXE_hv"))
+        .arg("--config")
+        .arg(&file)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Runs hv where it must not start; gives error and hint.
+pub(crate) fn refused(config: &RunnerConfig) -> (String, String) {
+    let output = spawn(config).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.stdout.is_empty(), "not ready: {output:?}");
+    let errors = String::from_utf8(output.stderr).unwrap();
+    let line: serde_json::Value = serde_json::from_str(errors.lines().last().unwrap()).unwrap();
+    (line["error"].as_str().unwrap().to_owned(), line["hint"].as_str().unwrap().to_owned())
+}
+
+/// A process that is ready. Killed when dropped.
+pub(crate) struct Hv {
+    child: Child,
+    control: BlockingConnection,
+}
+
+impl Hv {
+    pub(crate) fn start(config: &RunnerConfig) -> Self {
+        let mut child = spawn(config);
+        let mut ready = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+        if ready.is_empty() {
+            let mut errors = String::new();
+            child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+            panic!("hv did not start: {errors}");
+        }
+        let wanted = if config.restore_from.is_some() { "incoming" } else { "running" };
+        assert_eq!(ready.trim(), format!(r#"{{"state":"{wanted}"}}"#));
+        let callbacks = BlockingCallbacks { pushed: Box::new(|_, _| ()), closed: Box::new(|_| ()) };
+        let local = Local { cluster: uuid::Uuid::nil(), node: config.node, name: "test".into() };
+        let control = BlockingConnection::connect(&config.control_socket, &local, callbacks).unwrap();
+        Self { child, control }
+    }
+
+    fn ask(&self, op: control::Op) -> control_reply::Result {
+        let body = Control { op: Some(op) }.encode_to_vec();
+        let reply = self.control.call(service::HV, body.into()).unwrap();
+        ControlReply::decode(reply).unwrap().result.unwrap()
+    }
+
+    fn done(&self, op: control::Op) -> Result<(), Refused> {
+        match self.ask(op) {
+            control_reply::Result::Ok(_) => Ok(()),
+            control_reply::Result::Refused(refused) => Err(refused),
+            other => panic!("unexpected answer {other:?}"),
+        }
+    }
+
+    pub(crate) fn pause(&self) -> Result<(), Refused> {
+        self.done(control::Op::Pause(Pause {}))
+    }
+    pub(crate) fn resume(&self) -> Result<(), Refused> {
+        self.done(control::Op::Resume(Resume {}))
+    }
+    pub(crate) fn abandon(&self) -> Result<(), Refused> {
+        self.done(control::Op::Abandon(Abandon {}))
+    }
+    pub(crate) fn activate(&self) -> Result<(), Refused> {
+        self.done(control::Op::Activate(Activate {}))
+    }
+
+    pub(crate) fn save(&self, path: &str) -> Result<SaveReply, Refused> {
+        match self.ask(control::Op::Save(Save { volume: "vol1".into(), path: path.into() })) {
+            control_reply::Result::Save(save) => Ok(save),
+            control_reply::Result::Refused(refused) => Err(refused),
+            other => panic!("unexpected answer {other:?}"),
+        }
+    }
+
+    pub(crate) fn status(&self) -> StatusReply {
+        match self.ask(control::Op::Status(Status {})) {
+            control_reply::Result::Status(status) => status,
+            other => panic!("unexpected answer {other:?}"),
+        }
+    }
+
+    pub(crate) fn console(&self) -> String {
+        self.console_from(0, false).0
+    }
+
+    fn console_from(&self, from: u64, follow: bool) -> (String, u64) {
+        match self.ask(control::Op::Console(Console { from, follow })) {
+            control_reply::Result::Console(console) => {
+                (String::from_utf8_lossy(&console.data).into_owned(), console.next)
+            }
+            other => panic!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Waits until the guest has acknowledged more than `sequence`.
+    pub(crate) fn wait_ack_beyond(&self, sequence: u64) -> Ack {
+        let (mut said, mut next) = self.console_from(0, false);
+        let mut silent = 0;
+        while silent < 60 {
+            assert!(!said.contains("FAIL"), "the guest failed:\n{said}");
+            if let Some(ack) = hv_guest::last_ack(said.as_bytes()).filter(|ack| ack.sequence > sequence) {
+                return ack;
+            }
+            let status = self.status();
+            assert_eq!(status.state(), VmRunState::Running, "{status:?}\n{said}");
+            let (more, end) = self.console_from(next, true);
+            silent = if more.is_empty() { silent + 1 } else { 0 };
+            (said, next) = (said + &more, end);
+        }
+        panic!("no acknowledgement beyond {sequence}:\n{said}");
+    }
+
+    pub(crate) fn acked(&self) -> Ack {
+        hv_guest::last_ack(self.console().as_bytes()).unwrap()
+    }
+
+    /// Memory of the process that is not the guest's RAM, in KiB.
+    pub(crate) fn private_memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let field = |name: &str| -> u64 {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.trim().trim_end_matches(" kB").parse().unwrap()
+        };
+        field("RssAnon:") + field("RssFile:")
+    }
+
+    pub(crate) fn stop(mut self, force: bool) -> ExitStatus {
+        self.done(control::Op::Stop(Stop { force })).unwrap();
+        self.child.wait().unwrap()
+    }
+
+    pub(crate) fn wait(mut self) -> ExitStatus {
+        self.child.wait().unwrap()
+    }
+
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Hv {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
