@@ -401,7 +401,8 @@ impl Drop for BlockingServer {
         }
         let open = std::mem::take(&mut self.serving.open().connections);
         for (stream, _) in open.values() {
-            let _gone = stream.shutdown(Shutdown::Both);
+            // Only reading ends: a request that is being answered still gets its answer.
+            let _gone = stream.shutdown(Shutdown::Read);
         }
         let me = std::thread::current().id();
         for thread in open.into_values().filter_map(|(_, thread)| thread) {
