@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
     cluster::ClusterCommand, completions::Completions, dev::DevCommand, events::Events, file::FileCommand,
-    health::Health, man::Man, node::NodeCommand, vm::VmCommand, volume::VolumeCommand,
+    health::Health, man::Man, node::NodeCommand, vhdx::VhdxCommand, vm::VmCommand, volume::VolumeCommand,
 };
 
 /// Work with a cluster of shared volumes and the virtual machines on them
@@ -56,6 +56,9 @@ pub(crate) enum Command {
     /// Look behind a file on a volume
     #[command(subcommand)]
     File(FileCommand),
+    /// Work with VHDX images, on any path
+    #[command(subcommand)]
+    Vhdx(VhdxCommand),
     /// Work with virtual machines
     #[command(subcommand)]
     Vm(VmCommand),

@@ -8,6 +8,7 @@ pub(crate) mod file;
 pub(crate) mod health;
 pub(crate) mod man;
 pub(crate) mod node;
+pub(crate) mod vhdx;
 pub(crate) mod vm;
 pub(crate) mod volume;
 
@@ -24,6 +25,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Error
         Command::Node(command) => command.run(context).await,
         Command::Volume(command) => command.run(context).await,
         Command::File(command) => command.run(context).await,
+        Command::Vhdx(command) => command.run(context),
         Command::Vm(command) => command.run(context).await,
         Command::Events(command) => command.run(context).await,
         Command::Health(command) => command.run(context).await,

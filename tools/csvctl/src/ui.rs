@@ -53,13 +53,6 @@ impl Ui {
         out.write_all(bytes).and_then(|()| out.flush()).map_err(|error| no_stdout(&error))
     }
 
-    /// A remark beside the result; nothing with `--json`.
-    pub(crate) fn note(&self, text: &str) {
-        if !self.json {
-            drop(writeln!(io::stderr(), "{text}"));
-        }
-    }
-
     /// Asks before something is destroyed: on a terminal the user types `name`, elsewhere `--yes` is needed.
     pub(crate) fn confirm(&self, what: &str, name: &str) -> Result<(), Error> {
         if self.yes {

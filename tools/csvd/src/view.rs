@@ -47,7 +47,8 @@ pub(crate) fn is_over(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool 
             matches!(member.state, MemberState::Fenced | MemberState::Down)
         }
         Some(member) => member.epoch > epoch,
-        None => true,
+        // Records that have not arrived here yet prove nothing.
+        None => state.cluster.is_some(),
     }
 }
 
