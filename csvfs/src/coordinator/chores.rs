@@ -25,6 +25,7 @@ impl Core {
             return Ok(Vec::new());
         }
         let runs_max = GROWTH_RUNS_MAX.min(store.chunk_slots_free());
+        self.growable = runs_max > 0;
         let runs = self.alloc.take_held_back(wanted.max(GROWTH_BLOCKS_MIN), runs_max);
         for run in &runs {
             tables.put_chunk(run.start, run.blocks)?;

@@ -55,6 +55,8 @@ pub(super) struct Core {
     pub(super) owner_checked: Millis,
     /// The metadata store cannot grow: only what frees space is let in.
     pub(super) tight: bool,
+    /// The metadata store can list more chunks.
+    pub(super) growable: bool,
     pub(super) requests: u64,
     pub(super) commits: u64,
     pub(super) recalls: u64,

@@ -42,10 +42,13 @@ impl Core {
 
     /// What adds to the metadata is refused while the store cannot grow.
     pub(super) fn room_for_metadata(&self) -> Result<(), OpError> {
-        if self.tight {
-            Err(crate::refusal::errno(libc::ENOSPC, "the volume is full: no space for metadata"))
-        } else {
+        if !self.tight {
             Ok(())
+        } else if self.growable && self.alloc.total_free() > 0 {
+            // The chores of this batch take it.
+            Err(OpError::Later)
+        } else {
+            Err(crate::refusal::errno(libc::ENOSPC, "the volume is full: no space for metadata"))
         }
     }
 

@@ -102,6 +102,7 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         wall: params.clock.wall(),
         owner_checked: now,
         tight: false,
+        growable: true,
         requests: 0,
         commits: 0,
         recalls: 0,

@@ -5,7 +5,7 @@
 //!                  | in use      | was in use | zero since taken     |
 //!   chunks         [ chunk 0      ][ chunk 1        ][ chunk 2        ]      each anywhere on the LUN
 //! ```
-//! Length and chunk table are in the metadata slot, of which two copies are written in turn. Chunks are added ahead of
+//! Length and chunk table are in the metadata slot, of which there are two copies, one flushed before the other is written. Chunks are added ahead of
 //! need, so that growth inside a commit never asks the allocator.
 //!
 //! **Invariant:** after `revoke`, or after any failed write or flush, nothing is written any more (D5, D6).
@@ -164,12 +164,20 @@ impl Region {
         }
         if state.slot_dirty {
             state.slot.sequence += 1;
-            let offset = META_SLOT_OFFSETS[usize::from(!state.slot.sequence.is_multiple_of(2))];
-            let bytes = state.slot.encode(offset, self.volume);
-            self.noting(self.device.write_at(offset, &bytes))?;
+            let [first, second] = slot_order(state.slot.sequence);
+            self.write_slot(&state.slot, first)?;
+            self.noting(self.device.flush())?;
+            // The first copy is stable now, so a crash that tears the second one costs nothing.
+            self.write_slot(&state.slot, second)?;
             state.slot_dirty = false;
+            return Ok(());
         }
         self.noting(self.device.flush())
+    }
+
+    fn write_slot(&self, slot: &MetaSlot, offset: u64) -> Result<(), IoError> {
+        let bytes = slot.encode(offset, self.volume);
+        self.noting(self.device.write_at(offset, &bytes))
     }
 
     /// Changes the length; what is new reads zeros. Stable after the next [`Region::sync`].
@@ -306,6 +314,12 @@ impl Flight {
         let busy = |ranges: &mut BTreeMap<u64, u64>| !ranges.is_empty();
         drop(self.landed.wait_while(self.ranges(), busy).expect("no panic while it is held"));
     }
+}
+
+/// Which copy is written first: in turn, so that the other one is always whole.
+fn slot_order(sequence: u64) -> [u64; 2] {
+    let [a, b] = META_SLOT_OFFSETS;
+    if sequence.is_multiple_of(2) { [a, b] } else { [b, a] }
 }
 
 /// Ranges in flight never overlap each other, so only the nearest one that starts before the end matters.

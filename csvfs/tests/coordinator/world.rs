@@ -193,6 +193,10 @@ impl Client {
         Self { coordinator: world.coordinator.clone(), term: world.term, ..self }
     }
 
+    pub(crate) fn named(self, id: ClientId) -> Self {
+        Self { id, ..self }
+    }
+
     pub(crate) fn request(&self, op: Op) -> Request {
         let request_id = self.last_id.fetch_add(1, Ordering::SeqCst) + 1;
         self.request_with(request_id, op)
