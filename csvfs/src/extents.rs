@@ -168,6 +168,7 @@ pub fn fault(extents: &[Extent], area: &Range<u64>) -> Option<String> {
 }
 
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "the model's files have 64 blocks")]
 mod tests {
     use super::*;
     use proptest::prelude::*;

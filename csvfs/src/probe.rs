@@ -55,7 +55,7 @@ fn probe_csvfs(head: &[u8]) -> Option<Found> {
         let Some(bytes) = head.get(at..at + SUPERBLOCK_BYTES) else { continue };
         match Superblock::decode(bytes, offset) {
             Ok(block) if newest.as_ref().is_none_or(|n| n.generation < block.generation) => {
-                newest = Some(block)
+                newest = Some(block);
             }
             Ok(_) | Err(Damaged::Absent { .. }) => {}
             Err(_) => torn = true,

@@ -269,7 +269,7 @@ impl Region {
                 offset,
                 len,
                 size_bytes: state.slot.capacity(),
-                block_bytes: BLOCK_BYTES as u32,
+                block_bytes: 4096,
             });
         };
         let (mut pieces, mut chunk_start) = (Vec::new(), 0);

@@ -109,7 +109,7 @@ impl Workload<'_> {
         for i in 0..blocks {
             let at = start + i * BLOCK;
             let fill = u8::try_from(1 + self.rng.below(200)).expect("small");
-            let block = vec![fill; BLOCK as usize];
+            let block = [fill; 4096];
             let extent = extents.iter().find(|e| e.file_offset <= at && at < e.file_offset + e.length);
             let extent = extent.expect("it was allocated");
             self.device.write_at(extent.lun_offset + (at - extent.file_offset), &block).expect("good");
@@ -186,7 +186,7 @@ fn read_tree(client: &Client, device: &dyn BlockDevice) -> Model {
 
 fn read_file(client: &Client, device: &dyn BlockDevice, attr: &pb::Attr) -> Vec<u8> {
     let size = usize::try_from(attr.size_bytes).expect("small");
-    let mut content = vec![0; size.next_multiple_of(BLOCK as usize)];
+    let mut content = vec![0; size.next_multiple_of(4096)];
     for extent in client.map(attr.ino) {
         let start = usize::try_from(extent.file_offset).expect("small");
         let end = (start + usize::try_from(extent.length).expect("small")).min(content.len());
