@@ -167,3 +167,26 @@ fn a_blocking_server_serves_both_kinds_of_client_and_ends_when_dropped() {
     assert_eq!(calls.load(Ordering::SeqCst), 3);
     assert!(ended.lock().expect("lock").is_some());
 }
+
+#[test]
+fn a_reply_in_progress_is_sent_before_a_blocking_server_ends() {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("control.sock");
+    let (started, starts) = channel();
+    let (go_on, goes_on) = channel::<()>();
+    let goes_on = Mutex::new(goes_on);
+    let handler = move |_: &wire::Peer, _: u16, body: Bytes| {
+        started.send(()).expect("test listens");
+        goes_on.lock().expect("lock").recv().expect("test lets it");
+        Ok(body)
+    };
+    let listener = UnixListener::bind(&path).expect("bind");
+    let server = BlockingServer::serve(listener, unnamed(), Box::new(handler)).expect("serves");
+    let client = BlockingConnection::connect(&path, &unnamed(), no_callbacks()).expect("connects");
+    let call = std::thread::spawn(move || client.call(ECHO, Bytes::from_static(b"stop")));
+    starts.recv().expect("started");
+    let ending = std::thread::spawn(move || drop(server));
+    go_on.send(()).expect("handler waits");
+    assert_eq!(call.join().expect("caller").expect("reply"), Bytes::from_static(b"stop"));
+    ending.join().expect("ended");
+}
