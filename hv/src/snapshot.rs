@@ -180,11 +180,15 @@ pub fn read_contents(file: &dyn BlockDevice) -> Result<SavedImage, SnapshotError
         return Err(SnapshotError::Damaged("the checksum of its state"));
     }
     let image = SavedImage::decode(&*contents).map_err(|_| SnapshotError::Damaged("its state"))?;
-    check(&image, header.memory_bytes)?;
+    check_contents(&image, header.memory_bytes)?;
     Ok(image)
 }
 
-fn check(image: &SavedImage, memory_bytes: u64) -> Result<(), SnapshotError> {
+/// Checks that every run is inside of RAM, in order and bounded, and that the state is one this build reads.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_contents(image: &SavedImage, memory_bytes: u64) -> Result<(), SnapshotError> {
     let machine = image.machine.as_ref().ok_or(StateError::Missing("machine"))?;
     machine.check_version()?;
     if machine.memory_bytes != memory_bytes {

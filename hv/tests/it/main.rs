@@ -1,6 +1,8 @@
 //! VMs on KVM, with the built-in guest and disks in memory.
 #![expect(clippy::print_stdout, reason = "a skipped test says so")]
 
+mod crash;
 mod guest;
+mod hostile;
 mod save;
 mod support;

@@ -84,6 +84,7 @@ impl Transport {
             0x34 if selected => QUEUE_SIZE_MAX.into(),
             0x44 if selected => self.device.queue().is_ready().into(),
             0x60 => self.device.interrupt().reasons(),
+            0x70 if self.device.queue().is_broken() => registers.status | STATUS_NEEDS_RESET,
             0x70 => registers.status,
             0xfc => registers.config_generation,
             _ => 0,

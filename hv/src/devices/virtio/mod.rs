@@ -10,6 +10,8 @@ mod flight;
 pub(crate) mod mmio;
 pub(crate) mod queue;
 pub(crate) mod request;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};

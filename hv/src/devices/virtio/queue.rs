@@ -160,6 +160,11 @@ impl RequestQueue {
         self.lock().queue.set_ready(ready);
     }
 
+    /// Whether the driver has broken the rules since the last reset.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.lock().broken
+    }
+
     pub(crate) fn is_ready(&self) -> bool {
         self.lock().queue.ready()
     }

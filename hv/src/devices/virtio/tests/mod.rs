@@ -1,0 +1,6 @@
+//! A disk driven as a guest drives it, without KVM: rings in plain memory, registers by their offsets.
+
+mod driver;
+mod hostile;
+mod requests;
+mod transport;
