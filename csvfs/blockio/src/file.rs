@@ -308,3 +308,40 @@ fn warn_once(error: &std::io::Error) {
         tracing::warn!(%error, "io_uring is refused: block I/O goes through a thread pool, which costs more CPU");
     });
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::IoBuf;
+    use tempfile::TempDir;
+
+    /// A file of `size_bytes` as an engine sees it.
+    pub(crate) fn target(size_bytes: u64) -> (TempDir, Target) {
+        let folder = TempDir::new().expect("a folder for the test");
+        let path = folder.path().join("file");
+        let file = File::options().read(true).write(true).create_new(true).open(&path).expect("create");
+        file.set_len(size_bytes).expect("set_len");
+        let target = Target::examine(file, &path, OpenOptions::buffered()).expect("a regular file");
+        (folder, Target { block_bytes: 512, ..target })
+    }
+
+    #[test]
+    fn a_system_without_io_uring_is_served_by_the_pool() {
+        let (_folder, target) = target(1 << 20);
+        let target = Arc::new(target);
+        let engine = Engine::Pool(pool::start("test", POOL_THREADS, Arc::clone(&target)));
+        let slow = pool::start("test", 1, Arc::clone(&target));
+        let device = FileDevice { target, engine, slow };
+        device.write_at(4096, &[7; 8192]).expect("write");
+        let forced = IoBuf::zeroed(512);
+        forced.copy_from(&[9; 512]);
+        device.run(IoOp::Write { offset: 0, buf: forced, fua: true }).expect("forced write");
+        device.run(IoOp::WriteZeroes { offset: 4096, len: 4096, may_unmap: true }).expect("zero");
+        device.run(IoOp::Discard { offset: 1 << 19, len: 4096 }).expect("discard");
+        device.flush().expect("flush");
+        let mut back = vec![1; 12288];
+        device.read_at(0, &mut back).expect("read");
+        assert_eq!((back[0], back[512], back[4096], back[8192]), (9, 0, 0, 7));
+        assert!(device.read_at(1 << 20, &mut [0; 512]).is_err());
+    }
+}

@@ -230,3 +230,96 @@ fn copy_between(from: &IoBuf, to: &IoBuf) {
         at = end;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, channel};
+
+    use super::*;
+    use crate::file::tests::target;
+
+    type Outcome = Receiver<Result<(), IoError>>;
+
+    fn planned(target: &Target, op: IoOp) -> (Job, Outcome) {
+        let (tell, told) = channel();
+        let done = Box::new(move |outcome| drop(tell.send(outcome)));
+        (Job::plan(IoRequest { op, done }, target), told)
+    }
+
+    #[test]
+    fn a_short_transfer_goes_on_at_the_last_whole_block() {
+        let (_folder, target) = target(1 << 20);
+        let (mut job, told) = planned(&target, IoOp::Read { offset: 4096, buf: IoBuf::zeroed(4096) });
+        assert_eq!(job.returned(&target, 1000).map(drop_error), None);
+        assert!(matches!(job.call(), Ok(Call::Read { offset: 4608, len: 3584, .. })));
+        assert_eq!(job.returned(&target, -libc::EINTR).map(drop_error), None);
+        assert!(matches!(job.call(), Ok(Call::Read { offset: 4608, len: 3584, .. })));
+        let ended = job.returned(&target, 3584).expect("all was read");
+        job.finish(&target, ended);
+        told.recv().expect("an answer").expect("success");
+    }
+
+    #[test]
+    fn a_transfer_that_moves_nothing_is_an_error_and_no_endless_loop() {
+        let (_folder, target) = target(1 << 20);
+        let (mut job, _told) = planned(&target, IoOp::Read { offset: 0, buf: IoBuf::zeroed(4096) });
+        assert!(matches!(job.returned(&target, 0), Some(Err(IoError::Os { errno: libc::EIO, .. }))));
+    }
+
+    #[test]
+    fn zeros_are_written_where_the_file_system_cannot_zero() {
+        let (_folder, target) = target(8 << 20);
+        let zero = IoOp::WriteZeroes { offset: 512, len: 3 << 20, may_unmap: false };
+        let (mut job, _told) = planned(&target, zero);
+        assert!(matches!(job.call(), Ok(Call::Fallocate { .. })));
+        assert_eq!(job.returned(&target, -libc::EOPNOTSUPP).map(drop_error), None);
+        for written in 0..3 {
+            let Ok(Call::Write { len, offset, .. }) = job.call() else { panic!("a write of zeros") };
+            assert_eq!((offset, len), (512 + (written << 20), 1 << 20));
+            assert_eq!(job.returned(&target, 1 << 20).is_some(), written == 2);
+        }
+    }
+
+    #[test]
+    fn a_discard_that_is_not_there_is_no_error_and_is_not_offered_again() {
+        let (_folder, target) = target(1 << 20);
+        let (mut job, _told) = planned(&target, IoOp::Discard { offset: 0, len: 4096 });
+        assert!(matches!(job.returned(&target, -libc::EOPNOTSUPP), Some(Ok(()))));
+        assert!(!target.can_discard.load(Ordering::Relaxed));
+    }
+
+    // Invariant D6: after a failed flush nothing later is reported as done, not even a flush that was under way.
+    #[test]
+    fn a_failed_flush_fails_all_later_writes_and_flushes() {
+        let (_folder, target) = target(1 << 20);
+        let (mut first, first_told) = planned(&target, IoOp::Flush);
+        let (second, second_told) = planned(&target, IoOp::Flush);
+        let ended = first.returned(&target, -libc::EIO).expect("ended");
+        first.finish(&target, ended);
+        assert!(matches!(first_told.recv(), Ok(Err(IoError::Os { errno: libc::EIO, .. }))));
+        second.finish(&target, Ok(()));
+        assert!(matches!(second_told.recv(), Ok(Err(IoError::Poisoned { .. }))));
+        let buf = IoBuf::zeroed(512);
+        for op in [IoOp::Write { offset: 0, buf, fua: false }, IoOp::Flush] {
+            let (job, _told) = planned(&target, op);
+            assert!(matches!(job.call(), Err(Err(IoError::Poisoned { .. }))));
+        }
+        let (job, _told) = planned(&target, IoOp::Read { offset: 0, buf: IoBuf::zeroed(512) });
+        assert!(job.call().is_ok(), "reads go on");
+    }
+
+    #[test]
+    fn a_forced_write_that_fails_for_want_of_space_does_not_poison() {
+        let (_folder, target) = target(1 << 20);
+        let write = IoOp::Write { offset: 0, buf: IoBuf::zeroed(512), fua: true };
+        let (mut job, told) = planned(&target, write);
+        let ended = job.returned(&target, -libc::ENOSPC).expect("ended");
+        job.finish(&target, ended);
+        assert!(matches!(told.recv(), Ok(Err(IoError::NoSpace { .. }))));
+        target.poison.check().expect("not poisoned");
+    }
+
+    fn drop_error(outcome: Result<(), IoError>) -> bool {
+        outcome.is_ok()
+    }
+}

@@ -6,10 +6,15 @@
 //!
 //! What does not fit into the kernel's buffer is kept for its next call; going back to the start reads anew.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::PoisonError;
 
 use csvfs::node::{Attr, DirEntry, FsError, Node};
 
+use fuser::{FileType, Generation, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
+
+use crate::attr::{TTL, to_kernel};
 use crate::handles::{Ahead, OpenDirectory};
 
 /// Entries per request to the coordinator.
@@ -65,4 +70,35 @@ fn next_page(node: &Node, ino: u64, after: u64) -> Result<Ahead, FsError> {
     // A page without entries that is not the end would be asked for again and again.
     let end = page.end || page.entries.is_empty();
     Ok(Ahead { after, entries: page.entries.into(), end, parent: page.parent })
+}
+
+/// Names and types only.
+pub(crate) struct Names(pub(crate) ReplyDirectory);
+
+impl Sink for Names {
+    fn dot(&mut self, ino: u64, offset: u64, name: &str) -> bool {
+        self.0.add(INodeNo(ino), offset, FileType::Directory, name)
+    }
+    fn entry(&mut self, offset: u64, name: &[u8], attr: &Attr) -> bool {
+        self.0.add(INodeNo(attr.ino), offset, to_kernel(attr).kind, OsStr::from_bytes(name))
+    }
+}
+
+/// Names with their attributes.
+pub(crate) struct NamesPlus {
+    pub(crate) reply: ReplyDirectoryPlus,
+    /// The directory itself.
+    pub(crate) this: Attr,
+}
+
+impl Sink for NamesPlus {
+    /// The kernel uses only number and type of the dots; the directory's own attributes have the right type.
+    fn dot(&mut self, ino: u64, offset: u64, name: &str) -> bool {
+        let attr = to_kernel(&Attr { ino, ..self.this });
+        self.reply.add(INodeNo(ino), offset, name, &TTL, &attr, Generation(0))
+    }
+    fn entry(&mut self, offset: u64, name: &[u8], attr: &Attr) -> bool {
+        let name = OsStr::from_bytes(name);
+        self.reply.add(INodeNo(attr.ino), offset, name, &TTL, &to_kernel(attr), Generation(attr.generation))
+    }
 }

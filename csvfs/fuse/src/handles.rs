@@ -17,7 +17,7 @@ pub(crate) struct OpenFile {
     /// `O_DIRECT` of the caller.
     pub(crate) direct: bool,
     /// A write through a direct handle has failed: the kernel may now cut the file to the size that it knows, which
-    /// may be older than what another node has written. See `Ops::set_attributes`.
+    /// may be older than what another node has written. See `Shared::set_attributes`.
     pub(crate) may_be_cut: AtomicBool,
 }
 

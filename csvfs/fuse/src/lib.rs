@@ -21,5 +21,6 @@ mod handles;
 mod mount;
 mod ops;
 mod pool;
+mod shared;
 
 pub use mount::{Mount, MountError, MountOptions, mount};

@@ -9,23 +9,22 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
-use csvfs::node::{Attr, Creation, File, FsError, Node, SeekFrom, SetAttr};
+use csvfs::node::{Attr, Creation, FsError, Node, SeekFrom, SetAttr};
 use fuser::{
-    AccessFlags, BsdFileFlags, Errno, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use crate::attr::{TTL, errno, kind_of_mode, to_kernel, to_timestamp};
-use crate::buffers::Buffers;
 use crate::data::{self, BAD_HANDLE};
-use crate::directory::{self, Sink};
-use crate::handles::{Handles, OpenDirectory, OpenFile};
+use crate::directory::{self, Names, NamesPlus};
+use crate::handles::OpenDirectory;
 use crate::pool::{Lane, Pool};
+use crate::shared::Shared;
 
 /// Largest read or write of the kernel.
 const REQUEST_BYTES_MAX: u32 = 1 << 20;
@@ -45,17 +44,9 @@ pub(crate) struct Ops {
     pool: Pool,
 }
 
-struct Shared {
-    node: Arc<Node>,
-    files: Handles<OpenFile>,
-    directories: Handles<OpenDirectory>,
-    buffers: Arc<Buffers>,
-}
-
 impl Ops {
     pub(crate) fn new(node: Arc<Node>) -> Self {
-        let (files, directories, buffers) = (Handles::default(), Handles::default(), Arc::default());
-        Self { shared: Arc::new(Shared { node, files, directories, buffers }), pool: Pool::new() }
+        Self { shared: Arc::new(Shared::new(node)), pool: Pool::new() }
     }
 
     /// Runs a call that may wait, on a worker.
@@ -76,35 +67,6 @@ impl Ops {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(errno(&error)),
         });
-    }
-}
-
-impl Shared {
-    fn opened(&self, file: Arc<File>, flags: i32) -> FileHandle {
-        self.files.insert(OpenFile {
-            file,
-            append: flags & libc::O_APPEND != 0,
-            direct: flags & libc::O_DIRECT != 0,
-            may_be_cut: AtomicBool::new(false),
-        })
-    }
-
-    /// Sets attributes.
-    ///
-    /// After an asynchronous direct write beyond the end has failed, the kernel cuts the file to the size that it knew
-    /// before. If another node has made the file longer since, that would destroy its data, so a cut that follows a
-    /// failed direct write on the same handle is refused once. The kernel ignores the refusal; a program that means it
-    /// cuts again.
-    fn set_attributes(&self, ino: u64, set: &SetAttr, handle: Option<FileHandle>) -> Result<Attr, FsError> {
-        let opened = handle.and_then(|handle| self.files.get(handle));
-        if let (Some(size), Some(opened)) = (set.size_bytes, opened)
-            && opened.may_be_cut.swap(false, Ordering::AcqRel)
-            && self.node.getattr(ino)?.size_bytes > size
-        {
-            let what = "not cut: a write just failed, and the file is longer than this node's kernel knows";
-            return Err(FsError::Invalid { errno: libc::EAGAIN, what: what.to_owned() });
-        }
-        self.node.setattr(ino, set)
     }
 }
 
@@ -619,33 +581,5 @@ impl Filesystem for Ops {
         reply: ReplyWrite,
     ) {
         reply.error(Errno::ENOSYS);
-    }
-}
-
-struct Names(ReplyDirectory);
-
-impl Sink for Names {
-    fn dot(&mut self, ino: u64, offset: u64, name: &str) -> bool {
-        self.0.add(INodeNo(ino), offset, FileType::Directory, name)
-    }
-    fn entry(&mut self, offset: u64, name: &[u8], attr: &Attr) -> bool {
-        self.0.add(INodeNo(attr.ino), offset, to_kernel(attr).kind, OsStr::from_bytes(name))
-    }
-}
-
-struct NamesPlus {
-    reply: ReplyDirectoryPlus,
-    this: Attr,
-}
-
-impl Sink for NamesPlus {
-    /// The kernel uses only number and type of the dots; the directory's own attributes have the right type.
-    fn dot(&mut self, ino: u64, offset: u64, name: &str) -> bool {
-        let attr = to_kernel(&Attr { ino, ..self.this });
-        self.reply.add(INodeNo(ino), offset, name, &TTL, &attr, Generation(0))
-    }
-    fn entry(&mut self, offset: u64, name: &[u8], attr: &Attr) -> bool {
-        let name = OsStr::from_bytes(name);
-        self.reply.add(INodeNo(attr.ino), offset, name, &TTL, &to_kernel(attr), Generation(attr.generation))
     }
 }

@@ -1,0 +1,57 @@
+//! What all requests of a mount share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use csvfs::node::{Attr, File, FsError, Node, SetAttr};
+use fuser::FileHandle;
+
+use crate::buffers::Buffers;
+use crate::handles::{Handles, OpenDirectory, OpenFile};
+
+/// The node and what is open on the mount.
+pub(crate) struct Shared {
+    pub(crate) node: Arc<Node>,
+    pub(crate) files: Handles<OpenFile>,
+    pub(crate) directories: Handles<OpenDirectory>,
+    pub(crate) buffers: Arc<Buffers>,
+}
+
+impl Shared {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node, files: Handles::default(), directories: Handles::default(), buffers: Arc::default() }
+    }
+
+    /// A handle for a file that was just opened with `flags`.
+    pub(crate) fn opened(&self, file: Arc<File>, flags: i32) -> FileHandle {
+        self.files.insert(OpenFile {
+            file,
+            append: flags & libc::O_APPEND != 0,
+            direct: flags & libc::O_DIRECT != 0,
+            may_be_cut: AtomicBool::new(false),
+        })
+    }
+
+    /// Sets attributes.
+    ///
+    /// After an asynchronous direct write beyond the end has failed, the kernel cuts the file to the size that it knew
+    /// before. If another node has made the file longer since, that would destroy its data, so a cut that follows a
+    /// failed direct write on the same handle is refused once. The kernel ignores the refusal; a program that means it
+    /// cuts again.
+    pub(crate) fn set_attributes(
+        &self,
+        ino: u64,
+        set: &SetAttr,
+        handle: Option<FileHandle>,
+    ) -> Result<Attr, FsError> {
+        let opened = handle.and_then(|handle| self.files.get(handle));
+        if let (Some(size), Some(opened)) = (set.size_bytes, opened)
+            && opened.may_be_cut.swap(false, Ordering::AcqRel)
+            && self.node.getattr(ino)?.size_bytes > size
+        {
+            let what = "not cut: a write just failed, and the file is longer than this node's kernel knows";
+            return Err(FsError::Invalid { errno: libc::EAGAIN, what: what.to_owned() });
+        }
+        self.node.setattr(ino, set)
+    }
+}
