@@ -4,7 +4,7 @@ use lockmgr::NodeId;
 use lockmgr::cluster::{Command, VmRecord, VmState, VmUpdate};
 
 /// The part of a VM's record that a move looks at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RecordView {
     /// The node that may run it.
     pub owner: NodeId,
@@ -34,7 +34,7 @@ pub enum CasReply {
 }
 
 /// One compare-and-swap: from exactly `expect` to `to`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Change {
     /// What the record must be.
     pub expect: RecordView,

@@ -17,6 +17,9 @@ pub mod protocol;
 mod report;
 mod target;
 
+#[cfg(test)]
+mod model;
+
 pub use change::{CasReply, Change, RecordView};
 pub use phase::{Action, Event, Failure, Migration, Plan};
 pub use report::{Blackout, Report, SaveFigures};

@@ -1,7 +1,7 @@
 //! A quick move, by the target.
 //!
 //! ```text
-//!            Prepare          loaded           record says (me, e + 1)          runs
+//!            Prepare          loaded           record says (me, e + 1, saved)   runs
 //!   Idle -------------> Loading -----> Ready ------------------------> Starting -----> Running
 //!    ^                     |             |                                |
 //!    +---------------------+-------------+--- Cancel, or the record says otherwise: discard
@@ -10,7 +10,7 @@
 //! look. While it waits it looks by itself from time to time, so that a lost message delays the VM and loses nothing. A
 //! target that has lost what it had loaded (it was restarted, its process died) loads the saved state again.
 //!
-//! **Invariant:** [`TargetAction::Start`] follows only on a record of (this node, e + 1) (H1).
+//! **Invariant:** [`TargetAction::Start`] follows only on a record of (this node, e + 1, saved), which only the commit makes (H1).
 
 use lockmgr::NodeId;
 use lockmgr::cluster::VmState;
@@ -250,7 +250,7 @@ impl Incoming {
     }
 
     fn judge_ready(&mut self, found: Option<RecordView>) -> Vec<TargetAction> {
-        if self.is_mine(found) {
+        if self.is_to_be_started(found) {
             return self.start();
         }
         if found.is_some_and(|found| self.is_not_committed(found) && found.state == VmState::Migrating) {
@@ -261,8 +261,7 @@ impl Incoming {
     }
 
     fn judge_idle(&mut self, found: Option<RecordView>) -> Vec<TargetAction> {
-        let startable = self.is_mine(found) && found.is_some_and(|found| found.state == VmState::Saved);
-        if startable {
+        if self.is_to_be_started(found) {
             self.phase = Phase::Loading { owned: true };
             return vec![TargetAction::Load];
         }
@@ -271,8 +270,7 @@ impl Incoming {
     }
 
     fn judge_recorded(&mut self, found: Option<RecordView>) -> Vec<TargetAction> {
-        let still_saved = self.is_mine(found) && found.is_some_and(|found| found.state == VmState::Saved);
-        if still_saved {
+        if self.is_to_be_started(found) {
             return vec![TargetAction::Propose(self.outcome())];
         }
         if let Phase::Running { recorded } | Phase::Broken { recorded, .. } = &mut self.phase {
@@ -327,8 +325,10 @@ impl Incoming {
         }
     }
 
-    fn is_mine(&self, found: Option<RecordView>) -> bool {
-        found.is_some_and(|found| found.owner == self.own && found.epoch == self.epoch + 1)
+    /// Whether the record is what the commit made it. In another state somebody else is at work with the VM: after the
+    /// death of the source the cluster may have given it to this very node, to be started afresh.
+    fn is_to_be_started(&self, found: Option<RecordView>) -> bool {
+        found == Some(RecordView { owner: self.own, epoch: self.epoch + 1, state: VmState::Saved })
     }
 
     fn is_not_committed(&self, found: RecordView) -> bool {
