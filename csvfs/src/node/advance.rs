@@ -23,12 +23,15 @@ use super::sync::FlushDone;
 use super::transfer::Transfer;
 use crate::proto as pb;
 
+/// Tells who waits to hold a file.
+pub(super) type HoldDone = SyncSender<Result<(), FsError>>;
+
 /// What to do once the lock is released.
 #[derive(Default)]
 pub(super) struct Out {
     pub(super) transfers: Vec<Transfer>,
     pub(super) ends: Vec<(Done, Result<u64, FsError>)>,
-    pub(super) holds: Vec<(SyncSender<Result<(), FsError>>, Result<(), FsError>)>,
+    pub(super) holds: Vec<(HoldDone, Result<(), FsError>)>,
     pub(super) syncs: Vec<(FlushDone, Result<(), FsError>)>,
     /// Kept requests to send.
     pub(super) requests: Vec<u64>,

@@ -15,11 +15,11 @@
 //! **Invariant:** a grant is lowered only when nothing is in flight (C6).
 
 use std::collections::{BTreeSet, VecDeque};
-use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lockmgr::Mode;
 
+use super::advance::HoldDone;
 use super::core::Core;
 use super::grants::Grant;
 use super::growth::Growth;
@@ -45,7 +45,7 @@ pub(super) enum Waiter {
         mode: Mode,
         /// Only with nothing else in flight.
         alone: bool,
-        tell: SyncSender<Result<(), FsError>>,
+        tell: HoldDone,
     },
 }
 

@@ -39,6 +39,9 @@ pub(super) struct Answered {
     pub(super) result: pb::reply::Result,
 }
 
+/// Called with the outcome of the first attach.
+type FirstDone = Box<dyn FnOnce(Result<pb::Attached, FsError>) + Send>;
+
 /// What the node holds, for an Attach.
 #[derive(Default)]
 pub(super) struct Holdings {
@@ -78,7 +81,7 @@ struct State {
     /// A coordinator was announced while an Attach was under way, and may not have seen it.
     attach_again: bool,
     /// Waits for the first Attach.
-    first: Option<Box<dyn FnOnce(Result<pb::Attached, FsError>) + Send>>,
+    first: Option<FirstDone>,
 }
 
 enum Phase {
@@ -386,10 +389,10 @@ impl Session {
     fn attach_answered(self: &Arc<Self>, attempt: u64, asked: u64, outcome: Result<pb::Reply, LinkError>) {
         match judge(outcome, attempt) {
             Verdict::Answer(Ok(Answered { result: pb::reply::Result::Attached(attached), .. })) => {
-                self.attach_done(attempt, asked, attached)
+                self.attach_done(attempt, asked, attached);
             }
             Verdict::Answer(Ok(other)) => {
-                self.attach_refused(&FsError::Protocol(format!("{:?} to an Attach", other.result)))
+                self.attach_refused(&FsError::Protocol(format!("{:?} to an Attach", other.result)));
             }
             Verdict::Answer(Err(why)) => self.attach_refused(&why),
             Verdict::Later => self.attach_failed(attempt, asked, 0),
