@@ -75,7 +75,7 @@ impl Membership {
 
     /// Tells the judge; ignored when the daemon is ending.
     pub(crate) fn observe(&self, event: Event) {
-        drop(self.events.send(event));
+        let _ending = self.events.send(event);
     }
 
     /// Whether this incarnation of a node is heard over the network.

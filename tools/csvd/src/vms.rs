@@ -130,7 +130,7 @@ fn spec_of(record: &VmRecord) -> Result<pb::VmSpec, Error> {
 pub(crate) async fn create(core: &Arc<Core>, name: &str, spec: pb::VmSpec) -> Result<pb::Vm, Error> {
     let during = |error: Error| error.during(format!("vm create {name}"));
     check_name(name)?;
-    if spec.memory_bytes < MEMORY_BYTES_MIN || spec.memory_bytes % 4096 != 0 {
+    if spec.memory_bytes < MEMORY_BYTES_MIN || !spec.memory_bytes.is_multiple_of(4096) {
         return Err(during(
             Error::usage(format!("{} bytes of memory", spec.memory_bytes))
                 .hint("give it at least 1M, in steps of 4K"),

@@ -60,6 +60,14 @@ enum Step {
     Cancel(pb::Done),
 }
 
+/// From the target.
+#[derive(Clone, Copy, PartialEq, Message)]
+struct StepDone {
+    /// After [`Step::Activate`]: for how long the guest has been running again.
+    #[prost(double, tag = "1")]
+    ran_ms: f64,
+}
+
 #[derive(Clone, PartialEq, Eq, Message)]
 struct Load {
     #[prost(uint64, tag = "1")]
@@ -152,14 +160,15 @@ impl Quick<'_> {
         // From here on the target owns the VM; whatever happens, this process never runs it again.
         self.runner.release();
         let activated = self.tell(Step::Activate(pb::Done {})).await;
-        let blackout_ms = ms(paused.elapsed());
+        let until_told_ms = ms(paused.elapsed());
         drop(self.runner.stop(true).await);
-        activated.map_err(|error| {
+        let activated = activated.map_err(|error| {
             error.hint(format!(
                 "its state is saved; `csvctl vm start {}` goes on from there",
                 self.record.name
             ))
         })?;
+        let blackout_ms = (until_told_ms - activated.ran_ms).max(0.0);
         let report = self.report(&saved, load_ms, blackout_ms, ms(start.elapsed()));
         self.core.note(
             "vm.moved",
@@ -251,10 +260,10 @@ impl Quick<'_> {
         }
     }
 
-    async fn tell(&self, step: Step) -> Result<(), Error> {
+    async fn tell(&self, step: Step) -> Result<StepDone, Error> {
         let body = Incoming { vm: self.record.name.clone(), step: Some(step) }.encode_to_vec();
         match forward::ask(self.core, self.to.id, NodeOp::VmIncoming(body.into())).await? {
-            NodeAnswer::Incoming(_) => Ok(()),
+            NodeAnswer::Incoming(body) => StepDone::decode(body).map_err(Error::failed),
             _ => Err(Error::failed("the target's answer cannot be read")),
         }
     }
@@ -301,14 +310,15 @@ pub(crate) async fn incoming(core: &Arc<Core>, body: Bytes) -> Result<Bytes, Err
     let incoming = Incoming::decode(body)
         .map_err(|error| Error::usage(format!("unreadable step of a move: {error}")))?;
     let name = &incoming.vm;
+    let mut done = StepDone::default();
     match incoming.step {
         Some(Step::Prepare(_)) => prepare(core, name).await?,
         Some(Step::Load(load)) => self::load(core, name, load).await?,
-        Some(Step::Activate(_)) => activate(core, name).await?,
+        Some(Step::Activate(_)) => done.ran_ms = activate(core, name).await?,
         Some(Step::Cancel(_)) => cancel(core, name),
         None => return Err(Error::usage("this node does not know the step of the move")),
     }
-    Ok(Bytes::new())
+    Ok(done.encode_to_vec().into())
 }
 
 /// The same checks as for a start: disks must be there.
@@ -330,8 +340,9 @@ async fn load(core: &Arc<Core>, name: &str, load: Load) -> Result<(), Error> {
     Ok(())
 }
 
-/// The record names this node: the guest runs here from now on.
-async fn activate(core: &Arc<Core>, name: &str) -> Result<(), Error> {
+/// The record names this node: the guest runs here from now on. Gives the time that it has been running when this
+/// returns.
+async fn activate(core: &Arc<Core>, name: &str) -> Result<f64, Error> {
     let (record, runner) = await_ours(core, name).await?;
     if let Err(error) = runner.control().activate().await {
         // It may have written to its disks: whoever starts it next must see the end of this process first.
@@ -341,6 +352,7 @@ async fn activate(core: &Arc<Core>, name: &str) -> Result<(), Error> {
         drop(core.propose(record.update(|record| record.reason = reason)).await);
         return Err(error);
     }
+    let running = now();
     let file = saved_file(&record);
     let command = record.update(|record| {
         record.state = VmState::Running;
@@ -351,9 +363,10 @@ async fn activate(core: &Arc<Core>, name: &str) -> Result<(), Error> {
         tracing::warn!(vm = name, %error, "the VM runs, which is not recorded yet");
     }
     if let Some(file) = file {
-        remove_state(core, &file).await;
+        let (core, runtime) = (Arc::clone(core), core.runtime.clone());
+        runtime.spawn(async move { remove_state(&core, &file).await });
     }
-    Ok(())
+    Ok(ms(running.elapsed()))
 }
 
 /// The commit is on a majority; this node's copy of the records may be a moment behind.

@@ -162,7 +162,7 @@ impl Runner {
             return;
         }
         if let Some(pid) = i32::try_from(self.pid).ok().and_then(Pid::from_raw) {
-            drop(rustix::process::kill_process(pid, Signal::KILL));
+            let _gone = rustix::process::kill_process(pid, Signal::KILL);
         }
     }
 

@@ -21,7 +21,7 @@ use api::pb;
 use lockmgr::Term;
 use lockmgr::cluster::{ClusterState, Command, Given, Member, MemberState, VolumeRecord};
 
-use super::{Host, LocalVolume};
+use super::Host;
 use crate::core::Core;
 use crate::forward;
 use crate::messages::{AwaitCoordinator, NodeOp};
@@ -42,7 +42,7 @@ pub(crate) async fn hand_over(
         .get(record.id)
         .ok_or_else(|| Error::conflict(format!("volume {} is not open on this node", record.name)))?;
     let to = target(core, &state, record, &request.to)?;
-    let move_ = Move { core, host: &volume.host, volume: &volume, from: record.clone(), to: to.clone() };
+    let move_ = Move { core, host: &volume.host, from: record.clone(), to: to.clone() };
     move_.run().await
 }
 
@@ -76,7 +76,6 @@ fn target(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord, to: &st
 struct Move<'a> {
     core: &'a Arc<Core>,
     host: &'a Arc<Host>,
-    volume: &'a Arc<LocalVolume>,
     from: VolumeRecord,
     to: Member,
 }

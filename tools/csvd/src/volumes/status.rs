@@ -32,8 +32,6 @@ pub(crate) enum Code {
     NoCoordinator,
     /// The mount point cannot be used.
     NoMount,
-    /// This node's lease has run out.
-    NoLease,
     /// The node is leaving the volume.
     Leaving,
 }
@@ -53,7 +51,6 @@ impl State {
             Self::Paused(Code::NoLun) => "no_lun",
             Self::Paused(Code::NoCoordinator) => "no_coordinator",
             Self::Paused(Code::NoMount) => "no_mount",
-            Self::Paused(Code::NoLease) => "no_lease",
             Self::Paused(Code::Leaving) => "leaving",
         }
     }
