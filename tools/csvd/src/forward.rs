@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use api::{Error, pb};
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use lockmgr::{ClientId, Epoch, NodeId};
 use prost::Message;
 use wire::service;
@@ -16,7 +17,7 @@ use crate::{admin, membership, view, vms};
 /// Has `op` carried out by `node`.
 pub(crate) async fn ask(core: &Arc<Core>, node: NodeId, op: NodeOp) -> Result<NodeAnswer, Error> {
     if node == core.me {
-        return Box::pin(perform(core, op)).await;
+        return boxed(core, op).await;
     }
     let body = NodeRequest { op: Some(op) }.encode_to_vec();
     let reply = core.mesh.call(node.0, service::ADMIN, body.into()).await.map_err(|error| {
@@ -35,7 +36,7 @@ pub(crate) async fn ask(core: &Arc<Core>, node: NodeId, op: NodeOp) -> Result<No
 /// Carries out what another node asks for.
 pub(crate) async fn serve(core: &Arc<Core>, from: NodeId, body: Bytes) -> Bytes {
     let outcome = match NodeRequest::decode(body).map(|request| request.op) {
-        Ok(Some(op)) => perform(core, op).await,
+        Ok(Some(op)) => boxed(core, op).await,
         Ok(None) | Err(_) => {
             Err(Error::usage("this node does not know the request").hint("is it of an older version?"))
         }
@@ -45,6 +46,11 @@ pub(crate) async fn serve(core: &Arc<Core>, from: NodeId, body: Bytes) -> Bytes 
         NodeAnswer::Error(error.to_detail())
     });
     NodeReply { answer: Some(answer) }.encode_to_vec().into()
+}
+
+/// What is carried out here may have to ask other nodes in turn: the type of the future must not contain itself.
+fn boxed(core: &Arc<Core>, op: NodeOp) -> BoxFuture<'_, Result<NodeAnswer, Error>> {
+    Box::pin(perform(core, op))
 }
 
 async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {

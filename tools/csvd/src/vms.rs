@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use api::{Error, pb};
 use hv_runner::config::VolumePath;
-use lockmgr::cluster::{ClusterState, Member, VmRecord, VmState};
+use lockmgr::cluster::{ClusterState, VmRecord, VmState};
 use prost::Message;
 use uuid::Uuid;
 
@@ -28,7 +28,7 @@ use lockmgr::cluster::Command;
 use crate::core::Core;
 use crate::view;
 
-pub(crate) use migration::{check as check_migrate, incoming, migrate};
+pub(crate) use migration::{Moves, check as check_migrate, incoming, migrate};
 use runner::Runner;
 
 /// Longest name of a VM.
@@ -45,6 +45,8 @@ pub(crate) struct Vms {
     running: Mutex<HashMap<String, Arc<Runner>>>,
     /// The csvfs clients that processes were started as; the process, once its number is known. Rank: a leaf.
     serials: Mutex<HashMap<u64, Option<u32>>>,
+    /// The moves to this node.
+    moves: Moves,
 }
 
 impl Vms {
@@ -241,7 +243,7 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
                 return Err(during(error));
             }
             if let Some(file) = saved {
-                migration::remove_state(core, &file).await;
+                migration::remove_state(core, file);
             }
             described(core, name)
         }
@@ -295,7 +297,7 @@ fn supervise(core: &Arc<Core>, runner: &Arc<Runner>) {
 async fn record_end(core: &Arc<Core>, runner: &Runner, end: &runner::End) {
     let state = core.state();
     let Ok(record) = view::vm(&state, &runner.name) else { return };
-    let ours = record.owner == core.me && record.epoch == runner.epoch;
+    let ours = record.owner == core.me && record.epoch == runner.epoch();
     let runs = matches!(record.state, VmState::Starting | VmState::Running | VmState::Paused);
     if !ours || !runs {
         return;
@@ -314,7 +316,7 @@ fn running_here(core: &Core, name: &str, doing: &str) -> Result<(VmRecord, Arc<R
     let state = core.state();
     let record = view::vm(&state, name)?;
     match core.vms.get(name) {
-        Some(runner) if record.owner == core.me && record.epoch == runner.epoch => {
+        Some(runner) if record.owner == core.me && record.epoch == runner.epoch() => {
             Ok((record.clone(), runner))
         }
         _ => Err(Error::conflict(format!("vm {doing} {name}: it is {}", record.state))
@@ -463,9 +465,4 @@ pub(crate) async fn end_all(core: &Arc<Core>) {
         }
         runner.record_written().await;
     }
-}
-
-/// The member that a move goes to, when it may.
-fn usable(core: &Core, member: &Member) -> bool {
-    member.id == core.me || core.membership.hears(member.id, member.epoch)
 }

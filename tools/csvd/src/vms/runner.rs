@@ -6,6 +6,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use api::{Error, pb};
@@ -37,15 +38,28 @@ const WORDS_BYTES_MAX: u64 = 4096;
 pub(crate) struct Runner {
     pub(crate) name: String,
     /// Epoch of the VM's record that allows it to run.
-    pub(crate) epoch: u64,
+    pub(crate) epoch: AtomicU64,
     pub(crate) pid: u32,
     /// Its csvfs client.
     pub(crate) serial: u64,
+    moving: AtomicBool,
     control: Control,
     end: watch::Receiver<Option<End>>,
     /// Set when somebody asked it to stop: then its end is in order.
     stopping: watch::Sender<bool>,
     recorded: watch::Sender<bool>,
+}
+
+/// A move in progress.
+#[derive(Debug)]
+pub(super) struct Moving {
+    runner: Arc<Runner>,
+}
+
+impl Drop for Moving {
+    fn drop(&mut self) {
+        self.runner.moving.store(false, Ordering::Release);
+    }
 }
 
 /// How a process ended.
@@ -97,9 +111,10 @@ impl Runner {
         let (tell, end) = watch::channel(None);
         let runner = Arc::new(Self {
             name: record.name.clone(),
-            epoch: record.epoch,
+            epoch: AtomicU64::new(record.epoch),
             pid,
             serial,
+            moving: AtomicBool::new(false),
             control: Control::new(&config.control_socket, local),
             end,
             stopping: watch::Sender::new(false),
@@ -120,8 +135,24 @@ impl Runner {
         Ok(runner)
     }
 
+    /// Epoch of the VM's record that allows it to run.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Acquire)
+    }
+
     pub(crate) fn control(&self) -> &Control {
         &self.control
+    }
+
+    /// Marks the VM as being moved, until what this gives is dropped. `None`: it is being moved already.
+    pub(super) fn begin_move(self: &Arc<Self>) -> Option<Moving> {
+        let free = !self.moving.swap(true, Ordering::AcqRel);
+        free.then(|| Moving { runner: Arc::clone(self) })
+    }
+
+    /// Whether the process has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.end.borrow().is_some()
     }
 
     /// Returns when the process has ended.

@@ -73,7 +73,24 @@ async fn format(
 }
 
 fn refused(request: &VolumeCreateRequest, error: &VolumeError) -> Error {
-    Error::conflict(error).during(format!("volume create {} on {}", request.name, request.lun))
+    let what = format!("volume create {} on {}", request.name, request.lun);
+    let (kind, hint) = match error {
+        VolumeError::Occupied { .. } => {
+            (api::Kind::Conflict, "choose another LUN; `--force` destroys what is on this one")
+        }
+        VolumeError::TooSmall { .. } => {
+            (api::Kind::Conflict, "give the LUN more room, or choose another one")
+        }
+        VolumeError::BadName { .. } => (api::Kind::Usage, "choose another name"),
+        VolumeError::Io { .. } | VolumeError::Store(_) => {
+            (api::Kind::Failed, "look at the LUN's path and the kernel's log")
+        }
+        VolumeError::NotAVolume { .. }
+        | VolumeError::BothTorn { .. }
+        | VolumeError::UnknownFeatures { .. }
+        | VolumeError::Shrunk { .. } => (api::Kind::Conflict, "look at what the LUN holds before it is used"),
+    };
+    Error::new(kind, error).during(what).hint(hint)
 }
 
 fn check_name(name: &str) -> Result<(), Error> {

@@ -1,0 +1,79 @@
+//! What this node is and has, for a VM that may come.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::sync::Arc;
+
+use api::pb;
+use lockmgr::NodeId;
+use migrator::PROTOCOL_VERSION;
+use migrator::preflight::{Cpu, Facts, Needs};
+
+use crate::core::Core;
+
+/// What a VM of this node needs elsewhere.
+pub(super) fn needs(core: &Core, spec: &pb::VmSpec, to: NodeId) -> Needs {
+    Needs {
+        from: core.me,
+        to,
+        memory_bytes: spec.memory_bytes,
+        cpus: spec.cpus,
+        paths: paths(spec),
+        cpu: Cpu::of_this_machine(),
+    }
+}
+
+/// The files that a VM needs.
+pub(super) fn paths(spec: &pb::VmSpec) -> Vec<(String, String)> {
+    spec.disks.iter().map(|disk| (disk.volume.clone(), disk.path.clone())).collect()
+}
+
+/// What this node offers; `paths` are the files that are asked for.
+pub(super) async fn gather(core: &Arc<Core>, paths: Vec<(String, String)>) -> Facts {
+    let state = core.state();
+    let mounted = state
+        .volumes
+        .values()
+        .filter(|record| core.volumes.get(record.id).is_some_and(|volume| volume.node().is_some()));
+    let volumes = mounted.map(|record| record.name.clone()).collect();
+    let mut found = BTreeMap::new();
+    for (volume, path) in paths {
+        let problem = problem_with(core, &volume, &path).await;
+        found.insert((volume, path), problem);
+    }
+    Facts {
+        kvm_problem: kvm_problem(),
+        memory_available_bytes: memory_available_bytes(),
+        cpus: std::thread::available_parallelism()
+            .map_or(1, |cpus| u32::try_from(cpus.get()).unwrap_or(u32::MAX)),
+        volumes,
+        paths: found,
+        version_min: PROTOCOL_VERSION,
+        version_max: PROTOCOL_VERSION,
+        cpu: Cpu::of_this_machine(),
+    }
+}
+
+/// Why a file cannot be a disk here, if so.
+async fn problem_with(core: &Arc<Core>, volume: &str, path: &str) -> Option<String> {
+    let record = core.state().volumes.get(volume)?.id;
+    let node = core.volumes.get(record)?.node()?;
+    let path = path.to_owned();
+    match tokio::task::spawn_blocking(move || node.resolve(&path)).await {
+        Ok(Ok(_)) => None,
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+fn kvm_problem() -> Option<String> {
+    OpenOptions::new().read(true).write(true).open("/dev/kvm").err().map(|error| format!("/dev/kvm: {error}"))
+}
+
+/// What the kernel says could be given to a new program without swapping.
+fn memory_available_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: u64 = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok()).unwrap_or(0);
+    kib.saturating_mul(1024)
+}

@@ -1,0 +1,227 @@
+//! The target of a quick move: carries out what [`migrator::Incoming`] decides.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use api::Error;
+use bytes::Bytes;
+use hv_runner::config::VolumePath;
+use lockmgr::cluster::VmRecord;
+use migrator::protocol::{FromTarget, Move, Saved, ToTarget};
+use migrator::{Incoming, TargetAction, TargetAnswer, TargetEvent};
+
+use super::{facts, propose, read_record, remove_state};
+use crate::core::Core;
+use crate::view;
+use crate::vms::runner::Runner;
+use crate::vms::{spec_of, supervise};
+
+/// How often a VM that waits for its source looks at the record by itself.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// The moves to this node. A lost message is answered by the same machine when it comes again.
+#[derive(Debug, Default)]
+pub(crate) struct Moves {
+    /// Rank: above the attempts' own locks; nothing is awaited under it.
+    attempts: Mutex<HashMap<Move, Arc<tokio::sync::Mutex<Attempt>>>>,
+}
+
+impl Moves {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Move, Arc<tokio::sync::Mutex<Attempt>>>> {
+        self.attempts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn of(&self, core: &Core, of: &Move) -> Arc<tokio::sync::Mutex<Attempt>> {
+        let mut attempts = self.lock();
+        let attempt = attempts.entry(of.clone()).or_insert_with(|| {
+            let machine = Incoming::new(of.from, core.me, of.epoch);
+            Arc::new(tokio::sync::Mutex::new(Attempt { of: of.clone(), machine, saved: None, runner: None }))
+        });
+        Arc::clone(attempt)
+    }
+
+    fn forget(&self, of: &Move) {
+        self.lock().remove(of);
+    }
+}
+
+/// One move to this node.
+#[derive(Debug)]
+struct Attempt {
+    of: Move,
+    machine: Incoming,
+    saved: Option<Saved>,
+    /// The process that has loaded the state.
+    runner: Option<Arc<Runner>>,
+}
+
+/// A message of the source of a move to this node.
+pub(crate) async fn incoming(core: &Arc<Core>, body: Bytes) -> Result<Bytes, Error> {
+    let message = ToTarget::decode(&body).map_err(Error::usage)?;
+    let (of, event, saved) = match message {
+        ToTarget::Inquire { paths, .. } => {
+            return Ok(FromTarget::Facts(facts::gather(core, paths).await).encode().into());
+        }
+        ToTarget::Prepare(of, saved) => (of, TargetEvent::Prepare, Some(saved)),
+        ToTarget::Activate(of, saved) => (of, TargetEvent::Activate, Some(saved)),
+        ToTarget::Cancel(of) => (of, TargetEvent::Cancel, None),
+    };
+    if of.to != core.me {
+        return Err(Error::usage("the message is for another node"));
+    }
+    let attempt = core.vms.moves.of(core, &of);
+    let (tell, told) = tokio::sync::oneshot::channel();
+    // The source may stop listening; what was begun is finished all the same.
+    core.runtime.spawn(follow(Arc::clone(core), attempt, of, event, saved, Some(tell)));
+    let answer = told.await.unwrap_or_else(|_| TargetAnswer::Refused("the target has no answer".to_owned()));
+    Ok(FromTarget::Answer(answer).encode().into())
+}
+
+type Tell = Option<tokio::sync::oneshot::Sender<TargetAnswer>>;
+
+/// Takes one event to its end, and goes on looking while the attempt waits.
+async fn follow(
+    core: Arc<Core>,
+    attempt: Arc<tokio::sync::Mutex<Attempt>>,
+    of: Move,
+    event: TargetEvent,
+    saved: Option<Saved>,
+    tell: Tell,
+) {
+    let mut attempt_now = attempt.lock().await;
+    if saved.is_some() {
+        attempt_now.saved = saved;
+    }
+    let was_waiting = attempt_now.machine.is_waiting();
+    attempt_now.take(&core, event, tell).await;
+    let waiting = attempt_now.machine.is_waiting();
+    if attempt_now.machine.is_idle() || (!waiting && attempt_now.machine.is_running()) {
+        core.vms.moves.forget(&of);
+    }
+    drop(attempt_now);
+    if waiting && !was_waiting {
+        let runtime = core.runtime.clone();
+        runtime.spawn(look(core, attempt, of));
+    }
+}
+
+/// A message may be lost: the record tells what has become of the move.
+async fn look(core: Arc<Core>, attempt: Arc<tokio::sync::Mutex<Attempt>>, of: Move) {
+    loop {
+        tokio::select! {
+            () = core.stop.cancelled() => return,
+            () = tokio::time::sleep(LOOK_EVERY) => {}
+        }
+        let mut attempt = attempt.lock().await;
+        if !attempt.machine.is_waiting() {
+            return;
+        }
+        let ended = attempt.runner.as_ref().is_some_and(|runner| runner.has_ended());
+        if ended && !attempt.machine.is_running() {
+            attempt.runner = None;
+            attempt.take(&core, TargetEvent::ProcessEnded("its process ended".to_owned()), None).await;
+        }
+        attempt.take(&core, TargetEvent::Look, None).await;
+        if !attempt.machine.is_waiting() {
+            core.vms.moves.forget(&of);
+            return;
+        }
+    }
+}
+
+impl Attempt {
+    async fn take(&mut self, core: &Arc<Core>, event: TargetEvent, mut tell: Tell) {
+        let mut todo = VecDeque::from(self.machine.step(event));
+        while let Some(action) = todo.pop_front() {
+            tracing::debug!(vm = self.of.vm, ?action, "move to this node");
+            let event = match action {
+                TargetAction::Load => self.load(core).await,
+                TargetAction::ReadRecord => TargetEvent::Record(read_record(core, &self.of.vm).await),
+                TargetAction::Start => self.start(core).await,
+                TargetAction::Discard => {
+                    self.discard().await;
+                    continue;
+                }
+                TargetAction::Propose(change) => {
+                    // The source waits for the answer, which is certain already; the record can follow.
+                    if let Some(TargetAction::Answer(answer)) = todo.front().cloned()
+                        && let Some(tell) = tell.take()
+                    {
+                        todo.pop_front();
+                        let _gone = tell.send(answer);
+                    }
+                    match view::vm(&core.state(), &self.of.vm).cloned() {
+                        Ok(record) => TargetEvent::Cas(propose(core, &record, &change).await),
+                        Err(_) => TargetEvent::Cas(migrator::CasReply::Lost(None)),
+                    }
+                }
+                TargetAction::Answer(answer) => {
+                    if let Some(tell) = tell.take() {
+                        let _gone = tell.send(answer);
+                    }
+                    continue;
+                }
+            };
+            todo.extend(self.machine.step(event));
+        }
+        if self.machine.is_running() && !self.machine.is_waiting() {
+            self.clean_up(core);
+        }
+    }
+
+    /// Starts a process that loads the state, for the epoch that the record would give to this node.
+    async fn load(&mut self, core: &Arc<Core>) -> TargetEvent {
+        match self.try_load(core).await {
+            Ok(runner) => {
+                self.runner = Some(runner);
+                TargetEvent::Loaded
+            }
+            Err(error) => TargetEvent::LoadFailed(error.message),
+        }
+    }
+
+    async fn try_load(&self, core: &Arc<Core>) -> Result<Arc<Runner>, Error> {
+        let saved = self.saved.as_ref().ok_or_else(|| Error::usage("the move names no saved state"))?;
+        let mut record: VmRecord = view::vm(&core.state(), &self.of.vm)?.clone();
+        record.owner = core.me;
+        record.epoch = self.of.epoch + 1;
+        let spec = spec_of(&record)?;
+        let file = VolumePath { volume: saved.volume.clone(), path: saved.path.clone() };
+        let runner = Runner::start(core, &record, &spec, Some(file)).await?;
+        core.vms.add(&runner);
+        supervise(core, &runner);
+        Ok(runner)
+    }
+
+    /// The record names this node: the guest runs here from now on.
+    async fn start(&mut self, core: &Arc<Core>) -> TargetEvent {
+        let Some(runner) = self.runner.clone() else {
+            return TargetEvent::StartFailed("its process is gone".to_owned());
+        };
+        // This node's copy of the records may be a moment behind what was just read; nobody shall look at an older one.
+        let mut state = core.cluster.watch();
+        let (vm, epoch) = (self.of.vm.clone(), self.of.epoch + 1);
+        drop(state.wait_for(|state| state.vms.get(&vm).is_none_or(|record| record.epoch >= epoch)).await);
+        match runner.control().activate().await {
+            Ok(()) => TargetEvent::Started,
+            Err(error) => TargetEvent::StartFailed(error.message),
+        }
+    }
+
+    /// Ends the process, and sees its end: it may have opened the disks.
+    async fn discard(&mut self) {
+        if let Some(runner) = self.runner.take() {
+            runner.release();
+            runner.kill();
+            runner.ended().await;
+        }
+    }
+
+    /// The guest runs and the record says so: the saved state is of no use any more.
+    fn clean_up(&mut self, core: &Arc<Core>) {
+        if let Some(saved) = self.saved.take() {
+            remove_state(core, VolumePath { volume: saved.volume, path: saved.path });
+        }
+    }
+}
