@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use api::{Error, pb};
+use hv::control::VmRunState;
 use hv_runner::config::VolumePath;
 use lockmgr::cluster::{ClusterState, VmRecord, VmState};
 use prost::Message;
@@ -35,6 +36,8 @@ use runner::Runner;
 const NAME_BYTES_MAX: usize = 64;
 /// Least memory of a VM.
 const MEMORY_BYTES_MIN: u64 = 1 << 20;
+/// How often a process is asked whether its guest still runs.
+const LOOK_AT_GUEST_EVERY: Duration = Duration::from_secs(1);
 /// Longest piece of a console in one message.
 const CONSOLE_WAIT_MS_MAX: u64 = 5_000;
 
@@ -285,12 +288,35 @@ fn supervise(core: &Arc<Core>, runner: &Arc<Runner>) {
     let (core, runner) = (Arc::clone(core), Arc::clone(runner));
     let runtime = core.runtime.clone();
     runtime.spawn(async move {
-        let end = runner.ended().await;
+        let end = tokio::select! {
+            end = runner.ended() => end,
+            end = guest_ended(&runner) => end,
+        };
         core.vms.remove(&runner);
         runner::forget_client(&core, runner.serial).await;
         tracing::info!(vm = runner.name, pid = runner.pid, %end, "VM process ended");
         record_end(&core, &runner, &end).await;
     });
+}
+
+/// A guest that shuts down or crashes leaves its process behind, which can still tell about it. Returns after the end of
+/// the process, with the guest's reason.
+async fn guest_ended(runner: &Arc<Runner>) -> runner::End {
+    loop {
+        tokio::time::sleep(LOOK_AT_GUEST_EVERY).await;
+        let Ok(status) = runner.control().status().await else { continue };
+        let crashed = match status.state() {
+            VmRunState::Crashed => true,
+            VmRunState::Stopped => false,
+            _ => continue,
+        };
+        if let Err(error) = runner.stop(crashed).await {
+            tracing::warn!(vm = runner.name, %error, "process of a guest that has ended: killed");
+            runner.kill();
+        }
+        runner.ended().await;
+        return runner::End::of_guest(!crashed, status.reason);
+    }
 }
 
 /// The process has ended: the VM is stopped, or failed, unless the record has gone on without it.

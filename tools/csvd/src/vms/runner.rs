@@ -70,6 +70,14 @@ pub(crate) struct End {
     how: String,
 }
 
+impl End {
+    /// The guest itself has ended.
+    pub(super) fn of_guest(in_order: bool, reason: String) -> Self {
+        let how = if reason.is_empty() { "the guest has ended".to_owned() } else { reason };
+        Self { in_order, how }
+    }
+}
+
 impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.how)
