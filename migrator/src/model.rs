@@ -235,13 +235,13 @@ impl World {
             }),
             Some(Todo::Read) => {
                 self.with(nexts, "source reads", false, |world| {
-                    done(world, Event::Record(Some(world.record)))
+                    done(world, Event::Record(Some(world.record)));
                 });
             }
             Some(Todo::Save) => {
                 self.with(nexts, "saved", false, |world| done(world, Event::Saved(SaveFigures::default())));
                 self.with(nexts, "save fails", true, |world| {
-                    done(world, Event::SaveFailed("disk".to_owned()))
+                    done(world, Event::SaveFailed("disk".to_owned()));
                 });
             }
             Some(Todo::Resume(epoch)) => {
@@ -259,7 +259,7 @@ impl World {
                 // Also what happens without a fault when the target is gone.
                 let fault = self.target_alive;
                 self.with(nexts, "no answer", fault, |world| {
-                    done(world, Event::TargetLost("gone".to_owned()))
+                    done(world, Event::TargetLost("gone".to_owned()));
                 });
             }
             Some(Todo::Load | Todo::Start) => unreachable!("the target's"),
@@ -342,7 +342,7 @@ impl World {
                     done(world, TargetEvent::Loaded);
                 });
                 self.with(nexts, "load fails", true, |world| {
-                    done(world, TargetEvent::LoadFailed("no".to_owned()))
+                    done(world, TargetEvent::LoadFailed("no".to_owned()));
                 });
             }
             Todo::Start => {
@@ -352,7 +352,7 @@ impl World {
                     done(world, TargetEvent::Started);
                 });
                 self.with(nexts, "start fails", true, |world| {
-                    done(world, TargetEvent::StartFailed("no".to_owned()))
+                    done(world, TargetEvent::StartFailed("no".to_owned()));
                 });
             }
             Todo::Read => {
