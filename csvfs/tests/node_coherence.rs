@@ -218,3 +218,32 @@ fn holes_and_data_are_found() {
     let dir = node.lookup(ROOT_INO, b"d").expect("the name");
     assert_eq!(node.open(dir.ino).expect_err("a directory").errno(), 21);
 }
+
+// An answer about attributes that was given before a commit must not undo the size that was committed meanwhile.
+#[test]
+fn attributes_never_go_back_while_a_file_grows() {
+    let world = World::new();
+    let node = world.node(1);
+    let file = create(&node, "f");
+    let looker = {
+        let (node, ino) = (node.clone(), file.ino());
+        thread::spawn(move || {
+            let mut last = 0;
+            while last < 200 * 5000 {
+                let set = SetAttr {
+                    mode: Some(0o600 | u32::try_from(last % 8).expect("small")),
+                    ..SetAttr::default()
+                };
+                let size = node.setattr(ino, &set).expect("a chmod").size_bytes;
+                assert!(size >= last, "{size} after {last}");
+                last = size.max(node.lookup(ROOT_INO, b"f").expect("the name").size_bytes);
+            }
+        })
+    };
+    for n in 0..200 {
+        write(&file, n * 5000, &[1; 5000]).expect("a write");
+        fsync(&file).expect("an fsync");
+        assert_eq!(file.size().expect("a size"), (n + 1) * 5000);
+    }
+    looker.join().expect("no panic");
+}

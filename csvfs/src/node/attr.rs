@@ -111,6 +111,15 @@ impl Attr {
     }
 }
 
+impl Attr {
+    /// What the coordinator says, with what only this node knows: size and times of a file that it has for itself.
+    pub(super) fn over(self, fresh: Self) -> Self {
+        let order = |time: &Timestamp| (time.seconds, time.nanos);
+        let ctime = std::cmp::max_by_key(self.ctime, fresh.ctime, order);
+        Self { size_bytes: self.size_bytes, mtime: self.mtime, ctime, ..fresh }
+    }
+}
+
 /// Attributes to change; what is `None` stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SetAttr {

@@ -11,7 +11,7 @@ use pb::request::Op;
 use super::inode::{Inode, State, Waiter};
 use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, block_ceil, block_floor};
 use super::space::EXTENTS_MAX;
-use super::{Attr, Extent, FsError, SeekFrom, SetAttr, names};
+use super::{Attr, Extent, FsError, SeekFrom, SetAttr, attr, names};
 use crate::proto as pb;
 
 /// A grant that stays until this is dropped.
@@ -78,16 +78,10 @@ impl Inode {
     /// What a lookup said, with what only this node knows yet.
     pub(super) fn with_local_changes(&self, attr: Attr) -> Attr {
         let state = self.lock();
-        let Some(own) = state.attr else { return attr };
-        let mut attr = attr;
-        if state.pending.size || state.sync.size {
-            attr.size_bytes = own.size_bytes;
+        match state.attr {
+            Some(own) if state.grant.mode == Mode::Exclusive => own.over(attr),
+            _ => attr,
         }
-        if state.pending.mtime || state.sync.mtime {
-            attr.mtime = own.mtime;
-            attr.ctime = own.ctime;
-        }
-        attr
     }
 
     fn ask_attr(&self, op: Op) -> Result<Attr, FsError> {
@@ -118,6 +112,10 @@ impl Inode {
         let asked_at = self.core.names_now();
         let fresh = self.ask_attr(Op::SetAttr(names::set_attr_request(self.ino, set)))?;
         let mut state = self.lock();
+        if let Some(own) = &mut state.attr {
+            own.mtime = set.mtime.unwrap_or(own.mtime);
+            own.size_bytes = set.size_bytes.unwrap_or(own.size_bytes);
+        }
         state.merge_attr(fresh, asked_at);
         Ok(state.attr.unwrap_or(fresh))
     }
@@ -146,7 +144,7 @@ impl Inode {
             self.sync_blocking()?;
         }
         self.zero_tail(size)?;
-        let set = SetAttr { size_bytes: Some(size), ..SetAttr::default() };
+        let set = SetAttr { size_bytes: Some(size), mtime: Some(attr::now()), ..SetAttr::default() };
         self.lock().pending.mtime = false;
         self.ask_set_attr(&set)?;
         let mut state = self.lock();

@@ -96,18 +96,13 @@ impl State {
         self.grant.permits(mode) && !self.frozen && !self.freeze_wanted && !self.leaving
     }
 
-    /// Takes over attributes from the coordinator, except for what this node has changed since.
+    /// Takes over attributes from the coordinator. Who has EX decides about size and times itself: an answer may have been
+    /// given before a commit that is known by now.
     pub(super) fn merge_attr(&mut self, fresh: Attr, asked_at: u64) {
-        let mut merged = fresh;
-        if let Some(own) = self.attr {
-            if self.pending.size || self.sync.size {
-                merged.size_bytes = own.size_bytes;
-            }
-            if self.pending.mtime || self.sync.mtime {
-                merged.mtime = own.mtime;
-                merged.ctime = own.ctime;
-            }
-        }
+        let merged = match self.attr {
+            Some(own) if self.grant.mode == Mode::Exclusive => own.over(fresh),
+            _ => fresh,
+        };
         if self.grant.mode == Mode::Exclusive && merged.allocated_bytes == 0 && self.pending.is_empty() {
             // Nothing to ask for: a new file is one hole.
             self.map.know_all();

@@ -51,9 +51,6 @@ impl Pending {
 pub(super) struct Rounds {
     pub(super) running: bool,
     pub(super) waiters: Vec<SyncWaiter>,
-    /// What the round under way commits.
-    pub(super) size: bool,
-    pub(super) mtime: bool,
 }
 
 pub(super) struct SyncWaiter {
@@ -111,14 +108,7 @@ impl State {
         if with_times && std::mem::take(&mut self.pending.mtime) {
             snapshot.mtime = self.attr.map(|attr| attr.mtime);
         }
-        self.sync.size = snapshot.size.is_some();
-        self.sync.mtime = snapshot.mtime.is_some();
         snapshot
-    }
-
-    fn snapshot_committed(&mut self) {
-        self.sync.size = false;
-        self.sync.mtime = false;
     }
 
     /// A commit was refused: what it named is pending again.
@@ -128,7 +118,6 @@ impl State {
         for range in snapshot.written {
             self.pending.written.add(range);
         }
-        self.snapshot_committed();
     }
 }
 
@@ -194,7 +183,6 @@ impl Inode {
         state.sync.running = false;
         match outcome {
             Ok(attr) => {
-                state.snapshot_committed();
                 if let Some(attr) = attr {
                     // Links may have changed since it was asked for.
                     let asked_at = state.attr_asked_at;
@@ -264,7 +252,6 @@ impl Inode {
             inode.released(number, carried, outcome);
         });
         state.grant.releasing(carried.then_some(id));
-        state.snapshot_committed();
         if to == Mode::Null {
             state.map.clear();
             state.growth = Default::default();
