@@ -30,6 +30,7 @@ fn verifying_load(cluster: &Cluster, node: usize) -> Child {
             "--output-format=json",
         ])
         .arg(format!("--directory={}", text(&folder)))
+        .arg(format!("--aux-path={}", text(&folder)))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
