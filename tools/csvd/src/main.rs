@@ -75,6 +75,10 @@ fn run(args: &Args) -> Result<(), Error> {
         rustix::process::setsid().map_err(|error| Error::failed(format!("making a session: {error}")))?;
     }
     log::start(&config.log_file())?;
+    // Memory that this process needs must not be waited for by writes to its own mounts (F8).
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::info!(%error, "not an I/O flusher: under memory pressure mounts may be slow");
+    }
     for dir in [&config.dir.join("mnt"), &config.data_dir(), &config.vm_dir()] {
         std::fs::create_dir_all(dir)
             .map_err(|error| Error::failed(format!("making {}: {error}", dir.display())))?;

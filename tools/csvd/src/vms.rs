@@ -50,11 +50,23 @@ pub(crate) struct Vms {
     serials: Mutex<HashMap<u64, Option<u32>>>,
     /// The moves to this node.
     moves: Moves,
+    /// By name: held while it is decided whether a VM starts here. Two ways lead to a running process, a start and a move,
+    /// and only one of them may act on a record. Rank of the map: a leaf; of the locks: above everything.
+    deciding: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl Vms {
     fn get(&self, name: &str) -> Option<Arc<Runner>> {
         self.lock().get(name).cloned()
+    }
+
+    /// Keeps everybody else from starting this VM here.
+    async fn decide(&self, name: &str) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = {
+            let mut deciding = self.deciding.lock().unwrap_or_else(PoisonError::into_inner);
+            Arc::clone(deciding.entry(name.to_owned()).or_default())
+        };
+        lock.lock_owned().await
     }
 
     fn add(&self, runner: &Arc<Runner>) {
@@ -202,7 +214,14 @@ async fn check_disks(core: &Arc<Core>, spec: &pb::VmSpec) -> Result<(), Error> {
 pub(crate) async fn claim_stopped(core: &Arc<Core>, name: &str) -> Result<(), Error> {
     let state = core.state();
     let record = view::vm(&state, name)?;
-    let idle = matches!(record.state, VmState::Stopped | VmState::Failed | VmState::Saved);
+    // What is saved belongs to its owner, which may be about to go on with it, as long as that is there.
+    let owner_is_there =
+        state.members.get(&record.owner).is_some_and(|owner| view::is_up(&state, owner.id, owner.epoch));
+    let idle = match record.state {
+        VmState::Stopped | VmState::Failed => true,
+        VmState::Saved => !owner_is_there,
+        _ => false,
+    };
     if !idle || record.owner == core.me {
         return Ok(());
     }
@@ -216,8 +235,13 @@ pub(crate) async fn claim_stopped(core: &Arc<Core>, name: &str) -> Result<(), Er
 
 /// Starts a VM that belongs to this node.
 pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> {
-    let state = core.state();
+    let _decision = core.vms.decide(name).await;
+    let state = core.cluster.read().await.map_err(|error| crate::core::refused(&error))?;
     let record = view::vm(&state, name)?;
+    if core.vms.moves.expects(name) {
+        return Err(Error::conflict(format!("vm start {name}: it is arriving from another node"))
+            .hint("wait a moment; `csvctl vm show` tells where it is"));
+    }
     if !matches!(record.state, VmState::Stopped | VmState::Failed | VmState::Saved) {
         return Err(Error::conflict(format!("vm start {name}: it is {}", record.state))
             .hint("`csvctl vm show` tells where it is"));
@@ -445,8 +469,13 @@ pub(crate) async fn console(
 
 /// Forgets a VM that runs nowhere.
 pub(crate) async fn delete(core: &Arc<Core>, name: &str, dry_run: bool) -> Result<(), Error> {
-    let state = core.state();
+    let _decision = core.vms.decide(name).await;
+    let state = core.cluster.read().await.map_err(|error| crate::core::refused(&error))?;
     let record = view::vm(&state, name)?;
+    if core.vms.moves.expects(name) {
+        return Err(Error::conflict(format!("vm start {name}: it is arriving from another node"))
+            .hint("wait a moment; `csvctl vm show` tells where it is"));
+    }
     if !matches!(record.state, VmState::Stopped | VmState::Failed | VmState::Saved) {
         return Err(
             Error::conflict(format!("vm delete {name}: it is {}", record.state)).hint("stop it first")

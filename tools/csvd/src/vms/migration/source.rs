@@ -157,9 +157,9 @@ impl Source<'_> {
     async fn activate(&self) -> Event {
         match self.tell(&ToTarget::Activate(self.of.clone(), self.saved())).await {
             Ok(FromTarget::Answer(TargetAnswer::Activated)) => Event::Activated,
-            Ok(FromTarget::Answer(TargetAnswer::ActivateFailed(reason) | TargetAnswer::Refused(reason))) => {
-                Event::ActivateFailed(reason)
-            }
+            Ok(FromTarget::Answer(TargetAnswer::ActivateFailed(reason))) => Event::ActivateFailed(reason),
+            // It may have answered before, and that answer was lost: the record tells.
+            Ok(FromTarget::Answer(TargetAnswer::Refused(reason))) => Event::TargetLost(reason),
             Ok(_) => Event::TargetLost("the target gave an answer that makes no sense".to_owned()),
             Err(error) => {
                 // The target looks at the record by itself; asking again at once would only flood it.

@@ -41,6 +41,11 @@ impl Moves {
         Arc::clone(attempt)
     }
 
+    /// Whether a move of this VM to this node is not finished.
+    pub(crate) fn expects(&self, vm: &str) -> bool {
+        self.lock().keys().any(|of| of.vm == vm)
+    }
+
     fn forget(&self, of: &Move) {
         self.lock().remove(of);
     }
@@ -96,7 +101,8 @@ async fn follow(
     let was_waiting = attempt_now.machine.is_waiting();
     attempt_now.take(&core, event, tell).await;
     let waiting = attempt_now.machine.is_waiting();
-    if attempt_now.machine.is_idle() || (!waiting && attempt_now.machine.is_running()) {
+    if !waiting {
+        // Nothing is here, or it is in the record what is: who asks again is answered from the record.
         core.vms.moves.forget(&of);
     }
     drop(attempt_now);
@@ -132,6 +138,7 @@ async fn look(core: Arc<Core>, attempt: Arc<tokio::sync::Mutex<Attempt>>, of: Mo
 
 impl Attempt {
     async fn take(&mut self, core: &Arc<Core>, event: TargetEvent, mut tell: Tell) {
+        let _decision = core.vms.decide(&self.of.vm).await;
         let mut todo = VecDeque::from(self.machine.step(event));
         while let Some(action) = todo.pop_front() {
             tracing::debug!(vm = self.of.vm, ?action, "move to this node");
