@@ -109,8 +109,15 @@ impl Image {
 }
 
 enum Event {
-    Read { offset: u64, buf: IoBuf, outcome: Result<(), IoError> },
-    Written { offset: u64, outcome: Result<(), IoError> },
+    Read { slot: usize, outcome: Result<(), IoError> },
+    Written { slot: usize, outcome: Result<(), IoError> },
+}
+
+/// A buffer and what is being done with it. Buffers are used again: fresh memory costs as much as the copy.
+struct Slot {
+    buf: IoBuf,
+    chunk: Range<u64>,
+    writes: usize,
 }
 
 struct Pipe<'a> {
@@ -118,6 +125,9 @@ struct Pipe<'a> {
     target: &'a dyn ImageFile,
     tell: Sender<Event>,
     told: Receiver<Event>,
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    /// Requests in flight.
     busy: usize,
     progress: Progress,
 }
@@ -130,12 +140,10 @@ fn copy(
     mut place: impl FnMut(u64) -> Result<u64, VhdxError>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Progress, VhdxError> {
-    let (tell, told) = channel();
-    let start = Progress { total_bytes: total, ..Progress::default() };
-    let mut pipe = Pipe { source, target, tell, told, busy: 0, progress: start };
+    let mut pipe = Pipe::new(source, target, total);
     let mut chunks = Chunks { at: 0, total, data };
     let outcome = pipe.run(&mut chunks, &mut place, progress);
-    // Buffers in flight come back also after an error; the target must not change after this returns.
+    // Requests in flight end also after an error; the target must not change after this returns.
     pipe.drain();
     outcome?;
     pipe.progress.done_bytes = total;
@@ -143,7 +151,22 @@ fn copy(
     Ok(pipe.progress)
 }
 
-impl Pipe<'_> {
+impl<'a> Pipe<'a> {
+    fn new(source: &'a dyn BlockDevice, target: &'a dyn ImageFile, total_bytes: u64) -> Self {
+        let (tell, told) = channel();
+        let slot = |_| Slot { buf: IoBuf::zeroed(index(CHUNK)), chunk: 0..0, writes: 0 };
+        Self {
+            source,
+            target,
+            tell,
+            told,
+            slots: (0..IN_FLIGHT_MAX).map(slot).collect(),
+            free: (0..IN_FLIGHT_MAX).collect(),
+            busy: 0,
+            progress: Progress { total_bytes, ..Progress::default() },
+        }
+    }
+
     fn run(
         &mut self,
         chunks: &mut Chunks<'_>,
@@ -151,9 +174,12 @@ impl Pipe<'_> {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<(), VhdxError> {
         loop {
-            while self.busy < IN_FLIGHT_MAX {
-                let Some(chunk) = chunks.next() else { break };
-                self.read(&chunk);
+            while let Some(slot) = self.free.pop() {
+                let Some(chunk) = chunks.next() else {
+                    self.free.push(slot);
+                    break;
+                };
+                self.read(slot, chunk);
             }
             if self.busy == 0 {
                 return Ok(());
@@ -161,46 +187,58 @@ impl Pipe<'_> {
             let event = self.told.recv().expect("this side holds a sender");
             self.busy -= 1;
             match event {
-                Event::Written { offset, outcome } => {
-                    outcome.map_err(doing(format!("writing the target at {offset:#x}")))?;
-                }
-                Event::Read { offset, buf, outcome } => {
+                Event::Written { slot, outcome } => self.written(slot, outcome)?,
+                Event::Read { slot, outcome } => {
+                    let offset = self.slots[slot].chunk.start;
                     outcome.map_err(doing(format!("reading the source at {offset:#x}")))?;
                     self.progress.done_bytes = offset;
-                    self.write(offset, buf, place)?;
+                    self.write(slot, place)?;
                     progress(self.progress);
                 }
             }
         }
     }
 
-    fn read(&mut self, chunk: &Range<u64>) {
+    fn read(&mut self, slot: usize, chunk: Range<u64>) {
         let (offset, tell) = (chunk.start, self.tell.clone());
-        let buf = IoBuf::zeroed(index(chunk.end - chunk.start));
-        let op = IoOp::Read { offset, buf: buf.clone() };
+        let buf = self.slots[slot].buf.slice(0..index(chunk.end - chunk.start));
+        self.slots[slot].chunk = chunk;
         self.busy += 1;
-        let done = Box::new(move |outcome| drop(tell.send(Event::Read { offset, buf, outcome })));
-        self.source.submit(IoRequest { op, done });
+        let done = Box::new(move |outcome| drop(tell.send(Event::Read { slot, outcome })));
+        self.source.submit(IoRequest { op: IoOp::Read { offset, buf }, done });
     }
 
     fn write(
         &mut self,
-        offset: u64,
-        buf: IoBuf,
+        number: usize,
         place: &mut impl FnMut(u64) -> Result<u64, VhdxError>,
     ) -> Result<(), VhdxError> {
-        let (buf, runs) = data_runs(buf);
+        let slot = &mut self.slots[number];
+        let len = index(slot.chunk.end - slot.chunk.start);
+        let runs = data_runs(&mut slot.buf, len);
+        slot.writes = runs.len();
         if runs.is_empty() {
+            self.free.push(number);
             return Ok(());
         }
-        let target = place(offset)?;
+        let target = place(slot.chunk.start)?;
         for run in runs {
             let (offset, tell) = (target + bytes(run.start), self.tell.clone());
             self.progress.data_bytes += bytes(run.len());
             self.busy += 1;
-            let op = IoOp::Write { offset, buf: buf.slice(run), fua: false };
-            let done = Box::new(move |outcome| drop(tell.send(Event::Written { offset, outcome })));
+            let op = IoOp::Write { offset, buf: slot.buf.slice(run), fua: false };
+            let done = Box::new(move |outcome| drop(tell.send(Event::Written { slot: number, outcome })));
             self.target.submit(IoRequest { op, done });
+        }
+        Ok(())
+    }
+
+    fn written(&mut self, number: usize, outcome: Result<(), IoError>) -> Result<(), VhdxError> {
+        let slot = &mut self.slots[number];
+        outcome.map_err(doing(format!("writing the bytes of the disk at {:#x}", slot.chunk.start)))?;
+        slot.writes -= 1;
+        if slot.writes == 0 {
+            self.free.push(number);
         }
         Ok(())
     }
@@ -238,16 +276,20 @@ impl Iterator for Chunks<'_> {
     }
 }
 
-/// The parts of a buffer that are not zero, in pieces of [`PIECE`]. Copies only if the device still holds the buffer.
-fn data_runs(buf: IoBuf) -> (IoBuf, Vec<Range<usize>>) {
-    match buf.try_into_aligned() {
+/// The parts of the first `len` bytes that are not zero, in pieces of [`PIECE`]. Copies only if a device still holds the
+/// buffer.
+fn data_runs(buf: &mut IoBuf, len: usize) -> Vec<Range<usize>> {
+    let taken = std::mem::replace(buf, IoBuf::zeroed(0));
+    match taken.try_into_aligned() {
         Ok(owned) => {
-            let runs = runs_of(&owned);
-            (owned.into(), runs)
+            let runs = runs_of(&owned[..len]);
+            *buf = owned.into();
+            runs
         }
-        Err(buf) => {
-            let runs = runs_of(&buf.to_vec());
-            (buf, runs)
+        Err(shared) => {
+            let runs = runs_of(&shared.slice(0..len).to_vec());
+            *buf = shared;
+            runs
         }
     }
 }

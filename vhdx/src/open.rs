@@ -129,7 +129,7 @@ impl Standby {
         self.builder().writable()
     }
 
-    /// The same after a planned hand-over: the former owner closed the disk and announced its [`Disk::file_write_id`].
+    /// The same after a planned hand-over: the former owner closed the disk and announced its [`crate::Closed::file_write_id`].
     ///
     /// # Errors
     /// [`crate::ErrorKind::InvalidInput`] when the file was changed since, or was not closed. Nothing was changed.
