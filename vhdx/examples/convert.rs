@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use blockio::{BlockDevice, FileDevice, ImageFile, OpenOptions};
+use blockio::{BlockDevice, FileDevice, OpenOptions};
 use vhdx::{Builder, Spec, from_raw, to_raw};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -10,7 +10,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let [_, direction, source, target] = args.as_slice() else {
         return Err("usage: convert to-raw|from-raw SOURCE TARGET".into());
     };
-    let source: Arc<dyn ImageFile> =
+    let source =
         Arc::new(FileDevice::open(source, OpenOptions { direct: false, ..OpenOptions::read_only() })?);
     std::fs::File::create(target)?;
     let target = FileDevice::open(target, OpenOptions::buffered())?;
@@ -18,9 +18,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "to-raw" => to_raw(&Builder::open(source).read_only()?, &target, &mut |_| ())?,
         "from-raw" => {
             let spec = Spec::dynamic(source.geometry().size_bytes);
-            from_raw(&*source, None, &target, &spec, &mut |_| ())?
+            let sparse = std::fs::File::open(source.path())?;
+            let data = |offset| data_from(&sparse, offset);
+            from_raw(&*source, Some(&data), &target, &spec, &mut |_| ())?
         }
         other => return Err(format!("unknown direction {other}").into()),
     };
     Ok(())
+}
+
+/// The next range at or after `offset` that is no hole of the file.
+fn data_from(file: &std::fs::File, offset: u64) -> Option<std::ops::Range<u64>> {
+    let start = rustix::fs::seek(file, rustix::fs::SeekFrom::Data(offset)).ok()?;
+    Some(start..rustix::fs::seek(file, rustix::fs::SeekFrom::Hole(start)).unwrap_or(u64::MAX))
 }

@@ -141,7 +141,7 @@ fn copy(
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Progress, VhdxError> {
     let mut pipe = Pipe::new(source, target, total);
-    let mut chunks = Chunks { at: 0, total, data };
+    let mut chunks = Chunks::new(total, data);
     let outcome = pipe.run(&mut chunks, &mut place, progress);
     // Requests in flight end also after an error; the target must not change after this returns.
     pipe.drain();
@@ -255,21 +255,29 @@ impl<'a> Pipe<'a> {
 struct Chunks<'a> {
     at: u64,
     total: u64,
-    data: Option<DataMap<'a>>,
+    map: Option<DataMap<'a>>,
+    /// The last answer of the map: asking may cost as much as reading, so it is asked once per range.
+    data: Range<u64>,
+}
+
+impl<'a> Chunks<'a> {
+    fn new(total: u64, map: Option<DataMap<'a>>) -> Self {
+        let data = if map.is_some() { 0..0 } else { 0..total };
+        Self { at: 0, total, map, data }
+    }
 }
 
 impl Iterator for Chunks<'_> {
     type Item = Range<u64>;
 
     fn next(&mut self) -> Option<Range<u64>> {
-        if self.at >= self.total {
+        if self.at >= self.data.end {
+            self.data = self.map.and_then(|map| map(self.at))?;
+        }
+        let start = (self.data.start / CHUNK * CHUNK).max(self.at);
+        if start >= self.total {
             return None;
         }
-        let data = match self.data {
-            Some(map) => map(self.at).filter(|range| range.start < self.total)?,
-            None => self.at..self.total,
-        };
-        let start = (data.start / CHUNK * CHUNK).max(self.at);
         let end = (start / CHUNK + 1).saturating_mul(CHUNK).min(self.total);
         self.at = end;
         Some(start..end)
@@ -336,7 +344,7 @@ mod tests {
                 .find(|data| data.end > offset)
                 .map(|data| data.start.max(offset)..data.end)
         };
-        let chunks: Vec<_> = Chunks { at: 0, total: 9 * MIB + 7, data: Some(&map) }.collect();
+        let chunks: Vec<_> = Chunks::new(9 * MIB + 7, Some(&map)).collect();
         assert_eq!(chunks, vec![MIB..2 * MIB, 2 * MIB..3 * MIB, 9 * MIB..9 * MIB + 7]);
     }
 }
