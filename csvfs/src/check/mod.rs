@@ -6,7 +6,7 @@
 //!   space         every block of the data area has exactly one owner          files, metadata chunks, free
 //! ```
 //! In use, the tables are read from a snapshot beside the running coordinator. Offline, the store is opened on an
-//! [`overlay`]: recovery writes to memory, so a check never changes the LUN (D7).
+//! overlay: recovery writes to memory, so a check never changes the LUN (D7).
 //!
 //! **Invariant:** a check changes nothing, and ends on any input: cycles and nonsense are found, not followed.
 
@@ -23,7 +23,7 @@ use crate::format::meta_slot::Chunk;
 use crate::format::owner::{OWNER_BYTES, OwnerBlock};
 use crate::format::superblock::Superblock;
 use crate::format::{Damaged, intent, layout};
-use crate::meta::{Snapshot, Store, StoreError};
+use crate::meta::{Snapshot, Store, StoreError, guarded};
 use crate::proto::{CheckProblem, CheckReport};
 use crate::volume::{VolumeError, read_copies};
 
@@ -62,15 +62,11 @@ impl Findings {
 pub fn check_device(device: &Arc<dyn BlockDevice>) -> Result<CheckReport, VolumeError> {
     let block = Superblock::read(device.as_ref())?;
     let overlay = Arc::new(overlay::Overlay::new(device.clone()));
-    let mut store = Store::open(overlay, block.volume, block.lun_bytes)?;
-    let pages_good = store.check_pages()?;
-    let report = check_tables(&store.snapshot()?, block.lun_bytes, &store.chunks())?;
-    let mut report = with_fixed_areas(report, device.as_ref(), block.volume);
-    if !pages_good {
-        let what = "pages of the metadata store had wrong checksums".to_owned();
-        report.problems.push(CheckProblem { what, ino: 0 });
-    }
-    Ok(report)
+    let store = Store::open_verified(overlay, block.volume, block.lun_bytes)?;
+    let report = guarded("a page that cannot be read", || {
+        check_tables(&store.snapshot()?, block.lun_bytes, &store.chunks())
+    })??;
+    Ok(with_fixed_areas(report, device.as_ref(), block.volume))
 }
 
 /// Checks the tables of the store.

@@ -41,17 +41,20 @@ impl Core {
             return Ok(());
         }
         for (client, session) in &mut self.sessions {
-            if session.stored.first().is_none_or(|first| *first >= session.completed_below) {
+            let below = session.forget_below();
+            if session.stored.first().is_none_or(|first| *first >= below) {
                 continue;
             }
-            let kept = session.stored.split_off(&session.completed_below);
+            let kept = session.stored.split_off(&below);
             for id in std::mem::replace(&mut session.stored, kept) {
                 tables.remove_reply(*client, id)?;
             }
         }
         for session in self.sessions.values_mut() {
-            let kept = session.counted.split_off(&session.completed_below);
-            session.counted = kept;
+            let below = session.completed_below;
+            if session.counted.first().is_some_and(|first| *first < below) {
+                session.counted = session.counted.split_off(&below);
+            }
         }
         Ok(())
     }

@@ -5,6 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use blockio::BlockDevice;
 use lockmgr::engine::{Action, Event, LockEngine};
@@ -57,6 +58,8 @@ pub(super) struct Core {
     pub(super) tight: bool,
     /// The metadata store can list more chunks.
     pub(super) growable: bool,
+    /// A check is under way.
+    pub(super) checking: Arc<AtomicBool>,
     pub(super) requests: u64,
     pub(super) commits: u64,
     pub(super) recalls: u64,

@@ -116,6 +116,15 @@ impl Mailbox {
         inner.jobs.drain(..).collect()
     }
 
+    /// The thread has ended, by itself or by a panic; whoever still asks is told.
+    pub(super) fn ended(&self, panicked: bool) {
+        if panicked {
+            self.revoke();
+            self.inner().stats.stopped = Some("an internal error, see the log".into());
+        }
+        drop(self.shut());
+    }
+
     pub(super) fn revoke(&self) {
         (self.revoke)();
     }

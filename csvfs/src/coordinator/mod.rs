@@ -207,9 +207,15 @@ impl Coordinator {
         let term = params.term;
         let server = open::open(params)?;
         let mailbox = server.mailbox();
+        let post = mailbox.clone();
+        let serve = move || {
+            // A panic is a bug of ours or a damaged page: nobody may be left without an answer.
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| server.run()));
+            post.ended(ended.is_err());
+        };
         let thread = std::thread::Builder::new()
             .name("csvfs-coord".into())
-            .spawn(move || server.run())
+            .spawn(serve)
             .expect("the system can start a thread");
         Ok(Arc::new(Self { mailbox, term, thread: std::sync::Mutex::new(Some(thread)) }))
     }
@@ -263,7 +269,10 @@ impl Coordinator {
         let _ = self.mailbox.put(Job::Close(tell));
         let report = told.recv().unwrap_or_else(|_| Ok(CloseReport::default()));
         self.join();
-        report
+        match self.stats().stopped {
+            Some(how) => Err(StoreError::Superseded { how }),
+            None => report,
+        }
     }
 
     /// Numbers for people.

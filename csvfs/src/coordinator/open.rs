@@ -6,6 +6,7 @@
 //! **Invariant:** the term is on the LUN before the store is opened for writing (D5).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 
 use blockio::BlockDevice;
 use lockmgr::ClientId;
@@ -22,7 +23,7 @@ use crate::format::layout::BLOCK_BYTES;
 use crate::format::meta_slot::Chunk;
 use crate::format::owner::OwnerBlock;
 use crate::format::superblock::Superblock;
-use crate::meta::{Store, StoreError, Tables};
+use crate::meta::{Store, StoreError, Tables, guarded};
 use crate::volume::{read_owner, write_owner};
 
 /// Part of the data area that files do not get: room for the metadata store to grow when the volume is full.
@@ -38,7 +39,7 @@ pub(super) fn open(params: OpenParams) -> Result<Server, OpenError> {
     block.repair(params.device.as_ref())?;
     let store = Store::open(params.device.clone(), block.volume, block.lun_bytes)?;
     let revoker = store.revoker();
-    let core = load(params, &block, &store)?;
+    let core = guarded("a page that cannot be read", || load(params, &block, &store))??;
     Ok(Server::new(store, core, Mailbox::new(revoker)))
 }
 
@@ -103,6 +104,7 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         owner_checked: now,
         tight: false,
         growable: true,
+        checking: Arc::default(),
         requests: 0,
         commits: 0,
         recalls: 0,

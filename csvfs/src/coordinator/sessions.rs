@@ -24,6 +24,9 @@ use crate::refusal::failure;
 /// Longest name of a client in bytes; what is longer is cut.
 const NAME_BYTES_MAX: usize = 128;
 
+/// Replies kept for one client, however few it says that it has. No client has as many requests under way.
+const REPLIES_MAX: usize = 1 << 16;
+
 /// What the coordinator knows of a client.
 #[derive(Debug, Default)]
 pub(super) struct Session {
@@ -37,6 +40,18 @@ pub(super) struct Session {
     pub(super) counted: BTreeSet<u64>,
     /// It has the replies of all requests below.
     pub(super) completed_below: u64,
+}
+
+impl Session {
+    /// Replies of requests below this need not be kept.
+    pub(super) fn forget_below(&self) -> u64 {
+        if self.stored.len() <= REPLIES_MAX {
+            return self.completed_below;
+        }
+        // A little more than is too much, so that this is rare.
+        let oldest = self.stored.iter().nth(self.stored.len() - REPLIES_MAX / 2);
+        self.completed_below.max(oldest.copied().unwrap_or(0))
+    }
 }
 
 impl Core {

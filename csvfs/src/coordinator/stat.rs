@@ -2,12 +2,14 @@
 //!
 //! **Invariant:** a check reads one committed moment of the store; it holds nobody up.
 
+use std::sync::atomic::Ordering;
+
 use super::core::Core;
 use super::mailbox::Asker;
 use crate::check;
 use crate::format::layout::BLOCK_BYTES;
-use crate::meta::Store;
-use crate::proto::{FailureKind, VolumeStat, reply};
+use crate::meta::{Store, guarded};
+use crate::proto::{Failure, FailureKind, VolumeStat, reply};
 use crate::refusal::failure;
 
 impl Core {
@@ -22,19 +24,33 @@ impl Core {
 
     /// Checks the volume as of now, on a thread of its own.
     pub(super) fn start_check(&self, store: &Store, done: Asker) {
+        if self.checking.swap(true, Ordering::SeqCst) {
+            let busy = Failure {
+                kind: FailureKind::Errno.into(),
+                errno: libc::EBUSY,
+                message: "the volume is being checked already".into(),
+            };
+            return done.answer(reply::Result::Failure(busy));
+        }
         let snapshot = match store.snapshot() {
             Ok(snapshot) => snapshot,
             Err(error) => {
+                self.checking.store(false, Ordering::SeqCst);
                 let refusal = failure(FailureKind::Stopped, error.to_string());
                 return done.answer(reply::Result::Failure(refusal));
             }
         };
         let (device, volume, lun_bytes) = (self.device.clone(), self.volume, self.lun_bytes);
         let chunks = store.chunks();
+        let checking = self.checking.clone();
         let job = move || {
-            let report = check::check_tables(&snapshot, lun_bytes, &chunks)
+            let tables =
+                guarded("a page that cannot be read", || check::check_tables(&snapshot, lun_bytes, &chunks));
+            let report = tables
+                .and_then(|report| report)
                 .map(|report| check::with_fixed_areas(report, device.as_ref(), volume));
             drop(snapshot);
+            checking.store(false, Ordering::SeqCst);
             done.answer(match report {
                 Ok(report) => reply::Result::CheckReport(report),
                 Err(error) => reply::Result::Failure(failure(FailureKind::Stopped, error.to_string())),
@@ -43,6 +59,7 @@ impl Core {
         let spawned = std::thread::Builder::new().name("csvfs-check".into()).spawn(job);
         if let Err(error) = spawned {
             // The job is gone, and its asker was told so.
+            self.checking.store(false, Ordering::SeqCst);
             tracing::warn!(%error, "no thread for a check");
         }
     }

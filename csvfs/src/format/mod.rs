@@ -9,7 +9,9 @@
 //! ```
 //!
 //! **Invariant:** every record carries a magic number, a version, its own address, the volume's id and a CRC-32C; what
-//! fails one of these is `Damaged`, never half used. All numbers are little-endian. FORMAT.md is the full description.
+//! fails one of these is `Damaged`, never half used. All numbers are little-endian. The full description follows.
+#![doc = ""]
+#![doc = include_str!("../../FORMAT.md")]
 
 pub mod intent;
 pub mod layout;

@@ -15,7 +15,7 @@ mod store;
 mod tables;
 
 pub(crate) use records::{ClientRecord, InodeRecord, StoredReply};
-pub(crate) use store::{Snapshot, Store};
+pub(crate) use store::{Snapshot, Store, guarded};
 pub(crate) use tables::{Dirent, Globals, Tables};
 
 pub use store::StoreError;

@@ -17,7 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use blockio::{AlignedBuf, BlockDevice, IoBuf, IoError, IoOp, IoRequest};
 use lockmgr::VolumeId;
 
-use crate::format::layout::{BLOCK_BYTES, META_SLOT_BYTES, META_SLOT_OFFSETS};
+use crate::format::layout::{META_SLOT_BYTES, META_SLOT_OFFSETS};
 use crate::format::meta_slot::{CHUNKS_MAX, Chunk, MetaSlot};
 
 /// Writes in flight before the writer waits: bounds the memory of a large commit.

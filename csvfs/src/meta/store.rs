@@ -5,6 +5,7 @@
 //! store says that it is `tight` and only what frees space is let in.
 
 use std::error::Error;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use blockio::{BlockDevice, IoError};
@@ -63,6 +64,12 @@ fn device(doing: &'static str) -> impl FnOnce(IoError) -> StoreError {
     move |error| StoreError::Engine { doing, source: Box::new(error) }
 }
 
+/// The database may panic on pages that it has not written so. What is on the LUN must not take the process down.
+pub(crate) fn guarded<T>(what: &str, work: impl FnOnce() -> T) -> Result<T, StoreError> {
+    std::panic::catch_unwind(AssertUnwindSafe(work))
+        .map_err(|_| StoreError::Damaged { what: what.to_owned() })
+}
+
 /// The open store. Only a coordinator has one, or a check on a copy.
 pub(crate) struct Store {
     db: redb::Database,
@@ -86,7 +93,7 @@ impl Store {
         let region =
             Region::create(device_, volume, Vec::new()).map_err(device("write the metadata slot"))?;
         region.add_chunks(&[chunk]).map_err(device("write the first metadata chunk"))?;
-        let store = Self::on(region)?;
+        let store = Self::on(region, false)?;
         let transaction = store.begin()?;
         {
             let mut tables = transaction.tables()?;
@@ -103,17 +110,26 @@ impl Store {
         lun_bytes: u64,
     ) -> Result<Self, StoreError> {
         let region = Region::open(device_, volume, lun_bytes).map_err(device("read the metadata slot"))?;
-        Self::on(region)
+        Self::on(region, false)
     }
 
-    fn on(region: Region) -> Result<Self, StoreError> {
+    /// As `open`, with the checksum of every page verified.
+    pub(crate) fn open_verified(
+        device_: Arc<dyn BlockDevice>,
+        volume: VolumeId,
+        lun_bytes: u64,
+    ) -> Result<Self, StoreError> {
+        let region = Region::open(device_, volume, lun_bytes).map_err(device("read the metadata slot"))?;
+        Self::on(region, true)
+    }
+
+    fn on(region: Region, verified: bool) -> Result<Self, StoreError> {
         let region = Arc::new(region);
         let mut builder = redb::Builder::new();
-        builder.set_cache_size(CACHE_BYTES);
-        let db = builder
-            .create_with_backend(LunBackend::new(region.clone()))
-            .map_err(engine("open the metadata store"))?;
-        Ok(Self { db, region })
+        builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(verified);
+        let backend = LunBackend::new(region.clone());
+        let opened = guarded("a page that cannot be", || builder.create_with_backend(backend))?;
+        Ok(Self { db: opened.map_err(engine("open the metadata store"))?, region })
     }
 
     pub(crate) fn begin(&self) -> Result<Transaction, StoreError> {
@@ -126,11 +142,6 @@ impl Store {
     pub(crate) fn snapshot(&self) -> Result<Snapshot, StoreError> {
         let inner = self.db.begin_read().map_err(engine("begin reading the metadata"))?;
         tables::open_read(&inner)
-    }
-
-    /// Verifies the checksums of every page of the database. Only for a store that nobody serves from.
-    pub(crate) fn check_pages(&mut self) -> Result<bool, StoreError> {
-        self.db.check_integrity().map_err(engine("verify the metadata pages"))
     }
 
     /// Ends all writing, for good.
