@@ -1,0 +1,287 @@
+//! The node library beside the raw LUN: the same io_uring engine, the same bytes of the LUN, turns taken in one run.
+//!
+//! `node_io [--seconds S] [--rounds N] [--dir DIR]`: makes a LUN in a file in DIR, a volume on it and a
+//! file that is written once. Raw requests go to where that file lies on the LUN; ours go through the file. Turns are short
+//! and many (S seconds, N of each), so that whatever else the machine does meets both sides.
+#![expect(
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    reason = "a harness: it measures time and talks to people"
+)]
+
+use std::path::PathBuf;
+use std::sync::{Arc, Barrier, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use benchmarks::{Row, median, print_table};
+use blockio::{BlockDevice, FileDevice, IoBuf, IoOp, IoRequest};
+use csvfs::local::{LocalLink, LocalPushes};
+use csvfs::node::{Creation, File, Node, NodeParams, ROOT_INO};
+use csvfs::{Coordinator, CreateParams, OpenParams, Volume};
+use lockmgr::{ClientId, ClusterId, Epoch, NodeId, Term};
+use uuid::Uuid;
+
+type Failure = Box<dyn std::error::Error>;
+
+const LUN_BYTES: u64 = 3 << 30;
+const FILE_BYTES: u64 = 1 << 30;
+const CREATION: Creation = Creation { mode: 0o644, uid: 0, gid: 0 };
+
+struct Arguments {
+    seconds: f64,
+    rounds: usize,
+    dir: PathBuf,
+}
+
+impl Arguments {
+    fn parse() -> Result<Self, Failure> {
+        let mut parsed = Self { seconds: 0.4, rounds: 15, dir: std::env::temp_dir() };
+        let mut words = std::env::args().skip(1);
+        while let Some(word) = words.next() {
+            let mut value = || words.next().ok_or(format!("{word} needs a value"));
+            match word.as_str() {
+                "--seconds" => parsed.seconds = value()?.parse()?,
+                "--rounds" => parsed.rounds = value()?.parse()?,
+                "--dir" => parsed.dir = value()?.into(),
+                _ => return Err(format!("{word}: not known; use --seconds S, --rounds N, --dir DIR").into()),
+            }
+        }
+        Ok(parsed)
+    }
+}
+
+/// A volume with its coordinator and one node in this process.
+struct World {
+    device: Arc<FileDevice>,
+    node: Arc<Node>,
+    _coordinator: Arc<Coordinator>,
+}
+
+impl World {
+    fn new(lun: &std::path::Path) -> Result<Self, Failure> {
+        let device = Arc::new(FileDevice::create(lun, LUN_BYTES)?);
+        let params =
+            CreateParams { name: "bench".into(), cluster: ClusterId(Uuid::from_u128(1)), force: true };
+        let volume = Volume::create(device.clone(), params)?.volume;
+        let pushes = LocalPushes::new();
+        let who = (NodeId(1), Epoch(1), Term(1));
+        let coordinator = Coordinator::open(OpenParams::new(device.clone(), volume, who, pushes.clone()))?;
+        let client = ClientId { node: NodeId(1), epoch: Epoch(1), serial: 1 };
+        let link = LocalLink::to(coordinator.clone());
+        let params =
+            NodeParams { device: device.clone(), link, client, volume, term: Term(1), name: "bench".into() };
+        let node = Node::attach(params)?;
+        pushes.add(client, &node);
+        Ok(Self { device, node, _coordinator: coordinator })
+    }
+}
+
+/// Where the file lies on the LUN, as a device: what the node library does, done by hand.
+struct Raw {
+    device: Arc<FileDevice>,
+    start: u64,
+}
+
+impl BlockDevice for Raw {
+    fn geometry(&self) -> blockio::Geometry {
+        self.device.geometry()
+    }
+
+    fn submit(&self, request: IoRequest) {
+        let op = match request.op {
+            IoOp::Read { offset, buf } => IoOp::Read { offset: self.start + offset, buf },
+            IoOp::Write { offset, buf, fua } => IoOp::Write { offset: self.start + offset, buf, fua },
+            other => other,
+        };
+        self.device.submit(IoRequest { op, done: request.done });
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Workload {
+    name: &'static str,
+    write: bool,
+    bytes: usize,
+    depth: usize,
+    random: bool,
+    goal: f64,
+}
+
+const WORKLOADS: [Workload; 4] = [
+    Workload {
+        name: "4 KiB random read QD32 (IOPS)",
+        write: false,
+        bytes: 4096,
+        depth: 32,
+        random: true,
+        goal: 0.85,
+    },
+    Workload {
+        name: "4 KiB random write QD32 (IOPS)",
+        write: true,
+        bytes: 4096,
+        depth: 32,
+        random: true,
+        goal: 0.85,
+    },
+    Workload {
+        name: "1 MiB seq read QD4 (MiB/s)",
+        write: false,
+        bytes: 1 << 20,
+        depth: 4,
+        random: false,
+        goal: 0.9,
+    },
+    Workload {
+        name: "1 MiB seq write QD4 (MiB/s)",
+        write: true,
+        bytes: 1 << 20,
+        depth: 4,
+        random: false,
+        goal: 0.9,
+    },
+];
+
+/// Offsets of a workload, the same for both sides.
+struct Offsets {
+    state: u64,
+    next: u64,
+}
+
+impl Offsets {
+    fn next(&mut self, load: &Workload) -> u64 {
+        let slots = FILE_BYTES / load.bytes as u64;
+        let slot = if load.random {
+            self.state ^= self.state << 13;
+            self.state ^= self.state >> 7;
+            self.state ^= self.state << 17;
+            self.state % slots
+        } else {
+            self.next += 1;
+            (self.next - 1) % slots
+        };
+        slot * load.bytes as u64
+    }
+}
+
+/// Keeps `depth` requests in flight for a while; gives requests per second.
+fn drive(device: &dyn BlockDevice, load: &Workload, length: Duration) -> Result<f64, Failure> {
+    let (tell, told) = mpsc::channel();
+    let bufs: Vec<IoBuf> = (0..load.depth).map(|_| IoBuf::zeroed(load.bytes)).collect();
+    let mut offsets = Offsets { state: 0x9E37_79B9, next: 0 };
+    let mut submit = |slot: usize| {
+        let (tell, buf, offset) = (tell.clone(), bufs[slot].clone(), offsets.next(load));
+        let op =
+            if load.write { IoOp::Write { offset, buf, fua: false } } else { IoOp::Read { offset, buf } };
+        device.submit(IoRequest { op, done: Box::new(move |outcome| drop(tell.send((slot, outcome)))) });
+    };
+    (0..load.depth).for_each(&mut submit);
+    let (start, mut ended, mut in_flight) = (Instant::now(), 0u32, load.depth);
+    while in_flight > 0 {
+        let (slot, outcome) = told.recv()?;
+        outcome?;
+        if start.elapsed() < length {
+            ended += 1;
+            submit(slot);
+        } else {
+            in_flight -= 1;
+        }
+    }
+    Ok(f64::from(ended) / length.as_secs_f64())
+}
+
+fn compare(load: &Workload, raw: &Raw, file: &File, arguments: &Arguments) -> Result<Row, Failure> {
+    let length = Duration::from_secs_f64(arguments.seconds);
+    let (mut base, mut ours) = (Vec::new(), Vec::new());
+    drive(raw, load, length / 4)?;
+    for round in 0..arguments.rounds {
+        // Who goes first changes, so that neither gains from the other's wake.
+        let sides: [bool; 2] = if round % 2 == 0 { [false, true] } else { [true, false] };
+        for node in sides {
+            if node {
+                ours.push(drive(file, load, length)?);
+            } else {
+                base.push(drive(raw, load, length)?);
+            }
+        }
+    }
+    Ok(Row { name: load.name.into(), base: median(&mut base), ours: median(&mut ours), goal: load.goal })
+}
+
+/// Durable creates per second in one directory by `clients` threads.
+fn creates(node: &Arc<Node>, clients: usize, length: Duration, tag: &str) -> Result<f64, Failure> {
+    let dir = node.mkdir(ROOT_INO, tag.as_bytes(), &CREATION)?.ino;
+    let start_line = Arc::new(Barrier::new(clients + 1));
+    let workers: Vec<_> = (0..clients)
+        .map(|client| {
+            let (node, start_line) = (node.clone(), start_line.clone());
+            thread::spawn(move || {
+                start_line.wait();
+                let (start, mut count) = (Instant::now(), 0u32);
+                while start.elapsed() < length {
+                    let name = format!("{client}-{count}");
+                    node.create(dir, name.as_bytes(), &CREATION, true).map(drop)?;
+                    count += 1;
+                }
+                Ok::<u32, csvfs::node::FsError>(count)
+            })
+        })
+        .collect();
+    start_line.wait();
+    let mut total = 0;
+    for worker in workers {
+        total += worker.join().map_err(|_| "a client panicked")??;
+    }
+    Ok(f64::from(total) / length.as_secs_f64())
+}
+
+fn compare_creates(node: &Arc<Node>, arguments: &Arguments) -> Result<Row, Failure> {
+    let length = Duration::from_secs_f64(arguments.seconds);
+    let (mut alone, mut together) = (Vec::new(), Vec::new());
+    for round in 0..arguments.rounds {
+        alone.push(creates(node, 1, length, &format!("one{round}"))?);
+        together.push(creates(node, 32, length, &format!("many{round}"))?);
+    }
+    let name = "durable creates (1/s)".into();
+    Ok(Row { name, base: median(&mut alone), ours: median(&mut together), goal: 8.0 })
+}
+
+/// Writes the whole file once; gives where it lies, which must be in one piece.
+fn fill(file: &File) -> Result<u64, Failure> {
+    blockio::ImageFile::set_len(file, FILE_BYTES)?;
+    file.allocate(0, FILE_BYTES, false)?;
+    let chunk = IoBuf::zeroed(4 << 20);
+    let bytes: Vec<u8> = (0..chunk.len()).map(|at| u8::try_from(at % 251).unwrap_or(0)).collect();
+    chunk.copy_from(&bytes);
+    for offset in (0..FILE_BYTES).step_by(chunk.len()) {
+        file.run(IoOp::Write { offset, buf: chunk.clone(), fua: false })?;
+    }
+    BlockDevice::flush(file)?;
+    match file.map()?.as_slice() {
+        [whole] if whole.length >= FILE_BYTES => Ok(whole.lun_offset),
+        pieces => Err(format!("the file lies in {} pieces on a fresh volume", pieces.len()).into()),
+    }
+}
+
+fn main() -> Result<(), Failure> {
+    let arguments = Arguments::parse()?;
+    let dir = tempfile::tempdir_in(&arguments.dir)?;
+    let world = World::new(&dir.path().join("lun"))?;
+    let file = world.node.create(ROOT_INO, b"file", &CREATION, true)?.1;
+    let start = fill(&file)?;
+    let raw = Raw { device: world.device.clone(), start };
+    let before = world.node.stats().requests_sent;
+    let mut rows = Vec::new();
+    for load in &WORKLOADS {
+        rows.push(compare(load, &raw, &file, &arguments)?);
+    }
+    let messages = world.node.stats().requests_sent - before;
+    print_table("node library and raw LUN", "raw", "node", &rows);
+    println!("  messages to the coordinator during all of this: {messages}");
+    let creates = compare_creates(&world.node, &arguments)?;
+    print_table("grouped commits", "1 client", "32 clients", &[creates]);
+    drop(file);
+    world.node.detach()?;
+    Ok(())
+}
