@@ -13,6 +13,7 @@ use super::FsError;
 use super::advance::Out;
 use super::grants::Seq;
 use super::inode::Inode;
+use super::rank::{self, Ranked};
 use super::session::{Holder, Holdings, Session};
 use super::sync::FlushDone;
 use super::workers::Workers;
@@ -84,8 +85,12 @@ impl Core {
         })
     }
 
-    fn files(&self) -> MutexGuard<'_, HashMap<u64, Arc<Inode>>> {
-        self.files.lock().unwrap_or_else(PoisonError::into_inner)
+    fn files(&self) -> Ranked<MutexGuard<'_, HashMap<u64, Arc<Inode>>>> {
+        Ranked::take(rank::FILES, || self.files.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn flusher(&self) -> Ranked<MutexGuard<'_, Flusher>> {
+        Ranked::take(rank::FLUSHER, || self.flusher.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(super) fn files_count(&self) -> usize {
@@ -185,7 +190,7 @@ impl Core {
 
     /// Completes `done`, on a worker, when all writes that had completed before are on stable media. Callers share.
     pub(super) fn flush(self: &Arc<Self>, done: FlushDone) {
-        let mut flusher = self.flusher.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut flusher = self.flusher();
         flusher.next.push(done);
         if std::mem::replace(&mut flusher.running, true) {
             return;
@@ -210,7 +215,7 @@ impl Core {
             self.stop(&format!("a flush of the LUN failed: {error}"));
             self.stopped().unwrap_or(FsError::Io(error))
         });
-        let mut flusher = self.flusher.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut flusher = self.flusher();
         let next = std::mem::take(&mut flusher.next);
         flusher.running = !next.is_empty();
         drop(flusher);
@@ -229,7 +234,8 @@ impl Core {
             inode.lock().leaving = true;
             inode.kick();
         }
-        let waiting = self.retired.wait_timeout_while(self.files(), patience, |files| !files.is_empty());
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let waiting = self.retired.wait_timeout_while(files, patience, |files| !files.is_empty());
         waiting.unwrap_or_else(PoisonError::into_inner).0.is_empty()
     }
 

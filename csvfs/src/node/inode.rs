@@ -25,6 +25,7 @@ use super::grants::Grant;
 use super::growth::Growth;
 use super::io::{DataOp, Done, Effect, Plan, What, Writes};
 use super::map::{BLOCK_BYTES, ExtentMap, FILE_BYTES_MAX, block_ceil, block_floor};
+use super::rank::{self, Ranked};
 use super::sync::{Pending, Rounds};
 use super::transfer::Transfer;
 use super::{Attr, FsError, attr};
@@ -158,8 +159,8 @@ impl Inode {
         Arc::new(Self { core, ino, state: Mutex::default() })
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn lock(&self) -> Ranked<MutexGuard<'_, State>> {
+        Ranked::take(rank::FILE, || self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Starts a read or write. Never blocks for a message.

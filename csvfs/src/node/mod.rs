@@ -13,8 +13,7 @@
 //!      CoordinatorLink ---> coordinator (here or on another node)
 //! ```
 //!
-//! Lock ranks, taken in this order and none held over I/O, a message or a callback: files table 1, file 2,
-//! flusher 4, session 5, workers 9.
+//! Locks are taken in the order of their ranks (`rank`), and none is held over I/O, a message or a callback.
 //!
 //! **Invariant:** data is read or written only under a grant that permits it, and a grant is given back only when no
 //! request of it is in flight and what it buffered is with the coordinator (C6, E3).
@@ -33,6 +32,7 @@ mod link;
 mod map;
 mod names;
 mod ranges;
+mod rank;
 mod session;
 mod space;
 mod sync;

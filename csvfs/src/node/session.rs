@@ -19,6 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use pb::request::Op;
 
+use super::rank::{self, Ranked};
 use super::workers::Workers;
 use super::{CoordinatorLink, FsError, LinkError};
 use crate::proto as pb;
@@ -244,8 +245,8 @@ impl Session {
         self.requests_sent.load(Ordering::Relaxed)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> Ranked<MutexGuard<'_, State>> {
+        Ranked::take(rank::SESSION, || self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn holder(&self) -> Option<Arc<dyn Holder>> {

@@ -14,6 +14,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use super::rank::{self, Held};
+
 const THREADS_MAX: usize = 2;
 const STACK_BYTES: usize = 256 << 10;
 
@@ -46,6 +48,7 @@ impl Workers {
 
     /// Runs `task` on one of the threads, soon. Never blocks.
     pub(super) fn run(&self, task: impl FnOnce() + Send + 'static) {
+        let _rank = Held::enter(rank::WORKERS);
         let mut queue = self.shared.lock();
         queue.tasks.push_back(Box::new(task));
         self.wake(queue);
@@ -53,6 +56,7 @@ impl Workers {
 
     /// Runs `task` in `delay`.
     pub(super) fn after(&self, delay: Duration, task: impl FnOnce() + Send + 'static) {
+        let _rank = Held::enter(rank::WORKERS);
         let mut queue = self.shared.lock();
         queue.timers.push((monotonic() + delay, Box::new(task)));
         self.wake(queue);
