@@ -15,6 +15,7 @@ use crate::refusal::{OpError, errno};
 const NAME_BYTES_MAX: usize = 255;
 /// Longest target of a symlink in bytes.
 const TARGET_BYTES_MAX: usize = 4095;
+const SETUID: u32 = 0o4000;
 const SETGID: u32 = 0o2000;
 const MODE_BITS: u32 = 0o7777;
 /// Entries on the way to the root before the tree is taken to be damaged.
@@ -331,13 +332,26 @@ impl Names<'_, '_> {
 
     /// Changes attributes other than the size.
     pub(crate) fn set_attr(&self, inode: &mut InodeRecord, op: &SetAttr) {
-        inode.mode = op.mode.map_or(inode.mode, |mode| mode & MODE_BITS);
+        let new_owner = op.uid.is_some() || op.gid.is_some();
+        inode.mode = match op.mode {
+            Some(mode) => mode & MODE_BITS,
+            None if new_owner && inode.is_regular() => without_set_ids(inode.mode),
+            None => inode.mode,
+        };
         inode.uid = op.uid.unwrap_or(inode.uid);
         inode.gid = op.gid.unwrap_or(inode.gid);
         inode.atime = op.atime.unwrap_or(inode.atime);
         inode.mtime = op.mtime.unwrap_or(inode.mtime);
         inode.ctime = op.ctime.unwrap_or(self.now);
     }
+}
+
+/// A new owner does not get a program that runs as somebody else. Without group execution, the bit of the group means
+/// mandatory locking and stays.
+fn without_set_ids(mode: u32) -> u32 {
+    const GROUP_EXEC: u32 = 0o010;
+    let cleared = mode & !SETUID;
+    if mode & GROUP_EXEC != 0 { cleared & !SETGID } else { cleared }
 }
 
 fn check_target(kind: FileKind, target: &[u8]) -> Result<(), OpError> {

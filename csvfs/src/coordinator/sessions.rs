@@ -19,7 +19,7 @@ use crate::format::layout::BLOCK_BYTES;
 use crate::meta::{ClientRecord, StoreError, Tables};
 use crate::proto::request::Op;
 use crate::proto::{Attach, Attached, Claim, FailureKind, GrantMode, reply};
-use crate::refusal::failure;
+use crate::refusal::{errno, failure};
 
 /// Longest name of a client in bytes; what is longer is cut.
 const NAME_BYTES_MAX: usize = 128;
@@ -60,15 +60,13 @@ impl Core {
         let Some(Op::Attach(attach)) = &work.request.op else { return Ok(()) };
         let client = work.client;
         if let Some(why) = self.attach_objection(client, attach) {
-            self.fail(work.done, failure(FailureKind::Stopped, why));
-            return Ok(());
+            return self.refuse(work.done, errno(libc::ESTALE, why));
         }
         self.older_clients_gone(tables, client)?;
         self.drop_waiting_of(client);
         if let Err(why) = self.take_claims(client, attach) {
             tracing::error!(%client, why, "refusing the claims of a client");
-            self.fail(work.done, failure(FailureKind::Stopped, why));
-            return Ok(());
+            return self.refuse(work.done, errno(libc::ESTALE, why));
         }
         if !self.sessions.contains_key(&client) {
             let record = ClientRecord { name: short_name(&attach.name), term: self.term.0 };

@@ -180,3 +180,16 @@ fn attributes_are_set_and_setgid_is_inherited() {
     assert_eq!(c.create(d.ino, "f").gid, 42);
     assert_eq!(c.mkdir(d.ino, "e").mode & 0o2000, 0o2000);
 }
+
+#[test]
+fn a_new_owner_does_not_inherit_a_program_that_runs_as_somebody_else() {
+    let world = World::new();
+    let c = world.client(1);
+    let ino = c.create(ROOT, "su").ino;
+    let set = |mode, uid| c.attr(Op::SetAttr(pb::SetAttr { ino, mode, uid, ..pb::SetAttr::default() })).mode;
+    assert_eq!(set(Some(0o6755), None), 0o6755);
+    assert_eq!(set(None, Some(5)), 0o755);
+    assert_eq!(set(Some(0o6745), None), 0o6745);
+    assert_eq!(set(None, Some(6)), 0o2745);
+    assert_eq!(set(Some(0o4755), Some(7)), 0o4755);
+}

@@ -151,8 +151,8 @@ fn who_does_not_come_back_is_reported_and_waited_for_until_it_is_gone() {
     attr(result(&more));
     // Given up, it cannot come back with what it had.
     let c = c.follow(&world);
-    let late = c.failure(Op::Attach(attach_with(vec![claim(7, GrantMode::Exclusive)], vec![])));
-    assert_eq!(late, FailureKind::Stopped);
+    let late = c.errno(Op::Attach(attach_with(vec![claim(7, GrantMode::Exclusive)], vec![])));
+    assert_eq!(late, libc::ESTALE);
 }
 
 #[test]
@@ -163,8 +163,8 @@ fn claims_that_exclude_each_other_are_refused() {
     let world = world.crashed();
     let (c, d) = (c.follow(&world), d.follow(&world));
     c.attach(attach_with(vec![claim(ino, GrantMode::Exclusive)], vec![]));
-    let both = d.failure(Op::Attach(attach_with(vec![claim(ino, GrantMode::ProtectedRead)], vec![])));
-    assert_eq!(both, FailureKind::Stopped);
+    let both = d.errno(Op::Attach(attach_with(vec![claim(ino, GrantMode::ProtectedRead)], vec![])));
+    assert_eq!(both, libc::ESTALE);
 }
 
 #[test]
@@ -247,7 +247,7 @@ fn a_new_epoch_of_a_node_ends_its_old_clients() {
     let reborn = world.stranger(1).named(ClientId { epoch: Epoch(2), ..c.id });
     reborn.attach(pb::Attach::default());
     assert_eq!(d.acquire(ino, GrantMode::Exclusive).mode(), GrantMode::Exclusive);
-    assert_eq!(c.failure(Op::Attach(pb::Attach::default())), FailureKind::Stopped);
+    assert_eq!(c.errno(Op::Attach(pb::Attach::default())), libc::ESTALE);
     assert_eq!(c.failure(Op::GetAttr(pb::GetAttr { ino })), FailureKind::NotAttached);
 }
 
