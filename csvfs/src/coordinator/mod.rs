@@ -255,9 +255,10 @@ impl Coordinator {
         let _ = self.mailbox.put(Job::NodeGone(node, epoch));
     }
 
-    /// Ends all writing at once and for good: the right to coordinate was lost.
+    /// Ends all writing at once and for good, and answers nothing more: the right to coordinate was lost.
     pub fn revoke(&self) {
         self.mailbox.revoke();
+        self.mailbox.abandon();
     }
 
     /// Ends in order: finishes and commits what has begun, answers the rest with NOT_COORDINATOR, leaves the store clean.
@@ -301,8 +302,7 @@ impl Coordinator {
 /// Without `close` it ends as in a crash: what was answered is durable, the next coordinator repairs the rest.
 impl Drop for Coordinator {
     fn drop(&mut self) {
-        self.mailbox.revoke();
-        self.mailbox.abandon();
+        self.revoke();
         self.join();
     }
 }

@@ -326,3 +326,106 @@ fn slot_order(sequence: u64) -> [u64; 2] {
 fn overlaps(ranges: &BTreeMap<u64, u64>, at: u64, len: u64) -> bool {
     ranges.range(..at + len).next_back().is_some_and(|(start, bytes)| start + bytes > at)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use blockio::{FaultDevice, MemoryDevice, OpKind};
+    use uuid::Uuid;
+
+    const MIB: u64 = 1 << 20;
+
+    fn volume() -> VolumeId {
+        VolumeId(Uuid::from_u128(3))
+    }
+
+    fn chunks() -> Vec<Chunk> {
+        // Not in the order of the LUN, and not next to each other.
+        vec![Chunk { offset: 40 * MIB, bytes: MIB }, Chunk { offset: 21 * MIB, bytes: MIB }]
+    }
+
+    fn region(device: Arc<dyn BlockDevice>) -> Region {
+        let region = Region::create(device, volume(), Vec::new()).expect("good");
+        region.add_chunks(&chunks()).expect("good");
+        region
+    }
+
+    fn block(region: &Region, offset: u64) -> u8 {
+        let mut bytes = [0; 4096];
+        region.read(offset, &mut bytes).expect("good");
+        assert!(bytes.iter().all(|b| *b == bytes[0]));
+        bytes[0]
+    }
+
+    #[test]
+    fn writes_find_their_chunks_and_survive_reopening() {
+        let device: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::new(64 * MIB));
+        let store = region(device.clone());
+        store.set_len(2 * MIB).expect("there is room");
+        store.write(MIB - 4096, &[7; 8192]).expect("good");
+        store.sync().expect("good");
+        let again = Region::open(device.clone(), volume(), 64 * MIB).expect("good");
+        assert_eq!((again.len(), again.capacity()), (2 * MIB, 2 * MIB));
+        assert_eq!([MIB - 4096, MIB].map(|at| block(&again, at)), [7, 7]);
+        let mut on_lun = [0; 4096];
+        device.read_at(21 * MIB, &mut on_lun).expect("good");
+        assert_eq!(on_lun, [7; 4096]);
+    }
+
+    #[test]
+    fn space_that_was_used_before_grows_back_as_zeros() {
+        let store = region(Arc::new(MemoryDevice::new(64 * MIB)));
+        store.set_len(MIB).expect("there is room");
+        store.write(MIB - 4096, &[7; 4096]).expect("good");
+        store.set_len(4096).expect("smaller is fine");
+        store.set_len(2 * MIB).expect("there is room");
+        assert_eq!([MIB - 4096, MIB].map(|at| block(&store, at)), [0, 0]);
+        assert!(matches!(store.set_len(2 * MIB + 4096), Err(IoError::NoSpace { .. })));
+        assert!(store.read(2 * MIB, &mut [0; 4096]).is_err());
+    }
+
+    #[test]
+    fn chunks_are_zeroed_before_they_are_used() {
+        let device = Arc::new(MemoryDevice::new(64 * MIB));
+        device.write_at(40 * MIB, &[0xee; 8192]).expect("good");
+        let store = region(device);
+        store.set_len(8192).expect("there is room");
+        assert_eq!(block(&store, 4096), 0);
+    }
+
+    #[test]
+    fn a_read_sees_the_write_that_is_still_in_flight() {
+        let device = Arc::new(FaultDevice::new(MemoryDevice::new(64 * MIB)));
+        let store = Arc::new(region(device.clone()));
+        store.set_len(MIB).expect("there is room");
+        device.hold(Some(OpKind::Write));
+        store.write(0, &[1; 4096]).expect("queued");
+        device.wait_held(1);
+        let second = {
+            let store = store.clone();
+            std::thread::spawn(move || store.write(0, &[2; 4096]))
+        };
+        // The second write to the same place waits for the first one, and the read for both.
+        device.release();
+        second.join().expect("no panic").expect("queued");
+        assert_eq!(block(&store, 0), 2);
+    }
+
+    // Invariants D5, D6.
+    #[test]
+    fn after_the_end_of_the_term_or_an_error_nothing_is_written() {
+        let device = Arc::new(FaultDevice::new(MemoryDevice::new(64 * MIB)));
+        let store = region(device.clone());
+        store.set_len(MIB).expect("there is room");
+        store.revoke();
+        assert!(matches!(store.write(0, &[1; 4096]), Err(IoError::NotPermitted { .. })));
+        assert!(store.sync().is_err() && store.set_len(0).is_err());
+        let store = Region::open(device.clone(), volume(), 64 * MIB).expect("good");
+        device.fail(OpKind::Write, 1, 5);
+        store.write(0, &[1; 4096]).expect("queued");
+        assert!(store.sync().is_err(), "the failed write shows at the next sync");
+        device.heal();
+        assert!(matches!(store.write(0, &[1; 4096]), Err(IoError::Poisoned { .. })));
+        assert!(matches!(store.sync(), Err(IoError::Poisoned { .. })));
+    }
+}
