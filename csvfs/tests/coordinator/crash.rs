@@ -16,7 +16,7 @@ use csvfs::pb::{self, ExtentState, FileKind, GrantMode, reply};
 use lockmgr::VolumeId;
 
 use crate::world::{
-    BLOCK, Client, MIB, ROOT, World, assert_clean_offline, create, format, make, rename, unlink,
+    BLOCK, Client, MIB, ROOT, World, assert_clean_offline, attr, create, format, make, rename, result, unlink,
 };
 
 const LUN: u64 = 64 * MIB;
@@ -288,7 +288,7 @@ fn a_power_cut_at_any_flush_loses_nothing_that_was_promised() {
 
 #[test]
 fn torn_writes_of_many_seeds_lose_nothing_that_was_promised() {
-    for seed in 1..4 {
+    for seed in 1..9 {
         let recorded = record(0xabcd_0000 + seed, 16);
         for (i, cut) in recorded.cuts().into_iter().enumerate().step_by(3) {
             recorded.check(cut, Unflushed::Torn { seed: seed * 1000 + i as u64 });
@@ -312,5 +312,52 @@ fn a_power_cut_while_formatting_leaves_no_half_volume() {
                 assert_eq!(other, 0, "{report:?}");
             }
         }
+    }
+}
+
+/// Waves of creates with long names, so that the metadata takes further chunks of the LUN.
+fn record_growth() -> (Arc<Recorder<MemoryDevice>>, VolumeId, Vec<(usize, u64)>) {
+    let base = used_lun();
+    let recorder = Arc::new(Recorder::with_base(base.fork(), base));
+    let device: Arc<dyn BlockDevice> = recorder.clone();
+    let volume = format(&device);
+    let world = World::open(device, volume, 1);
+    let client = world.client(1);
+    let mut promises = vec![(recorder.position(), 0)];
+    for wave in 0..8_u64 {
+        let name = |i: u64| format!("{wave}-{i}-{:0>200}", 0);
+        let started: Vec<_> = (0..400).map(|i| client.start(create(ROOT, &name(i)))).collect();
+        started.iter().for_each(|reply| assert_eq!(attr(result(reply)).nlink, 1));
+        promises.push((recorder.position(), (wave + 1) * 400));
+    }
+    let blocks = world.assert_clean(&client).metadata_blocks;
+    assert!(blocks * BLOCK > 8 * MIB, "the store has taken no chunk");
+    (recorder, volume, promises)
+}
+
+// A crash between the commit that takes a chunk and the slot that lists it loses neither the chunk nor the store.
+#[test]
+fn a_power_cut_while_the_metadata_grows_loses_nothing() {
+    let (recorder, volume, promises) = record_growth();
+    let flushes: Vec<usize> = recorder
+        .log()
+        .iter()
+        .enumerate()
+        .filter_map(|(at, r)| (at > promises[0].0 && matches!(r, Record::Flush { .. })).then_some(at))
+        .collect();
+    for (i, &cut) in flushes.iter().enumerate() {
+        let seed = i as u64;
+        let choice = [Unflushed::Torn { seed }, Unflushed::None, Unflushed::Subset { seed }][i % 3];
+        let image: Arc<dyn BlockDevice> = Arc::new(recorder.replay_prefix(cut, choice));
+        let found = assert_clean_offline(&image).inodes - 1;
+        let done = promises.iter().rposition(|(at, _)| *at <= cut).expect("the volume was made");
+        let most = promises.get(done + 1).map_or(promises[done].1, |(_, count)| *count);
+        assert!((promises[done].1..=most).contains(&found), "{found} files at {cut} with {choice:?}");
+        // The next coordinator finishes the growth, and goes on.
+        let world = World::open(image, volume, 2);
+        let reader = world.client(2);
+        world.coordinator.client_gone(world.stranger(1).id);
+        reader.create(ROOT, "goes on");
+        world.assert_clean(&reader);
     }
 }
