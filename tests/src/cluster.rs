@@ -141,6 +141,7 @@ fn console_text(document: &Value) -> String {
 impl Drop for Cluster {
     fn drop(&mut self) {
         if std::thread::panicking() && std::env::var_os("KEEP_CLUSTER").is_some() {
+            self.folder.disable_cleanup(true);
             return;
         }
         let dir = self.dir().to_str().expect("a UTF-8 path");
