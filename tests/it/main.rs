@@ -5,6 +5,7 @@ mod bad_input;
 mod coherence;
 mod faults;
 mod moves;
+mod nodes;
 mod refusals;
 mod vm;
 

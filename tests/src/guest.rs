@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use hv_guest::{Ack, Layout, Report, last_ack, verify_image};
 
-use crate::{Cluster, run_tool};
+use crate::{Cluster, Ctl, run_tool};
 
 /// Guest output is awaited at most this long; the machine may be slow, the guest is not.
 const CONSOLE_LIMIT: Duration = Duration::from_secs(90);
@@ -59,7 +59,23 @@ impl Guest {
         let image = cluster.mount(3).join(written_disk);
         let text = |path: &Path| path.to_str().expect("a UTF-8 path").to_owned();
         run_tool("qemu-img", &["convert", "-f", "vhdx", "-O", "raw", &text(&image), &text(&raw)]);
-        let reader = BufReader::new(File::open(&raw).expect("the converted image"));
+        self.check(&raw, acked)
+    }
+
+    /// The same after the VM's node has died: the image was not closed, so its log is replayed by `csvctl vhdx convert`.
+    ///
+    /// # Panics
+    /// When anything that was acknowledged is missing, or anything is torn.
+    pub fn verify_crashed(&self, cluster: &Cluster, written_disk: &str, acked: Ack, folder: &Path) -> Report {
+        let raw = folder.join(format!("{}-crashed.raw", self.name));
+        let image = cluster.mount(3).join(written_disk);
+        let text = |path: &Path| path.to_str().expect("a UTF-8 path").to_owned();
+        Ctl::local().must(&["vhdx", "convert", &text(&image), &text(&raw), "--to", "raw"]);
+        self.check(&raw, acked)
+    }
+
+    fn check(&self, raw: &Path, acked: Ack) -> Report {
+        let reader = BufReader::new(File::open(raw).expect("the converted image"));
         let report = verify_image(reader, self.layout, acked).expect("a readable image");
         assert!(report.is_clean() && report.records_promised > 0, "the disk lost data: {report:?}");
         report

@@ -1,0 +1,103 @@
+//! Nodes that freeze, are cut off, or take a VM with them.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use cluster_tests::{Cluster, Ctl, Guest};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{device_present, text};
+
+/// Verdicts take a few seconds; a loaded machine may take longer.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Asks until the answer is as wanted.
+fn until(what: &str, mut ask: impl FnMut() -> Value, wanted: impl Fn(&Value) -> bool) -> Value {
+    let started = Instant::now();
+    loop {
+        let found = ask();
+        if wanted(&found) {
+            return found;
+        }
+        assert!(started.elapsed() < LIMIT, "{what} did not happen within {LIMIT:?}: {found}");
+    }
+}
+
+fn node_state(cluster: &Cluster, asked: usize, node: usize) -> String {
+    let nodes = cluster.ctl(asked).must(&["node", "list"]);
+    let name = cluster.name(node);
+    let found = nodes["nodes"].as_array().expect("nodes").iter().find(|node| node["name"] == name.as_str());
+    found.expect("the node is listed")["state"].as_str().expect("a state").to_owned()
+}
+
+// Invariants A7, B1 and B3: without a majority a node stops writing by itself, and it can fence nobody.
+#[test]
+fn a_node_that_is_cut_off_waits_and_goes_on_when_the_network_is_back() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let row = |ctl: &Ctl| {
+        let states = ctl.must(&["volume", "state", "vol1", "--node", &cluster.name(3)]);
+        states["states"][0].clone()
+    };
+    cluster.fault(3, "partition");
+    until("the end of the lease", || row(&cluster.ctl(3)), |row| row["code"] == "no_lease");
+    std::thread::scope(|scope| {
+        let file = cluster.mount(3).join("held");
+        let write = scope.spawn(move || fs::write(file, b"held, not lost"));
+        fs::write(cluster.mount(1).join("others go on"), b"yes").unwrap();
+        assert!(!write.is_finished(), "a node without a lease wrote");
+        assert_eq!(node_state(&cluster, 1, 3), "unreachable", "it still beats on the LUN: cut off, not dead");
+        cluster.fault(3, "heal");
+        write.join().unwrap().unwrap();
+    });
+    assert_eq!(fs::read(cluster.mount(2).join("held")).unwrap(), b"held, not lost");
+    assert_eq!(fs::read(cluster.mount(3).join("others go on")).unwrap(), b"yes");
+    until("the way back", || node_state(&cluster, 1, 3).into(), |state| state == "up");
+}
+
+// Invariants A1 and A3: a frozen node is ended before others act for it, and comes back only with a new epoch.
+#[test]
+fn a_frozen_node_is_cut_off_and_comes_back_as_a_new_incarnation() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    cluster.ctl(1).must(&["volume", "move", "vol1", "--to", &cluster.name(2)]);
+    cluster.fault(2, "stop");
+    // Held until the frozen coordinator is certain to be dead and another one serves.
+    fs::write(cluster.mount(1).join("after the freeze"), b"works").unwrap();
+    assert_eq!(node_state(&cluster, 1, 2), "fenced");
+    let dir = text(cluster.dir());
+    let refused = Ctl::local().run(&["dev", "fault", &cluster.name(2), "cont", "--dir", dir]).unwrap_err();
+    assert_eq!(refused.code, 4, "the frozen process is gone: {refused}");
+    cluster.start_node(2);
+    assert_eq!(node_state(&cluster, 2, 2), "up");
+    assert_eq!(fs::read(cluster.mount(2).join("after the freeze")).unwrap(), b"works");
+    assert_eq!(cluster.ctl(3).must(&["health"])["status"], "ok");
+}
+
+// Invariant H6: after a fault the VM runs in one place, or is stopped with a reason that the user can read.
+#[test]
+fn a_vm_of_a_dead_node_is_failed_with_its_reason_and_what_it_wrote_is_there() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    for image in ["dying-system.vhdx", "dying-scratch.vhdx"] {
+        Ctl::local().must(&["vhdx", "create", text(&cluster.mount(1).join(image)), "--size", "32M"]);
+    }
+    let guest = Guest::start(&cluster, "dying", "dying-system.vhdx", "dying-scratch.vhdx", 1024);
+    let acked = guest.progress(&cluster, 1, 100);
+    cluster.fault(1, "kill");
+    let vm =
+        until("the verdict", || cluster.ctl(2).must(&["vm", "show", "dying"]), |vm| vm["state"] == "failed");
+    assert!(vm["reason"].as_str().expect("a reason").contains(&cluster.name(1)), "{vm}");
+    let folder = TempDir::new().unwrap();
+    let _ = guest.verify_crashed(&cluster, "dying-scratch.vhdx", acked, folder.path());
+    let started = cluster.ctl(2).must(&["vm", "start", "dying"]);
+    assert_eq!((&started["state"], &started["owner"]), (&"running".into(), &cluster.name(2).into()));
+    cluster.ctl(3).must(&["vm", "stop", "dying"]);
+}
