@@ -1,13 +1,16 @@
 //! What one node has done is what every node sees as soon as the call has returned.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use cluster_tests::Cluster;
 
 use crate::{device_present, text};
+
+/// One change to the tree, by one of the nodes.
+type Step<'a> = &'a dyn Fn() -> io::Result<()>;
 
 /// All that a tree shows: names, kinds, attributes, content.
 fn snapshot(root: &Path) -> Vec<String> {
@@ -63,73 +66,32 @@ fn three_mounts_agree_after_every_operation() {
     }
     let cluster = Cluster::start("1G");
     let (one, two, three) = (cluster.mount(1), cluster.mount(2), cluster.mount(3));
-    let steps: Vec<(&str, Box<dyn Fn()>)> = vec![
-        ("mkdir", Box::new(|| fs::create_dir(one.join("folder")).unwrap())),
-        ("create", Box::new(|| fs::write(two.join("folder/a"), vec![7; 123_456]).unwrap())),
-        (
-            "overwrite on another node",
-            Box::new(|| fs::write(three.join("folder/a"), vec![8; 70_001]).unwrap()),
-        ),
-        (
-            "append",
-            Box::new(|| {
-                OpenOptions::new()
-                    .append(true)
-                    .open(one.join("folder/a"))
-                    .unwrap()
-                    .write_all(b"tail")
-                    .unwrap()
-            }),
-        ),
-        (
-            "write in the middle",
-            Box::new(|| {
-                OpenOptions::new()
-                    .write(true)
-                    .open(two.join("folder/a"))
-                    .unwrap()
-                    .write_all_at(b"middle", 4093)
-                    .unwrap()
-            }),
-        ),
-        ("hard link", Box::new(|| fs::hard_link(three.join("folder/a"), three.join("b")).unwrap())),
-        ("symlink", Box::new(|| symlink("folder/a", one.join("link")).unwrap())),
-        (
-            "chmod",
-            Box::new(|| fs::set_permissions(two.join("b"), fs::Permissions::from_mode(0o640)).unwrap()),
-        ),
-        ("rename", Box::new(|| fs::rename(three.join("b"), three.join("folder/c")).unwrap())),
-        (
-            "rename over",
-            Box::new(|| {
-                fs::write(one.join("x"), b"new").unwrap();
-                fs::rename(one.join("x"), one.join("folder/a")).unwrap()
-            }),
-        ),
-        (
-            "truncate",
-            Box::new(|| {
-                OpenOptions::new().write(true).open(two.join("folder/c")).unwrap().set_len(5000).unwrap()
-            }),
-        ),
-        (
-            "extend",
-            Box::new(|| {
-                OpenOptions::new().write(true).open(three.join("folder/c")).unwrap().set_len(1 << 20).unwrap()
-            }),
-        ),
-        ("unlink", Box::new(|| fs::remove_file(one.join("link")).unwrap())),
-        (
-            "unlink and rmdir",
-            Box::new(|| {
-                fs::remove_file(two.join("folder/a")).unwrap();
-                fs::remove_file(two.join("folder/c")).unwrap();
-                fs::remove_dir(two.join("folder")).unwrap()
-            }),
-        ),
+    let open = |path: PathBuf| OpenOptions::new().write(true).open(path).unwrap();
+    let steps: [(&str, Step<'_>); 14] = [
+        ("mkdir", &|| fs::create_dir(one.join("folder"))),
+        ("create", &|| fs::write(two.join("folder/a"), vec![7; 123_456])),
+        ("overwrite on another node", &|| fs::write(three.join("folder/a"), vec![8; 70_001])),
+        ("append", &|| OpenOptions::new().append(true).open(one.join("folder/a"))?.write_all(b"tail")),
+        ("write in the middle", &|| open(two.join("folder/a")).write_all_at(b"middle", 4093)),
+        ("hard link", &|| fs::hard_link(three.join("folder/a"), three.join("b"))),
+        ("symlink", &|| symlink("folder/a", one.join("link"))),
+        ("chmod", &|| fs::set_permissions(two.join("b"), fs::Permissions::from_mode(0o640))),
+        ("rename", &|| fs::rename(three.join("b"), three.join("folder/c"))),
+        ("rename over", &|| {
+            fs::write(one.join("x"), b"new")?;
+            fs::rename(one.join("x"), one.join("folder/a"))
+        }),
+        ("truncate", &|| open(two.join("folder/c")).set_len(5000)),
+        ("extend", &|| open(three.join("folder/c")).set_len(1 << 20)),
+        ("unlink", &|| fs::remove_file(one.join("link"))),
+        ("unlink and rmdir", &|| {
+            fs::remove_file(two.join("folder/a"))?;
+            fs::remove_file(two.join("folder/c"))?;
+            fs::remove_dir(two.join("folder"))
+        }),
     ];
     for (name, step) in &steps {
-        step();
+        step().unwrap_or_else(|error| panic!("{name}: {error}"));
         all_agree(&cluster, name);
     }
     assert!(snapshot(&one).is_empty(), "everything was removed");

@@ -1,5 +1,6 @@
 //! Scenarios on real processes: three nodes, one LUN, the built programs, driven as an administrator's script would.
 #![expect(clippy::print_stderr, reason = "a skipped scenario says so")]
+#![expect(clippy::disallowed_methods, reason = "a harness bounds its waits")]
 
 mod bad_input;
 mod coherence;
