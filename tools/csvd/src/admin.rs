@@ -66,6 +66,15 @@ struct Admin {
 type Answer<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
+/// Carries out what must not be left half done, also when the client hangs up: its request is dropped then.
+async fn to_its_end<T, F>(core: &Arc<Core>, work: impl FnOnce(Arc<Core>) -> F) -> Result<T, Error>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, Error>> + Send + 'static,
+{
+    core.runtime.spawn(work(Arc::clone(core))).await.map_err(Error::failed)?
+}
+
 fn answer<T>(outcome: Result<T, Error>) -> Answer<T> {
     outcome.map(Response::new).map_err(Status::from)
 }
@@ -93,7 +102,10 @@ impl pb::admin_server::Admin for Admin {
     }
 
     async fn volume_create(&self, request: Request<pb::VolumeCreateRequest>) -> Answer<pb::Volume> {
-        answer(volume::create(&self.core, request.into_inner()).await)
+        answer(
+            to_its_end(&self.core, |core| async move { volume::create(&core, request.into_inner()).await })
+                .await,
+        )
     }
 
     async fn volume_list(&self, _: Request<pb::VolumeListRequest>) -> Answer<pb::Volumes> {
@@ -129,11 +141,15 @@ impl pb::admin_server::Admin for Admin {
     }
 
     async fn vm_create(&self, request: Request<pb::VmCreateRequest>) -> Answer<pb::Vm> {
-        answer(vm::create(&self.core, request.into_inner()).await)
+        answer(
+            to_its_end(&self.core, |core| async move { vm::create(&core, request.into_inner()).await }).await,
+        )
     }
 
     async fn vm_start(&self, request: Request<pb::VmRequest>) -> Answer<pb::Vm> {
-        answer(vm::start(&self.core, request.into_inner()).await)
+        answer(
+            to_its_end(&self.core, |core| async move { vm::start(&core, request.into_inner()).await }).await,
+        )
     }
 
     async fn vm_stop(&self, request: Request<pb::VmStopRequest>) -> Answer<pb::Vm> {

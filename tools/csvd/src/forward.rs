@@ -17,7 +17,9 @@ use crate::{admin, membership, view, vms};
 /// Has `op` carried out by `node`.
 pub(crate) async fn ask(core: &Arc<Core>, node: NodeId, op: NodeOp) -> Result<NodeAnswer, Error> {
     if node == core.me {
-        return boxed(core, op).await;
+        // A task of its own: who asks may stop waiting at any moment, and what was begun must come to its end.
+        let (runtime, core) = (core.runtime.clone(), Arc::clone(core));
+        return runtime.spawn(async move { boxed(&core, op).await }).await.map_err(Error::failed)?;
     }
     let body = NodeRequest { op: Some(op) }.encode_to_vec();
     let reply = core.mesh.call(node.0, service::ADMIN, body.into()).await.map_err(|error| {
@@ -57,10 +59,7 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
     let done = NodeAnswer::Done(pb::Done {});
     Ok(match op {
         NodeOp::VolumeMove(request) => NodeAnswer::VolumeMoved(moves::hand_over(core, request).await?),
-        NodeOp::AwaitCoordinator(asked) => {
-            moves::await_coordinator(core, asked).await?;
-            done
-        }
+        NodeOp::AwaitCoordinator(asked) => NodeAnswer::Serving(moves::await_coordinator(core, asked).await?),
         NodeOp::VolumeState(request) => NodeAnswer::VolumeStates(admin::volume::states_here(core, &request)),
         NodeOp::ClientGone(gone) => {
             client_gone(core, &gone);

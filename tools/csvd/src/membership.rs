@@ -57,6 +57,8 @@ pub(crate) struct Convict {
     pub(crate) node: NodeId,
     pub(crate) epoch: Epoch,
     pub(crate) reason: String,
+    /// This node's own detector says so. The leader has one too, so only other verdicts are passed on to it.
+    pub(crate) seen_here: bool,
 }
 
 impl Membership {
@@ -104,7 +106,12 @@ pub(crate) fn start(core: &Arc<Core>) {
 
 /// Demands that this incarnation of a node is ended; whoever leads the cluster sees to it.
 pub(crate) fn convict(core: &Arc<Core>, node: NodeId, epoch: Epoch, reason: String) {
-    drop(core.membership.convicts.send(Convict { node, epoch, reason }));
+    drop(core.membership.convicts.send(Convict { node, epoch, reason, seen_here: false }));
+}
+
+/// This node's detector holds an incarnation for dead.
+fn found_dead(core: &Arc<Core>, node: NodeId, epoch: Epoch, reason: String) {
+    drop(core.membership.convicts.send(Convict { node, epoch, reason, seen_here: true }));
 }
 
 /// Makes the leader look at the records again; it does so by itself from time to time.

@@ -121,7 +121,7 @@ pub(crate) struct Convict {
 /// Answer to a [`NodeRequest`].
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeReply {
-    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub(crate) answer: Option<NodeAnswer>,
 }
 
@@ -144,6 +144,16 @@ pub(crate) enum NodeAnswer {
     Migrated(pb::MigrateReport),
     #[prost(bytes = "bytes", tag = "8")]
     Incoming(bytes::Bytes),
+    #[prost(message, tag = "9")]
+    Serving(Serving),
+}
+
+/// Answer to [`NodeOp::AwaitCoordinator`].
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct Serving {
+    /// Requests that waited for the coordinator to open.
+    #[prost(uint64, tag = "1")]
+    pub(crate) held_ops: u64,
 }
 
 impl OfClient {

@@ -69,7 +69,8 @@ pub(crate) async fn request(core: &Arc<Core>, request: pb::Request) -> Result<pb
 
 /// Answers a request at the coordinator of this node.
 pub(crate) async fn serve(core: &Arc<Core>, volume: VolumeId, request: pb::Request) -> pb::Reply {
-    let Some(coordinator) = coordinator_soon(core, volume).await else {
+    let attaching = matches!(request.op, Some(pb::request::Op::Attach(_)));
+    let Some(coordinator) = coordinator_soon(core, volume, !attaching).await else {
         return not_coordinator();
     };
     let (tell, told) = oneshot::channel();
@@ -84,10 +85,13 @@ pub(crate) async fn serve(core: &Arc<Core>, volume: VolumeId, request: pb::Reque
 }
 
 /// The coordinator of this node, waiting a little when it is about to open.
-async fn coordinator_soon(core: &Arc<Core>, volume: VolumeId) -> Option<Arc<Coordinator>> {
+async fn coordinator_soon(core: &Arc<Core>, volume: VolumeId, counts: bool) -> Option<Arc<Coordinator>> {
     let host = core.volumes.host(volume)?;
     if let Some(serving) = host.serving() {
         return Some(serving);
+    }
+    if counts {
+        host.hold();
     }
     let mine = view::volume_by_id(&core.state(), volume)
         .is_some_and(|record| record.owner == core.me && Some(record.owner_epoch) == core.epoch());

@@ -26,37 +26,59 @@ use crate::view;
 
 /// How often a leader looks for work that a former leader left, and for fences to try again.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A fence that has failed is tried again every so many looks: each attempt is an event that an operator reads.
+const LOOKS_PER_RETRY: u64 = 30;
 
 /// Carries verdicts out, one after the other.
 pub(crate) async fn run(core: Arc<Core>, mut docket: mpsc::UnboundedReceiver<Convict>) {
     let mut open: Vec<Convict> = Vec::new();
+    let mut looks = 0_u64;
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = core.stop.cancelled() => return,
-            Some(convict) = docket.recv() => {
-                if !open.iter().any(|other| (other.node, other.epoch) == (convict.node, convict.epoch)) {
-                    open.push(convict);
-                }
-            }
-            _ = ticks.tick() => open.extend(left_behind(&core)),
-        }
-        let mut seen = BTreeSet::new();
-        open.retain(|convict| {
-            !view::is_over(&core.state(), convict.node, convict.epoch)
-                && seen.insert((convict.node, convict.epoch))
-        });
-        for convict in open.clone() {
-            if convict.node == core.me {
-                // Nobody fences itself from outside: it stops, and the others make certain (A8).
-                super::beats::over(&core, core.me);
-            } else if leads(&core) {
-                execute(&core, &convict).await;
-            } else {
-                pass_on(&core, &convict).await;
+            Some(convict) = docket.recv() => open.push(convict),
+            _ = ticks.tick() => {
+                looks += 1;
+                open.extend(left_behind(&core));
             }
         }
+        keep_once(&core, &mut open);
+        for convict in &open {
+            if is_due(&core, convict, looks) {
+                see_to(&core, convict).await;
+            }
+        }
+    }
+}
+
+/// Drops the verdicts that are carried out, and doubles.
+fn keep_once(core: &Core, open: &mut Vec<Convict>) {
+    let state = core.state();
+    let mut seen = BTreeSet::new();
+    open.retain(|convict| {
+        !view::is_over(&state, convict.node, convict.epoch) && seen.insert((convict.node, convict.epoch))
+    });
+}
+
+/// A fence that has failed is not tried again at each look.
+fn is_due(core: &Core, convict: &Convict, looks: u64) -> bool {
+    let state = core.state();
+    let quarantined = state.members.get(&convict.node).is_some_and(|it| it.state == MemberState::FenceFailed);
+    !quarantined || looks.is_multiple_of(LOOKS_PER_RETRY)
+}
+
+async fn see_to(core: &Arc<Core>, convict: &Convict) {
+    if convict.node == core.me {
+        // Nobody fences itself from outside: it stops, and the others make certain (A8).
+        super::beats::over(core, core.me);
+    } else if leads(core) {
+        execute(core, convict).await;
+    } else if convict.seen_here {
+        // A leader that hears the node, or sees its heartbeat on the LUN, knows better.
+    } else {
+        pass_on(core, convict).await;
     }
 }
 
@@ -78,6 +100,7 @@ fn left_behind(core: &Core) -> Vec<Convict> {
             node: member.id,
             epoch: member.epoch,
             reason: "its fence is not finished".to_owned(),
+            seen_here: true,
         })
         .collect()
 }

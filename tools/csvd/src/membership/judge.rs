@@ -10,7 +10,7 @@ use lockmgr::{Epoch, NodeId};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
-use super::convict;
+use super::found_dead;
 use crate::core::Core;
 use crate::view;
 
@@ -80,7 +80,7 @@ fn follow(core: &Arc<Core>, action: Action) {
         Action::Dead { node, epoch } => {
             let name = view::node_name(&core.state(), node);
             let reason = format!("node {name} is silent on the network and on the LUN");
-            convict(core, node, epoch, reason);
+            found_dead(core, node, epoch, reason);
         }
     }
 }

@@ -8,6 +8,7 @@
 //!
 //! **Invariant:** at most one coordinator of a volume is open here, and only of the term in the record.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub(crate) struct Host {
     /// Held while the coordinator is opened, closed or handed over.
     work: Mutex<()>,
     nudge: Notify,
+    /// Requests of applications that came while there was no coordinator here.
+    held: AtomicU64,
 }
 
 impl std::fmt::Debug for Host {
@@ -48,7 +51,12 @@ impl std::fmt::Debug for Host {
 
 impl Host {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { serving: watch::Sender::new(None), work: Mutex::new(()), nudge: Notify::new() })
+        Arc::new(Self {
+            serving: watch::Sender::new(None),
+            work: Mutex::new(()),
+            nudge: Notify::new(),
+            held: AtomicU64::new(0),
+        })
     }
 
     /// The coordinator, when it is open here.
@@ -73,6 +81,16 @@ impl Host {
         let mut watch = self.serving.subscribe();
         let open = |serving: &Option<Serving>| serving.as_ref().is_some_and(|serving| serving.term >= term);
         drop(watch.wait_for(open).await);
+    }
+
+    /// A request came and found no coordinator.
+    pub(crate) fn hold(&self) {
+        self.held.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The requests that have found no coordinator since this was asked last.
+    pub(crate) fn take_held(&self) -> u64 {
+        self.held.swap(0, Ordering::Relaxed)
     }
 
     /// Makes the host look at the record again.

@@ -24,7 +24,7 @@ use lockmgr::cluster::{ClusterState, Command, Given, Member, MemberState, Volume
 use super::Host;
 use crate::core::Core;
 use crate::forward;
-use crate::messages::{AwaitCoordinator, NodeOp};
+use crate::messages::{AwaitCoordinator, NodeAnswer, NodeOp, Serving};
 use crate::{membership, view};
 
 /// Longest time that the new owner may take to serve.
@@ -90,6 +90,7 @@ impl Move<'_> {
             ))
             .hint("`csvctl volume show` tells where it is; try again"));
         }
+        self.host.take_held();
         let start = now();
         let closed = match self.host.shut("it moves").await {
             Some(Ok(report)) => report,
@@ -100,9 +101,10 @@ impl Move<'_> {
             Ok(term) => term,
             Err(error) => return Err(self.reopen(error).await),
         };
-        if let Err(error) = self.await_new_owner(term).await {
-            return Err(self.take_back(term, error).await);
-        }
+        let serving = match self.await_new_owner(term).await {
+            Ok(serving) => serving,
+            Err(error) => return Err(self.take_back(term, error).await),
+        };
         let pause_ms = start.elapsed().as_secs_f64() * 1000.0;
         let moved = pb::VolumeMoved {
             volume: self.from.name.clone(),
@@ -110,7 +112,7 @@ impl Move<'_> {
             to: self.to.name.clone(),
             term: term.0,
             pause_ms,
-            held_ops: closed.held_ops,
+            held_ops: closed.held_ops + self.host.take_held() + serving.held_ops,
         };
         self.core.note(
             "volume.move",
@@ -132,11 +134,13 @@ impl Move<'_> {
         }
     }
 
-    async fn await_new_owner(&self, term: Term) -> Result<(), Error> {
+    async fn await_new_owner(&self, term: Term) -> Result<Serving, Error> {
         let op = NodeOp::AwaitCoordinator(AwaitCoordinator { volume: self.from.name.clone(), term: term.0 });
         let asked = forward::ask(self.core, self.to.id, op);
         match tokio::time::timeout(SERVES_WITHIN, asked).await {
-            Ok(answer) => answer.map(drop),
+            Ok(Ok(NodeAnswer::Serving(serving))) => Ok(serving),
+            Ok(Ok(_)) => Err(Error::failed("the new owner's answer cannot be read")),
+            Ok(Err(error)) => Err(error),
             Err(_) => Err(Error::failed(format!(
                 "node {} did not open the coordinator within {} s",
                 self.to.name,
@@ -177,7 +181,7 @@ impl Move<'_> {
 }
 
 /// At the new owner: returns when the coordinator of `term` serves here, or says why it does not.
-pub(crate) async fn await_coordinator(core: &Arc<Core>, asked: AwaitCoordinator) -> Result<(), Error> {
+pub(crate) async fn await_coordinator(core: &Arc<Core>, asked: AwaitCoordinator) -> Result<Serving, Error> {
     let term = Term(asked.term);
     let mut state = core.cluster.watch();
     loop {
@@ -194,7 +198,10 @@ pub(crate) async fn await_coordinator(core: &Arc<Core>, asked: AwaitCoordinator)
         }
         let host = record.and_then(|record| core.volumes.host(record.id));
         tokio::select! {
-            () = serves(host.as_ref(), term) => return Ok(()),
+            () = serves(host.as_ref(), term) => {
+                let held_ops = host.map_or(0, |host| host.take_held());
+                return Ok(Serving { held_ops });
+            }
             changed = state.changed() => changed.map_err(|_| Error::failed("the daemon is ending"))?,
         }
     }
