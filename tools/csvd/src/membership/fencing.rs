@@ -75,9 +75,9 @@ async fn see_to(core: &Arc<Core>, convict: &Convict) {
         super::beats::over(core, core.me);
     } else if leads(core) {
         execute(core, convict).await;
-    } else if convict.seen_here {
-        // A leader that hears the node, or sees its heartbeat on the LUN, knows better.
-    } else {
+    } else if !convict.seen_here {
+        // What only this node's detector says is kept back: a leader that hears the node, or sees its heartbeat on the
+        // LUN, knows better.
         pass_on(core, convict).await;
     }
 }
@@ -106,7 +106,7 @@ fn left_behind(core: &Core) -> Vec<Convict> {
 }
 
 async fn execute(core: &Arc<Core>, convict: &Convict) {
-    let Convict { node, epoch, reason } = convict;
+    let Convict { node, epoch, reason, .. } = convict;
     let name = view::node_name(&core.state(), *node);
     let fencing = core.state().members.get(node).is_some_and(|member| member.state == MemberState::Fencing);
     if !fencing {
