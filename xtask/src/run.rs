@@ -2,8 +2,9 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// Why xtask stops, and with which exit code.
 pub(crate) struct Failure {
@@ -41,6 +42,24 @@ pub(crate) fn target_dir() -> PathBuf {
 pub(crate) fn cargo<S: AsRef<OsStr>>(arguments: &[S]) -> Result<(), Failure> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     command(&cargo, arguments, &root())
+}
+
+/// Runs cargo in the workspace, shows its output and gives each line of it to `see`. Tells whether it ended well.
+pub(crate) fn cargo_lines(arguments: &[&str], mut see: impl FnMut(&str)) -> Result<bool, Failure> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let started = Command::new(&cargo).args(arguments).current_dir(root()).stdout(Stdio::piped()).spawn();
+    let mut child = started.map_err(|error| Failure::new(format!("cargo could not be started: {error}")))?;
+    let output = child.stdout.take().expect("the output is piped");
+    for line in BufReader::new(output).split(b'\n') {
+        let line =
+            line.map_err(|error| Failure::new(format!("the output of cargo could not be read: {error}")))?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        see(&line);
+    }
+    let status =
+        child.wait().map_err(|error| Failure::new(format!("cargo could not be waited for: {error}")))?;
+    Ok(status.success())
 }
 
 /// Runs a program to its end in `folder`.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::packages;
-use crate::run::{Failure, cargo, command_with, root, target_dir};
+use crate::run::{Failure, cargo, cargo_lines, command_with, root};
 
 /// Runs the checks; `--quick` leaves out the documentation and the lints.
 pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
@@ -22,12 +22,12 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
     }
     // The scenarios run real processes, so those must be there before the tests start.
     step("build", || cargo(&["build", "--workspace", "--bins", "--locked"]))?;
-    step("tests", || cargo(&["test", "--workspace", "--locked"]))?;
+    println!("xtask: tests");
+    let tally = Tally::of(&["test", "--workspace", "--locked", "--no-fail-fast"])?;
     if !quick {
         step("dependencies", dependencies)?;
     }
-    report_skipped();
-    Ok(())
+    tally.report()
 }
 
 fn step(name: &str, work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
@@ -53,15 +53,45 @@ fn dependencies() -> Result<(), Failure> {
     Ok(())
 }
 
-/// Tests leave a line in this file for each thing that they could not try for want of a device.
-fn report_skipped() {
-    let list = target_dir().join("skipped-tests");
-    let devices = ["/dev/fuse", "/dev/kvm", "/dev/net/tun"];
-    let missing: Vec<_> = devices.into_iter().filter(|device| !Path::new(device).exists()).collect();
-    drop(std::fs::write(&list, missing.join("\n")));
-    if missing.is_empty() {
-        println!("skipped: 0");
-    } else {
-        println!("skipped: {} groups, for want of {}", missing.len(), missing.join(" "));
+/// What became of all tests together.
+#[derive(Default)]
+struct Tally {
+    passed: u64,
+    failed: u64,
+    ended_well: bool,
+}
+
+impl Tally {
+    /// Runs the tests, shows what they print, and adds up their results.
+    fn of(arguments: &[&str]) -> Result<Self, Failure> {
+        let mut tally = Self::default();
+        tally.ended_well = cargo_lines(arguments, |line| tally.count(line))?;
+        Ok(tally)
+    }
+
+    /// Takes the figures from a line such as `test result: ok. 12 passed; 0 failed; ...`.
+    fn count(&mut self, line: &str) {
+        let Some(result) = line.strip_prefix("test result: ") else { return };
+        let figure = |word: &str| -> u64 {
+            let before = result.split(word).next().unwrap_or_default();
+            before.split_whitespace().last().and_then(|number| number.parse().ok()).unwrap_or(0)
+        };
+        self.passed += figure(" passed");
+        self.failed += figure(" failed");
+    }
+
+    /// The last lines: what was skipped and why, then the sums.
+    fn report(&self) -> Result<(), Failure> {
+        let devices = ["/dev/fuse", "/dev/kvm", "/dev/net/tun"];
+        let missing: Vec<_> = devices.into_iter().filter(|device| !Path::new(device).exists()).collect();
+        match missing.as_slice() {
+            [] => println!("skipped groups of tests: none"),
+            missing => println!("skipped groups of tests: those that need {}", missing.join(", ")),
+        }
+        println!("{} passed, {} failed, {} skipped", self.passed, self.failed, missing.len());
+        if self.ended_well && self.failed == 0 {
+            return Ok(());
+        }
+        Err(Failure::new("tests failed; their output is above"))
     }
 }

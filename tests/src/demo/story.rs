@@ -12,6 +12,8 @@ use crate::timeline::Timeline;
 
 /// Sectors of the scratch disk that the guest walks over.
 const SCRATCH_RECORDS: u64 = 2048;
+/// Records that the guest writes between two events of the story.
+const STRETCH: u64 = 300;
 const VM: &str = "demo";
 /// Runs the whole story. `keep` leaves the folder with images and logs behind.
 pub(crate) fn tell(keep: bool) {
@@ -86,16 +88,16 @@ fn start_vm(cluster: &Cluster) -> (Guest, String) {
     (guest, "disks: disk.vhdx (made by qemu-img), scratch.vhdx (made by csvctl)".into())
 }
 
-/// Waits until the guest has acknowledged more than `floor` records.
-fn guest_progress(guest: &Guest, cluster: &Cluster, node: usize, floor: u64) -> (Ack, String) {
-    let ack = guest.progress(cluster, node, floor);
+/// Waits until the guest has acknowledged [`STRETCH`] records more than `before`.
+fn guest_progress(guest: &Guest, cluster: &Cluster, node: usize, before: u64) -> (Ack, String) {
+    let ack = guest.progress(cluster, node, before + STRETCH);
     (ack, format!("{} records acknowledged after a flush", ack.sequence))
 }
 
 fn move_under_load(guest: &Guest, cluster: &Cluster) -> (Ack, String) {
     let at_move = guest.progress(cluster, 1, 0);
     let ((), outcome) = move_coordinator(cluster, 2);
-    let after = guest.progress(cluster, 1, at_move.sequence);
+    let after = guest.progress(cluster, 1, at_move.sequence + STRETCH);
     (after, format!("{outcome}; the guest went on to record {}", after.sequence))
 }
 
