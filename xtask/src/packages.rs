@@ -6,19 +6,19 @@ use std::process::Command;
 
 use crate::run::Failure;
 
-/// A program that must be there, and the package that brings it.
+/// A program that must be there, and the packages that bring it, separated by blanks.
 pub(crate) struct Need {
     program: &'static str,
-    package: &'static str,
+    packages: &'static str,
 }
 
-const fn need(program: &'static str, package: &'static str) -> Need {
-    Need { program, package }
+const fn need(program: &'static str, packages: &'static str) -> Need {
+    Need { program, packages }
 }
 
 /// What the demo calls: the C compiler for the guest, qemu-img and mke2fs as independent makers and judges of images.
 pub(crate) const DEMO: &[Need] = &[
-    need("cc", "gcc"),
+    need("cc", "gcc libc6-dev"),
     need("ld", "binutils"),
     need("qemu-img", "qemu-utils"),
     need("mke2fs", "e2fsprogs"),
@@ -28,7 +28,7 @@ pub(crate) const DEMO: &[Need] = &[
 
 /// What the tests and benchmarks call on top: load, system call traces, packed image samples.
 pub(crate) const TEST: &[Need] = &[
-    need("cc", "gcc"),
+    need("cc", "gcc libc6-dev"),
     need("ld", "binutils"),
     need("qemu-img", "qemu-utils"),
     need("qemu-io", "qemu-utils"),
