@@ -44,8 +44,8 @@ pub(crate) const TEST: &[Need] = &[
 
 /// Installs what is missing when run by root on a system with apt, otherwise names the packages.
 pub(crate) fn ensure(needs: &[Need]) -> Result<(), Failure> {
-    let mut packages: Vec<&str> =
-        needs.iter().filter(|need| !on_path(need.program)).map(|need| need.package).collect();
+    let missing = needs.iter().filter(|need| !on_path(need.program));
+    let mut packages: Vec<&str> = missing.flat_map(|need| need.packages.split(' ')).collect();
     packages.sort_unstable();
     packages.dedup();
     if packages.is_empty() {
