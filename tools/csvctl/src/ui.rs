@@ -102,7 +102,9 @@ impl Ui {
 
     /// Prints an error to stderr.
     pub(crate) fn error(&self, error: &Error) {
-        drop(writeln!(io::stderr(), "{}", self.error_text(error)));
+        if !error.message.is_empty() {
+            drop(writeln!(io::stderr(), "{}", self.error_text(error)));
+        }
     }
 
     fn error_text(&self, error: &Error) -> String {
@@ -183,8 +185,12 @@ fn line(text: &str) -> Result<(), Error> {
     writeln!(io::stdout(), "{text}").map_err(|error| no_stdout(&error))
 }
 
+/// A reader that has seen enough, such as `head`, is nothing to complain about: the error has no text and is not shown.
 fn no_stdout(error: &io::Error) -> Error {
-    Error::failed(format!("writing to stdout: {error}"))
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => Error::failed(""),
+        _ => Error::failed(format!("writing to stdout: {error}")),
+    }
 }
 
 /// Shows a command line that makes no sense, or the help that was asked for.

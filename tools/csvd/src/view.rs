@@ -56,3 +56,50 @@ pub(crate) fn is_over(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool 
 pub(crate) fn is_up(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool {
     state.members.get(&node).is_some_and(|member| member.epoch == epoch && member.state == MemberState::Up)
 }
+
+#[cfg(test)]
+mod tests {
+    use lockmgr::ClusterId;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn with_member(epoch: u64, state: MemberState) -> ClusterState {
+        let mut records = ClusterState { cluster: Some(ClusterId(Uuid::nil())), ..ClusterState::default() };
+        let member = Member {
+            id: NodeId(1),
+            name: "n1".into(),
+            address: String::new(),
+            epoch: Epoch(epoch),
+            state,
+            joined_ms: 0,
+        };
+        records.members.insert(NodeId(1), member);
+        records
+    }
+
+    // Invariants A1 and A4: only a confirmed end, or a later incarnation, makes an incarnation over.
+    #[test]
+    fn an_incarnation_is_over_only_when_its_end_is_certain() {
+        use MemberState::{Down, FenceFailed, Fenced, Fencing, Up};
+        for (state, over) in
+            [(Up, false), (Fencing, false), (FenceFailed, false), (Fenced, true), (Down, true)]
+        {
+            assert_eq!(is_over(&with_member(3, state), NodeId(1), Epoch(3)), over, "{state}");
+        }
+        assert!(is_over(&with_member(3, Up), NodeId(1), Epoch(2)));
+    }
+
+    // A node that has begun its epoch is told about it by nodes whose records are behind.
+    #[test]
+    fn records_that_are_behind_prove_nothing() {
+        assert!(!is_over(&with_member(2, Up), NodeId(1), Epoch(3)));
+        assert!(!is_over(&ClusterState::default(), NodeId(1), Epoch(1)));
+    }
+
+    #[test]
+    fn an_unknown_name_is_answered_with_the_known_ones() {
+        let error = member(&with_member(1, MemberState::Up), "n9").expect_err("unknown");
+        assert!(error.kind == api::Kind::NotFound && error.hint.contains("n1"), "{error:?}");
+    }
+}
