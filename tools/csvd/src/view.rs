@@ -93,7 +93,7 @@ mod tests {
     // A node that has begun its epoch is told about it by nodes whose records are behind.
     #[test]
     fn records_that_are_behind_prove_nothing() {
-        assert!(!is_over(&with_member(2, Up), NodeId(1), Epoch(3)));
+        assert!(!is_over(&with_member(2, MemberState::Up), NodeId(1), Epoch(3)));
         assert!(!is_over(&ClusterState::default(), NodeId(1), Epoch(1)));
     }
 
