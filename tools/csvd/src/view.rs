@@ -52,6 +52,11 @@ pub(crate) fn is_over(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool 
     }
 }
 
+/// Whether nothing of a node runs: its last incarnation is certainly over, and no other has begun.
+pub(crate) fn is_certainly_off(state: &ClusterState, node: NodeId) -> bool {
+    state.members.get(&node).is_none_or(|member| is_over(state, node, member.epoch))
+}
+
 /// Whether this incarnation of a node is a member in good standing.
 pub(crate) fn is_up(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool {
     state.members.get(&node).is_some_and(|member| member.epoch == epoch && member.state == MemberState::Up)

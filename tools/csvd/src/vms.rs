@@ -214,12 +214,10 @@ async fn check_disks(core: &Arc<Core>, spec: &pb::VmSpec) -> Result<(), Error> {
 pub(crate) async fn claim_stopped(core: &Arc<Core>, name: &str) -> Result<(), Error> {
     let state = core.state();
     let record = view::vm(&state, name)?;
-    // What is saved belongs to its owner, which may be about to go on with it, as long as that is there.
-    let owner_is_there =
-        state.members.get(&record.owner).is_some_and(|owner| view::is_up(&state, owner.id, owner.epoch));
+    // What is saved belongs to its owner, which may go on with it at any moment: also one that is being cut off (A4).
     let idle = match record.state {
         VmState::Stopped | VmState::Failed => true,
-        VmState::Saved => !owner_is_there,
+        VmState::Saved => view::is_certainly_off(&state, record.owner),
         _ => false,
     };
     if !idle || record.owner == core.me {

@@ -6,7 +6,12 @@
 //! ```
 //! Opening, closing and planned moves of one volume never overlap: they hold `work`.
 //!
-//! **Invariant:** at most one coordinator of a volume is open here, and only of the term in the record.
+//! A term that this node has offered to another, or reported as failed, is renounced: the change of the record may take
+//! effect at any later moment, and a coordinator that was opened again meanwhile would write beside its successor. To serve
+//! again the node appoints itself with the next term, which that change cannot pass any more.
+//!
+//! **Invariants:** at most one coordinator of a volume is open here, and only of the term in the record; while an
+//! incarnation lives, only it ends its terms, and none that it has ended is opened again (D5).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -41,6 +46,8 @@ pub(crate) struct Host {
     nudge: Notify,
     /// Requests of applications that came while there was no coordinator here.
     held: AtomicU64,
+    /// Terms up to this one are never opened here again. Changed under `work`.
+    renounced: AtomicU64,
 }
 
 impl std::fmt::Debug for Host {
@@ -56,7 +63,22 @@ impl Host {
             work: Mutex::new(()),
             nudge: Notify::new(),
             held: AtomicU64::new(0),
+            renounced: AtomicU64::new(0),
         })
+    }
+
+    /// Never opens `term` or an earlier one again. The caller holds the work lock and has closed what was open.
+    pub(super) fn renounce(&self, term: Term) {
+        self.renounced.fetch_max(term.0, Ordering::Relaxed);
+    }
+
+    /// The offer of `term` has certainly come to nothing, so it may be opened again. The caller holds the work lock.
+    pub(super) fn keep(&self, term: Term) {
+        self.renounced.store(term.0.saturating_sub(1), Ordering::Relaxed);
+    }
+
+    fn is_renounced(&self, term: Term) -> bool {
+        term.0 <= self.renounced.load(Ordering::Relaxed)
     }
 
     /// The coordinator, when it is open here.
@@ -207,10 +229,38 @@ async fn settle(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> bool {
     if !mine {
         return false;
     }
+    if host.is_renounced(record.term) {
+        return reappoint(core, record, epoch).await;
+    }
     let opened = host.open(core, volume, record, epoch).await;
+    if opened.is_err() {
+        // The leader may appoint another node as soon as it reads the report.
+        host.renounce(record.term);
+    }
     let failed = opened.is_err();
     report(core, record, opened).await;
     failed
+}
+
+/// The record names a term that this node has renounced: it needs the next one. `true`: try again later.
+async fn reappoint(core: &Arc<Core>, record: &VolumeRecord, epoch: Epoch) -> bool {
+    if record.state == VolumeState::Failed {
+        // The leader reads it, and appoints the next node, or this one again.
+        return false;
+    }
+    let command = Command::MoveVolume {
+        name: record.name.clone(),
+        expect_term: record.term,
+        to: core.me,
+        to_epoch: epoch,
+    };
+    match core.propose(command).await {
+        Ok(_) => false,
+        Err(error) => {
+            tracing::warn!(volume = %record.name, term = %record.term, %error, "no new term yet");
+            true
+        }
+    }
 }
 
 /// Writes the outcome of an attempt into the record.

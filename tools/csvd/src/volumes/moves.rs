@@ -7,11 +7,12 @@
 //!   ask the new owner to tell when it serves ---+--->  serves
 //!   pause = close .. serves
 //! ```
-//! When the compare-and-swap fails, the old owner opens again in its old term: nothing has happened. When the new owner
-//! does not serve in time, the old one appoints itself with the next term; if that fails too, whoever leads the cluster
-//! finds the volume without a serving coordinator and appoints one (heirs.rs).
+//! When the compare-and-swap is refused, the old owner opens again in its old term: nothing has happened. When its outcome
+//! is not known, the old owner appoints itself with the next term (host.rs). A new owner that cannot serve says so in the
+//! record, and one that is dead is cut off: in both cases whoever leads the cluster appoints another (heirs.rs).
 //!
-//! **Invariant:** after the compare-and-swap the old owner opens only with a term of its own.
+//! **Invariant:** once it is proposed, the old owner opens only with a term of its own; the term of a living new owner is
+//! ended by nobody else.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,10 +20,12 @@ use std::time::{Duration, Instant};
 use api::Error;
 use api::pb;
 use lockmgr::Term;
-use lockmgr::cluster::{ClusterState, Command, Given, Member, MemberState, VolumeRecord};
+use lockmgr::cluster::{
+    ClusterState, Command, Given, Member, MemberState, Outcome, ProposeError, VolumeRecord,
+};
 
 use super::Host;
-use crate::core::Core;
+use crate::core::{Core, refused};
 use crate::forward;
 use crate::messages::{AwaitCoordinator, NodeAnswer, NodeOp, Serving};
 use crate::{membership, view};
@@ -94,16 +97,16 @@ impl Move<'_> {
         let start = now();
         let closed = match self.host.shut("it moves").await {
             Some(Ok(report)) => report,
-            Some(Err(error)) => return Err(self.reopen(error).await),
+            Some(Err(error)) => return Err(self.reopen(error)),
             None => return Err(Error::conflict("the coordinator has just been closed")),
         };
-        let term = match self.appoint(self.from.term, &self.to).await {
+        let term = match self.appoint().await {
             Ok(term) => term,
-            Err(error) => return Err(self.reopen(error).await),
+            Err(error) => return Err(self.reopen(error)),
         };
         let serving = match self.await_new_owner(term).await {
             Ok(serving) => serving,
-            Err(error) => return Err(self.take_back(term, error).await),
+            Err(error) => return Err(self.not_taken_over(term, error)),
         };
         let pause_ms = start.elapsed().as_secs_f64() * 1000.0;
         let moved = pb::VolumeMoved {
@@ -125,12 +128,21 @@ impl Move<'_> {
         Ok(moved)
     }
 
-    async fn appoint(&self, expect_term: Term, to: &Member) -> Result<Term, Error> {
-        let command =
-            Command::MoveVolume { name: self.from.name.clone(), expect_term, to: to.id, to_epoch: to.epoch };
-        match self.core.propose(command).await?.given {
-            Given::Term(term) => Ok(term),
-            _ => Err(Error::failed("the cluster gave no term")),
+    /// The commit point of the move.
+    async fn appoint(&self) -> Result<Term, Error> {
+        let Self { core, host, from, to } = self;
+        let (name, expect_term) = (from.name.clone(), from.term);
+        let command = Command::MoveVolume { name, expect_term, to: to.id, to_epoch: to.epoch };
+        host.renounce(from.term);
+        match core.cluster.propose(command).await {
+            Ok(Outcome { given: Given::Term(term), .. }) => Ok(term),
+            Ok(_) => Err(Error::failed("the cluster gave no term")),
+            Err(error) => {
+                if is_undone(&error) {
+                    host.keep(from.term);
+                }
+                Err(refused(&error))
+            }
         }
     }
 
@@ -149,34 +161,28 @@ impl Move<'_> {
         }
     }
 
-    /// The record may be unchanged: then this node goes on in its term. If it is not, settling finds that out.
-    async fn reopen(&self, why: Error) -> Error {
+    /// The record may be unchanged: then this node goes on. If it is not, settling finds that out.
+    fn reopen(&self, why: Error) -> Error {
         tracing::warn!(volume = self.from.name, error = %why, "move undone");
         self.host.settle_soon();
         why.during(format!("volume move {}: it stays on {}", self.from.name, self.core.config.name))
     }
 
-    /// The new owner does not serve: this node appoints itself again.
-    async fn take_back(&self, term: Term, why: Error) -> Error {
-        let own = self.core.state().members.get(&self.core.me).cloned();
-        let back = match own {
-            Some(own) => self.appoint(term, &own).await,
-            None => Err(Error::failed("this node is no member any more")),
-        };
-        self.host.settle_soon();
-        match back {
-            Ok(_) => {
-                why.during(format!("volume move {}: it is back on {}", self.from.name, self.core.config.name))
-            }
-            Err(error) => {
-                // The new owner's incarnation may be in trouble: the detector decides, and the leader appoints an heir.
-                tracing::error!(volume = self.from.name, %error, "the volume could not be taken back");
-                membership::look_again(self.core);
-                why.during(format!("volume move {}", self.from.name)).hint(
-                    "`csvctl volume show` tells who owns it; the cluster appoints a living node by itself",
-                )
-            }
-        }
+    /// The new owner does not serve (yet). Only itself or the leader may end its term: it may be serving a moment later.
+    fn not_taken_over(&self, term: Term, why: Error) -> Error {
+        tracing::error!(volume = self.from.name, %term, error = %why, "the new owner does not serve");
+        membership::look_again(self.core);
+        why.during(format!("volume move {}", self.from.name)).hint(
+            "`csvctl volume show` tells who owns it; the cluster appoints another node if that one cannot",
+        )
+    }
+}
+
+/// Whether a proposal that failed has certainly changed nothing, and never will.
+fn is_undone(error: &ProposeError) -> bool {
+    match error {
+        ProposeError::Conflict { .. } | ProposeError::Invalid { .. } | ProposeError::NoQuorum { .. } => true,
+        ProposeError::OutcomeUnknown { .. } | ProposeError::Stopped { .. } => false,
     }
 }
 
