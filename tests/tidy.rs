@@ -159,6 +159,19 @@ fn nothing_imports_upwards() {
 }
 
 #[test]
+fn every_dependency_has_its_reason() {
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("the root manifest");
+    let section = manifest.split("[workspace.dependencies]").nth(1).expect("the dependencies");
+    let section = section.split("\n[").next().expect("the section");
+    let offences: Vec<_> = section
+        .lines()
+        .filter(|line| line.contains(" = ") && !line.contains("path = ") && !line.contains("# "))
+        .map(|line| format!("no reason beside: {line}"))
+        .collect();
+    report("each dependency has a reason in the root manifest", &offences);
+}
+
+#[test]
 fn every_source_file_says_what_it_is_for() {
     let offences: Vec<_> = files(&[".rs"])
         .iter()
