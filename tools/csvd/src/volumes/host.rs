@@ -135,8 +135,10 @@ impl Host {
     pub(super) async fn shut(&self, why: &str) -> Option<Result<CloseReport, Error>> {
         let serving = self.serving.send_replace(None)?;
         let term = serving.term;
-        tracing::info!(%term, why, "coordinator closes");
         let coordinator = serving.coordinator;
+        let stats = coordinator.stats();
+        let (requests, commits, recalls) = (stats.requests, stats.commits, stats.recalls);
+        tracing::info!(%term, why, requests, commits, recalls, "coordinator closes");
         let report = tokio::task::spawn_blocking(move || coordinator.close()).await;
         Some(match report {
             Ok(Ok(report)) => Ok(report),
