@@ -51,3 +51,44 @@ fn a_vm_needs_disks_that_exist_on_a_cluster_volume() {
     assert!(refused.message().contains("missing.vhdx"), "{refused}");
     assert_eq!(cluster.ctl(2).must(&["vm", "list"])["vms"].as_array().map(Vec::len), Some(0));
 }
+
+// Invariant E6: on whichever node, under whichever name.
+#[test]
+fn a_disk_that_a_running_vm_writes_is_refused_to_another_vm() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let path = |name: &str| text(&cluster.mount(1).join(name)).to_owned();
+    let (disk, link) = (path("shared.vhdx"), path("link.vhdx"));
+    Ctl::local().must(&["vhdx", "create", &disk, "--size", "32M"]);
+    std::fs::hard_link(&disk, &link).unwrap();
+    let define = |name: &str, disk: &str| {
+        cluster.ctl(1).must(&[
+            "vm",
+            "create",
+            name,
+            "--memory",
+            "64M",
+            "--cmdline",
+            "verify=9 write=0",
+            "--disk",
+            disk,
+        ])
+    };
+    let twice = ["vm", "create", "twice", "--memory", "64M", "--disk", &disk, "--disk", &link];
+    assert_eq!(cluster.ctl(1).run(&twice).unwrap_err().code, 2);
+    define("first", &disk);
+    define("second", &disk);
+    define("third", &link);
+    cluster.ctl(1).must(&["vm", "start", "first"]);
+    for (node, name) in [(1, "second"), (2, "second"), (3, "third")] {
+        let refused = cluster.ctl(node).run(&["vm", "start", name]).unwrap_err();
+        assert_eq!(refused.code, 4, "{refused}");
+        assert!(refused.to_string().contains("VM first"), "{refused}");
+        assert_eq!(cluster.ctl(node).must(&["vm", "show", name])["state"], "stopped");
+    }
+    cluster.ctl(1).must(&["vm", "stop", "first"]);
+    cluster.ctl(2).must(&["vm", "start", "second"]);
+    cluster.ctl(2).must(&["vm", "stop", "second"]);
+}

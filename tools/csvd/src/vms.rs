@@ -10,6 +10,7 @@
 //! **Invariant (H1):** an `hv` process runs a guest only in the epoch that the record has given to this node.
 
 mod control;
+mod disks;
 mod migration;
 mod runner;
 
@@ -163,7 +164,7 @@ pub(crate) async fn create(core: &Arc<Core>, name: &str, spec: pb::VmSpec) -> Re
         return Err(Error::conflict(format!("vm create: there is already a VM {name}"))
             .hint("choose another name, or delete the old one"));
     }
-    check_disks(core, &spec).await.map_err(during)?;
+    disks::of(core, &spec).await.map_err(during)?;
     let command = Command::CreateVm {
         name: name.to_owned(),
         id: Uuid::new_v4(),
@@ -181,33 +182,6 @@ fn check_name(name: &str) -> Result<(), Error> {
     }
     Err(Error::usage(format!("`{name}` cannot be a VM's name"))
         .hint(format!("use up to {NAME_BYTES_MAX} letters, digits, `-`, `_` and `.`")))
-}
-
-/// Each disk is a file on a volume of the cluster.
-async fn check_disks(core: &Arc<Core>, spec: &pb::VmSpec) -> Result<(), Error> {
-    for disk in &spec.disks {
-        let shown = format!("disk {}:/{}", disk.volume, disk.path);
-        let state = core.state();
-        let record = view::volume(&state, &disk.volume)?;
-        let volume = core
-            .volumes
-            .get(record.id)
-            .ok_or_else(|| Error::conflict(format!("volume {} is not open yet", record.name)))?;
-        let (node, path) = (volume.node_or_why()?, disk.path.clone());
-        let looked = tokio::task::spawn_blocking(move || node.resolve(&path)).await.map_err(Error::failed)?;
-        let attr = looked.map_err(|error| {
-            let kind = if error.errno() == libc::ENOENT { api::Kind::NotFound } else { api::Kind::Failed };
-            Error::new(kind, error)
-                .during(&shown)
-                .hint("make it with `csvctl vhdx create`, or copy an image to the volume")
-        })?;
-        if attr.kind != csvfs::node::FileKind::Regular {
-            return Err(
-                Error::usage(format!("{shown} is not a file")).hint("a disk is a VHDX file on a volume")
-            );
-        }
-    }
-    Ok(())
 }
 
 /// A VM that runs nowhere comes to this node, so that it starts here.
@@ -246,7 +220,8 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
     }
     let during = |error: Error| error.during(format!("vm start {name}"));
     let spec = spec_of(record)?;
-    check_disks(core, &spec).await.map_err(during)?;
+    let wanted = disks::of(core, &spec).await.map_err(during)?;
+    disks::refuse_shared(core, name, &wanted, &state).await.map_err(during)?;
     let command = record.update(|record| {
         record.state = VmState::Starting;
         record.epoch += 1;
@@ -255,6 +230,13 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
     });
     core.propose(command).await.map_err(during)?;
     let starting = view::vm(&core.state(), name)?.clone();
+    // Once more, now that everybody sees that this VM wants them: of two that start at once none overlooks the other.
+    if let Err(error) = disks_are_free(core, name, &wanted).await {
+        let command =
+            starting.update(|after| (after.state, after.reason) = (record.state, record.reason.clone()));
+        core.propose(command).await.map_err(during)?;
+        return Err(during(error));
+    }
     let saved = migration::saved_file(&starting);
     match launch(core, &starting, &spec, saved.clone()).await {
         Ok(runner) => {
@@ -284,6 +266,11 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
             Err(during(error))
         }
     }
+}
+
+async fn disks_are_free(core: &Arc<Core>, name: &str, wanted: &[disks::Disk]) -> Result<(), Error> {
+    let state = core.cluster.read().await.map_err(|error| crate::core::refused(&error))?;
+    disks::refuse_shared(core, name, wanted, &state).await
 }
 
 /// Starts the process, from a saved state when there is one.
@@ -343,19 +330,21 @@ async fn guest_ended(runner: &Arc<Runner>) -> runner::End {
 
 /// The process has ended: the VM is stopped, or failed, unless the record has gone on without it.
 async fn record_end(core: &Arc<Core>, runner: &Runner, end: &runner::End) {
-    let state = core.state();
-    let Ok(record) = view::vm(&state, &runner.name) else { return };
-    let ours = record.owner == core.me && record.epoch == runner.epoch();
-    let runs = matches!(record.state, VmState::Starting | VmState::Running | VmState::Paused);
-    if !ours || !runs {
-        return;
-    }
-    let command = record.update(|record| {
-        record.state = if end.in_order { VmState::Stopped } else { VmState::Failed };
-        record.reason = if end.in_order { String::new() } else { end.to_string() };
-    });
-    if let Err(error) = core.propose(command).await {
-        tracing::warn!(vm = runner.name, %error, "end of the VM not recorded");
+    // A start or an arrival that is about to say `running` does so first; otherwise nobody would take it back.
+    let _decision = core.vms.decide(&runner.name).await;
+    let state = core.cluster.read().await.unwrap_or_else(|_| core.state());
+    if let Ok(record) = view::vm(&state, &runner.name)
+        && record.owner == core.me
+        && record.epoch == runner.epoch()
+        && matches!(record.state, VmState::Starting | VmState::Running | VmState::Paused)
+    {
+        let command = record.update(|record| {
+            record.state = if end.in_order { VmState::Stopped } else { VmState::Failed };
+            record.reason = if end.in_order { String::new() } else { end.to_string() };
+        });
+        if let Err(error) = core.propose(command).await {
+            tracing::warn!(vm = runner.name, %error, "end of the VM not recorded");
+        }
     }
     runner.recorded();
 }
