@@ -169,7 +169,7 @@ impl Server {
 
     /// The store failed: nothing of this batch may be told, and nothing more may be written.
     fn stop(mut self, error: &StoreError) {
-        self.store.revoke();
+        self.store.end_writing();
         let reason = error.to_string();
         self.core.pushes.stopped(&reason);
         let stats = CoordinatorStats { stopped: Some(reason.clone()), ..self.core.stats() };
@@ -182,6 +182,7 @@ impl Server {
     }
 
     fn end(mut self, kind: FailureKind, why: &str, jobs: Vec<Job>) {
+        self.store.end_writing();
         self.turn_away(kind, why, jobs);
     }
 

@@ -108,6 +108,11 @@ impl Region {
         self.revoked.store(true, Ordering::SeqCst);
     }
 
+    /// Returns when nothing is in flight any more. After `revoke`, nothing reaches the LUN from here on.
+    pub(super) fn settle(&self) {
+        self.flight.drain();
+    }
+
     pub(super) fn len(&self) -> u64 {
         self.state().slot.len
     }
@@ -409,6 +414,28 @@ mod tests {
         device.release();
         second.join().expect("no panic").expect("queued");
         assert_eq!(block(&store, 0), 2);
+    }
+
+    // Invariant D5: the next coordinator may open the store as soon as this one says that it has ended.
+    #[test]
+    fn nothing_lands_after_a_revoked_region_has_settled() {
+        let device = Arc::new(FaultDevice::new(MemoryDevice::new(64 * MIB)));
+        let store = Arc::new(region(device.clone()));
+        store.set_len(MIB).expect("there is room");
+        device.hold(Some(OpKind::Write));
+        store.write(0, &[1; 4096]).expect("queued");
+        device.wait_held(1);
+        let settled = {
+            let store = store.clone();
+            std::thread::spawn(move || {
+                store.revoke();
+                store.settle();
+                store.flight.ranges().len()
+            })
+        };
+        device.release();
+        assert_eq!(settled.join().expect("no panic"), 0);
+        assert_eq!(block(&store, 0), 1);
     }
 
     // Invariants D5, D6.

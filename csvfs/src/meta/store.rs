@@ -144,12 +144,13 @@ impl Store {
         tables::open_read(&inner)
     }
 
-    /// Ends all writing, for good.
-    pub(crate) fn revoke(&self) {
+    /// Ends all writing, for good, and returns when the last write has landed: only then may another open the store.
+    pub(crate) fn end_writing(&self) {
         self.region.revoke();
+        self.region.settle();
     }
 
-    /// [`Store::revoke`], for somebody who does not own the store.
+    /// Ends all writing, for good; for somebody who does not own the store, and does not wait for what is in flight.
     pub(crate) fn revoker(&self) -> Box<dyn Fn() + Send + Sync> {
         let region = self.region.clone();
         Box::new(move || region.revoke())
