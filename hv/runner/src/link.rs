@@ -62,9 +62,23 @@ impl NodeLink {
         Ok(link)
     }
 
-    /// Pushes for this volume go to this node from now on.
-    pub(crate) fn register(&self, volume: &[u8], node: &Arc<Node>) {
-        self.volumes().entry(volume.to_vec()).or_default().node = Some(Arc::downgrade(node));
+    /// Pushes for this volume go to this node from now on. What was announced since it began to attach, to the
+    /// coordinator of term `since`, is told again: that coordinator waits for it.
+    pub(crate) fn register(&self, volume: &[u8], node: &Arc<Node>, since: u64) {
+        let term = {
+            let mut volumes = self.volumes();
+            let known = volumes.entry(volume.to_vec()).or_default();
+            known.node = Some(Arc::downgrade(node));
+            known.term
+        };
+        if term > since {
+            node.deliver(self.announcement(volume, term));
+        }
+    }
+
+    fn announcement(&self, volume: &[u8], term: u64) -> pb::Push {
+        let what = pb::push::What::NewCoordinator(pb::NewCoordinator { node: self.local.node.into() });
+        pb::Push { volume: volume.to_vec().into(), term, what: Some(what) }
     }
 
     fn try_connect(self: &Arc<Self>) -> Result<(), WireError> {
@@ -116,8 +130,7 @@ impl NodeLink {
             volumes.iter().filter_map(each).collect()
         };
         for (volume, term, node) in all {
-            let what = pb::push::What::NewCoordinator(pb::NewCoordinator { node: self.local.node.into() });
-            node.deliver(pb::Push { volume: volume.into(), term, what: Some(what) });
+            node.deliver(self.announcement(&volume, term));
         }
     }
 

@@ -141,7 +141,7 @@ fn attach(
             "`csvctl volume show` tells its coordinator and state",
         )
     })?;
-    link.register(spec.id.as_bytes(), &node);
+    link.register(spec.id.as_bytes(), &node, spec.term);
     Ok(Volume { node, gate })
 }
 

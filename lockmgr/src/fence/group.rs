@@ -4,8 +4,9 @@
 //! its leader was started (clock ticks since boot), and the boot that both belong to. The last two may be missing; they
 //! keep the number from meaning somebody else's processes after the group has ended.
 //!
-//! **Invariant:** [`ProcessGroup::end`] returns success only after every member has ended with all its threads, and with
-//! them every I/O request that they had submitted: the kernel waits for those when a process ends.
+//! **Invariant:** [`ProcessGroup::end`] returns success only after every member has ended with all its threads: nobody is
+//! left who could submit a request. A request that the kernel had passed on to the device before (io_uring does not hold up
+//! the end of its process) ends within the device's own time.
 
 use std::fmt;
 use std::io;

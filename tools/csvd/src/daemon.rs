@@ -9,6 +9,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::Error;
 use api::config::NodeConfig;
@@ -25,6 +26,11 @@ use crate::core::Core;
 use crate::dispatch::Dispatcher;
 use crate::pid_file::PidFile;
 use crate::{admin, membership, node_socket, vms, volumes};
+
+/// Longest time for an end in order: VMs flush their disks, coordinators commit.
+const IN_ORDER_WITHIN: Duration = Duration::from_secs(12);
+/// Longest time for taking leave of the other nodes.
+const LEAVE_WITHIN: Duration = Duration::from_secs(3);
 
 /// Reads the configuration.
 pub(crate) fn load(path: &Path) -> Result<NodeConfig, Error> {
@@ -64,10 +70,16 @@ pub(crate) async fn run(config: NodeConfig, inherit_listener: bool) -> Result<()
     let ended = live(&core).await;
 
     end(&core).await;
-    admin.end().await;
-    server.shutdown().await;
-    core.cluster.shutdown().await;
-    core.mesh.shutdown().await;
+    // Nothing on a LUN depends on what follows, and a request to a node that hangs is not waited for.
+    let taking_leave = async {
+        admin.end().await;
+        server.shutdown().await;
+        core.cluster.shutdown().await;
+        core.mesh.shutdown().await;
+    };
+    if tokio::time::timeout(LEAVE_WITHIN, taking_leave).await.is_err() {
+        tracing::warn!("requests of other nodes were cut off");
+    }
     tracing::info!("ended");
     ended
 }
@@ -83,10 +95,28 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
     vms::adopt(core).await;
     core.runtime.spawn(volumes::run(Arc::clone(core)));
     core.stop.cancelled().await;
-    vms::end_all(core).await;
-    volumes::close(core).await;
-    processes.shutdown().await;
+    let in_order = async {
+        vms::end_all(core).await;
+        volumes::close(core).await;
+    };
+    tokio::select! {
+        () = in_order => {}
+        () = cut_short(core) => {}
+    }
+    if tokio::time::timeout(LEAVE_WITHIN, processes.shutdown()).await.is_err() {
+        tracing::warn!("requests of this node's VMs were cut off");
+    }
     Ok(())
+}
+
+/// Without a quorum the lease runs out, and what must still be written waits for it for ever: then the right is given up,
+/// so that it fails instead, as in a crash. Never returns.
+async fn cut_short(core: &Arc<Core>) {
+    tokio::time::sleep(IN_ORDER_WITHIN).await;
+    tracing::error!("the node does not come to an end in order: its VMs are killed, all I/O is stopped");
+    core.vms.kill_all();
+    core.membership.lease.revoke();
+    std::future::pending::<()>().await;
 }
 
 async fn end(core: &Arc<Core>) {

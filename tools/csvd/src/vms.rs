@@ -21,11 +21,9 @@ use std::time::Duration;
 use api::{Error, pb};
 use hv::control::VmRunState;
 use hv_runner::config::VolumePath;
-use lockmgr::cluster::{ClusterState, VmRecord, VmState};
+use lockmgr::cluster::{ClusterState, Command, ProposeError, VmRecord, VmState};
 use prost::Message;
 use uuid::Uuid;
-
-use lockmgr::cluster::Command;
 
 use crate::core::Core;
 use crate::view;
@@ -39,6 +37,8 @@ const NAME_BYTES_MAX: usize = 64;
 const MEMORY_BYTES_MIN: u64 = 1 << 20;
 /// How often a process is asked whether its guest still runs.
 const LOOK_AT_GUEST_EVERY: Duration = Duration::from_secs(1);
+/// Pause before the record is read again, when the end of a VM could not be written there.
+const RECORD_AGAIN_AFTER: Duration = Duration::from_millis(200);
 /// Longest piece of a console in one message.
 const CONSOLE_WAIT_MS_MAX: u64 = 5_000;
 
@@ -328,25 +328,45 @@ async fn guest_ended(runner: &Arc<Runner>) -> runner::End {
     }
 }
 
-/// The process has ended: the VM is stopped, or failed, unless the record has gone on without it.
+/// The process has ended: the VM is stopped, or failed, unless the record has gone on without it. A change of the record
+/// may be under way while this one is proposed, or its outcome may be lost, so the record is read again until it fits (H6).
 async fn record_end(core: &Arc<Core>, runner: &Runner, end: &runner::End) {
-    // A start or an arrival that is about to say `running` does so first; otherwise nobody would take it back.
-    let _decision = core.vms.decide(&runner.name).await;
-    let state = core.cluster.read().await.unwrap_or_else(|_| core.state());
-    if let Ok(record) = view::vm(&state, &runner.name)
-        && record.owner == core.me
-        && record.epoch == runner.epoch()
-        && matches!(record.state, VmState::Starting | VmState::Running | VmState::Paused)
-    {
-        let command = record.update(|record| {
-            record.state = if end.in_order { VmState::Stopped } else { VmState::Failed };
-            record.reason = if end.in_order { String::new() } else { end.to_string() };
-        });
-        if let Err(error) = core.propose(command).await {
-            tracing::warn!(vm = runner.name, %error, "end of the VM not recorded");
+    loop {
+        // A start or an arrival that is about to say `running` does so first; otherwise nobody would take it back.
+        let decision = core.vms.decide(&runner.name).await;
+        let proposed = match core.cluster.read().await {
+            Ok(state) => match end_of(core, &state, runner, end) {
+                Some(command) => core.cluster.propose(command).await.map(drop),
+                None => break,
+            },
+            Err(error) => Err(error),
+        };
+        drop(decision);
+        let Err(error) = proposed else { break };
+        tracing::warn!(vm = runner.name, %error, "end of the VM not recorded yet");
+        if matches!(error, ProposeError::Invalid { .. } | ProposeError::Stopped { .. }) {
+            break;
+        }
+        tokio::select! {
+            // The next incarnation of this node finds the record and puts it right.
+            () = core.stop.cancelled() => break,
+            () = tokio::time::sleep(RECORD_AGAIN_AFTER) => {}
         }
     }
     runner.recorded();
+}
+
+/// The change that records the end of a process, if the record still counts on it.
+fn end_of(core: &Core, state: &ClusterState, runner: &Runner, end: &runner::End) -> Option<Command> {
+    let record = state.vms.get(&runner.name)?;
+    let ours = record.owner == core.me && record.epoch == runner.epoch();
+    let runs = matches!(record.state, VmState::Starting | VmState::Running | VmState::Paused);
+    (ours && runs).then(|| {
+        record.update(|record| {
+            record.state = if end.in_order { VmState::Stopped } else { VmState::Failed };
+            record.reason = if end.in_order { String::new() } else { end.to_string() };
+        })
+    })
 }
 
 fn running_here(core: &Core, name: &str, doing: &str) -> Result<(VmRecord, Arc<Runner>), Error> {
@@ -374,7 +394,7 @@ pub(crate) async fn stop(core: &Arc<Core>, name: &str, force: bool) -> Result<pb
         core.propose(command).await.map_err(|error| error.during(format!("vm stop {name}")))?;
         return described(core, name);
     }
-    if record.state == VmState::Migrating {
+    if matches!(record.state, VmState::Saving | VmState::Migrating) {
         return Err(
             Error::conflict(format!("vm stop {name}: it is being moved")).hint("wait until it has arrived")
         );
@@ -460,7 +480,7 @@ pub(crate) async fn delete(core: &Arc<Core>, name: &str, dry_run: bool) -> Resul
     let state = core.cluster.read().await.map_err(|error| crate::core::refused(&error))?;
     let record = view::vm(&state, name)?;
     if core.vms.moves.expects(name) {
-        return Err(Error::conflict(format!("vm start {name}: it is arriving from another node"))
+        return Err(Error::conflict(format!("vm delete {name}: it is arriving from another node"))
             .hint("wait a moment; `csvctl vm show` tells where it is"));
     }
     if !matches!(record.state, VmState::Stopped | VmState::Failed | VmState::Saved) {
@@ -475,9 +495,30 @@ pub(crate) async fn delete(core: &Arc<Core>, name: &str, dry_run: bool) -> Resul
     core.propose(command).await.map(drop).map_err(|error| error.during(format!("vm delete {name}")))
 }
 
-/// A new epoch begins without VMs: what the records say of the last one is over.
+/// A new epoch begins without VMs: what the records say of the last one is over. Returns when they say so.
 pub(crate) async fn adopt(core: &Arc<Core>) {
-    let state = core.state();
+    loop {
+        let recorded = record_lost(core).await;
+        if let Err(error) = &recorded {
+            tracing::warn!(%error, "what was lost with the last epoch is not recorded yet");
+        }
+        if recorded.is_ok() || core.stop.is_cancelled() {
+            return;
+        }
+        tokio::time::sleep(RECORD_AGAIN_AFTER).await;
+    }
+}
+
+async fn record_lost(core: &Arc<Core>) -> Result<(), ProposeError> {
+    let state = core.cluster.read().await?;
+    for command in lost_with_last_epoch(core, &state) {
+        core.cluster.propose(command).await?;
+    }
+    Ok(())
+}
+
+/// The changes that record the end of what ran here before this epoch.
+fn lost_with_last_epoch(core: &Core, state: &ClusterState) -> Vec<Command> {
     let lost = state.vms.values().filter(|vm| {
         vm.owner == core.me
             && matches!(
@@ -485,16 +526,14 @@ pub(crate) async fn adopt(core: &Arc<Core>) {
                 VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating
             )
     });
-    for vm in lost {
-        let command = vm.update(|record| {
+    let ended = |vm: &VmRecord| {
+        vm.update(|record| {
             record.state = VmState::Failed;
             record.peer = None;
             record.reason = format!("node {} was restarted", core.config.name);
-        });
-        if let Err(error) = core.propose(command).await {
-            tracing::warn!(vm = vm.name, %error, "lost VM not recorded");
-        }
-    }
+        })
+    };
+    lost.map(ended).collect()
 }
 
 /// The daemon ends: its VMs are stopped in order.

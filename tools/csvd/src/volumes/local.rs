@@ -129,8 +129,10 @@ impl LocalVolume {
         let serial = mounted.serial;
         let ended = tokio::task::spawn_blocking(move || {
             let Mounted { node, mount, .. } = mounted;
-            mount.unmount().map_err(|error| error.to_string())?;
-            node.detach().map_err(|error| error.to_string())
+            // Its grants go back also when the mount does not end in order: only then may others be told that it is gone.
+            let unmounted = mount.unmount().map_err(|error| error.to_string());
+            let detached = node.detach().map_err(|error| error.to_string());
+            unmounted.and(detached)
         });
         match ended.await {
             Ok(Ok(())) => tracing::info!(volume = self.name, "unmounted"),
@@ -186,8 +188,8 @@ async fn bring_up(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> Result<(), (Co
     let mount = match mount(core, record, &node).await {
         Ok(mount) => mount,
         Err(error) => {
-            core.clients.remove(record.id, serial);
             drop(tokio::task::spawn_blocking(move || node.detach()).await);
+            core.clients.remove(record.id, serial);
             return Err((Code::NoMount, error));
         }
     };
@@ -250,6 +252,11 @@ async fn attach(
     let node = attached
         .map_err(|error| Error::failed(error).during(format!("attaching to volume {}", record.name)))?;
     core.clients.add(record.id, serial, Client::Mount(Arc::downgrade(&node)));
+    // Who was appointed while this client could not be told yet: the new coordinator waits for it.
+    let state = core.state();
+    if let Some(now) = view::volume_by_id(&state, record.id).filter(|now| now.term != record.term) {
+        core.clients.announce(now.id, now.term, now.owner);
+    }
     Ok((node, serial))
 }
 

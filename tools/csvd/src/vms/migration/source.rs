@@ -190,7 +190,9 @@ impl Source<'_> {
         match resumed {
             Ok(()) => Event::Resumed,
             Err(error) => {
+                // The record is about to say that it runs nowhere, and then any node may start it (H1).
                 self.runner.kill();
+                self.runner.ended().await;
                 Event::ResumeFailed(error.message)
             }
         }
