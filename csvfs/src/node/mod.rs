@@ -214,12 +214,21 @@ impl Node {
     /// Gives everything back and leaves the volume. Waiting calls fail with [`FsError::Detached`].
     ///
     /// # Errors
-    /// When buffered changes could not be made durable, or no coordinator answers.
+    /// When buffered changes could not be made durable, or no coordinator answers in half a minute.
     pub fn detach(&self) -> Result<(), FsError> {
+        self.detach_within(DETACH_PATIENCE)
+    }
+
+    /// The same with another bound than half a minute: giving back and saying goodbye may each take `patience`. A client
+    /// that went without a goodbye stays known to the coordinator until its node attaches anew or is fenced.
+    ///
+    /// # Errors
+    /// As [`Node::detach`].
+    pub fn detach_within(&self, patience: Duration) -> Result<(), FsError> {
         // What has stopped can give nothing back: the coordinator gets it when it knows that this client has ended.
-        let given_back = self.core.stopped().is_none() && self.core.give_back(DETACH_PATIENCE);
+        let given_back = self.core.stopped().is_none() && self.core.give_back(patience);
         let outcome = if given_back {
-            self.ask_done(Op::Detach(pb::Detach {}))
+            self.core.session.call_within(Op::Detach(pb::Detach {}), patience).map(drop)
         } else {
             let why = "not everything could be given back before the detach".to_owned();
             Err(self.core.stopped().unwrap_or(FsError::Unreachable { why }))

@@ -187,6 +187,20 @@ impl Session {
         }
     }
 
+    /// Sends `op` and waits for its outcome, no longer than `patience`. A later outcome goes nowhere.
+    pub(super) fn call_within(
+        self: &Arc<Self>,
+        op: Op,
+        patience: Duration,
+    ) -> Result<pb::reply::Result, FsError> {
+        let (tell, told) = std::sync::mpsc::sync_channel(1);
+        self.call(op, move |outcome| drop(tell.send(outcome)));
+        let why = || format!("no coordinator answered within {} s", patience.as_secs());
+        told.recv_timeout(patience)
+            .unwrap_or_else(|_| Err(FsError::Unreachable { why: why() }))
+            .map(|answered| answered.result)
+    }
+
     /// Sends `op` and waits for its outcome.
     pub(super) fn call_blocking(self: &Arc<Self>, op: Op) -> Result<pb::reply::Result, FsError> {
         let (tell, told) = std::sync::mpsc::sync_channel(1);

@@ -238,7 +238,7 @@ async fn a_partitioned_node_is_silent_until_it_is_connected_again() {
     });
     mesh.push(2, 7, Bytes::from_static(b"held")).expect("queued");
     // What the peer sends does not pass either.
-    let back = echo.connections.lock().expect("lock")[0].clone();
+    let back = echo.first_connection().await;
     let back = tokio::spawn(async move { back.call(ECHO, Bytes::new()).await });
     assert!(received.pushed.try_recv().is_err() && !call.is_finished() && !back.is_finished());
     mesh.set_partitioned(false);

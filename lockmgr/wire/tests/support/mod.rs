@@ -50,6 +50,7 @@ pub(crate) struct Echo {
     pub(crate) pushed: mpsc::UnboundedSender<(u16, Bytes)>,
     pub(crate) gone: mpsc::UnboundedSender<String>,
     pub(crate) connections: Mutex<Vec<Connection>>,
+    pub(crate) arrived: tokio::sync::Notify,
 }
 
 pub(crate) struct Received {
@@ -67,8 +68,22 @@ impl Echo {
             pushed,
             gone,
             connections: Mutex::default(),
+            arrived: tokio::sync::Notify::new(),
         };
         (Arc::new(echo), Received { pushed: received_pushes, gone: received_ends })
+    }
+}
+
+impl Echo {
+    /// The first connection; the client may know of it before the server does.
+    pub(crate) async fn first_connection(&self) -> Connection {
+        loop {
+            let first = self.connections.lock().expect("lock").first().cloned();
+            if let Some(first) = first {
+                return first;
+            }
+            self.arrived.notified().await;
+        }
     }
 }
 
@@ -105,6 +120,7 @@ impl Handler for Echo {
 
     fn connected(&self, conn: &Connection) {
         self.connections.lock().expect("lock").push(conn.clone());
+        self.arrived.notify_one();
     }
 
     fn gone(&self, conn: &Connection, reason: &str) {

@@ -35,6 +35,9 @@ const AGAIN_AFTER: Duration = Duration::from_millis(500);
 /// Longest time that a coordinator waits for the LUN to be opened here.
 const LUN_WITHIN: Duration = Duration::from_secs(10);
 
+/// Longest time to wait for a coordinator when the mount goes: it may have ended before us.
+const DETACH_WITHIN: Duration = Duration::from_secs(5);
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct LocalVolume {
@@ -131,7 +134,7 @@ impl LocalVolume {
             let Mounted { node, mount, .. } = mounted;
             // Its grants go back also when the mount does not end in order: only then may others be told that it is gone.
             let unmounted = mount.unmount().map_err(|error| error.to_string());
-            let detached = node.detach().map_err(|error| error.to_string());
+            let detached = node.detach_within(DETACH_WITHIN).map_err(|error| error.to_string());
             unmounted.and(detached)
         });
         match ended.await {

@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use api::Error;
+use api::config::NodeConfig;
+use api::pb::VolumeListRequest;
 use clap::Args;
 use rustix::process::Signal;
 
@@ -14,6 +16,9 @@ use crate::context::Context;
 
 /// Longest time that a daemon may take to flush and end by itself.
 pub(crate) const END_WITHIN: Duration = Duration::from_secs(20);
+
+/// Longest time to wait for a node that says who coordinates what; it only decides about the order of ending.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Args)]
 pub(crate) struct Down {
@@ -47,11 +52,17 @@ impl Down {
         }
         if let Some(plan) = &plan {
             let configs: Vec<_> = plan.nodes.iter().map(|node| folder.node_config(plan, node)).collect();
-            let mut running = Vec::new();
-            for config in &configs {
-                running.extend(Running::find(&config.pid_file())?);
+            // The others first: they give back what they hold, and that takes a coordinator that still answers.
+            let owners = owners(&configs).await;
+            let (last, first): (Vec<_>, Vec<_>) =
+                configs.iter().partition(|config| owners.contains(&config.name));
+            for group in [first, last] {
+                let mut running = Vec::new();
+                for config in group {
+                    running.extend(Running::find(&config.pid_file())?);
+                }
+                end(&running)?;
             }
-            end(&running)?;
             for planned in &plan.nodes {
                 node::unmount_leftovers(&folder, plan, planned)?;
             }
@@ -62,6 +73,20 @@ impl Down {
         }
         context.ui.done(&format!("the cluster in {} is stopped", root.display()))
     }
+}
+
+/// Names of the nodes that coordinate a volume, as far as a node that answers at once knows them.
+async fn owners(configs: &[NodeConfig]) -> Vec<String> {
+    for config in configs {
+        let answer = tokio::time::timeout(ANSWER_WITHIN, async {
+            let mut client = api::connect(&config.admin_socket()).await?;
+            Ok::<_, Error>(client.volume_list(VolumeListRequest {}).await?.into_inner())
+        });
+        if let Ok(Ok(volumes)) = answer.await {
+            return volumes.volumes.into_iter().map(|volume| volume.owner).collect();
+        }
+    }
+    Vec::new()
 }
 
 /// Never removes a folder that is not one of ours.
