@@ -103,7 +103,15 @@ fn move_under_load(guest: &Guest, cluster: &Cluster) -> (Ack, String) {
 
 fn move_coordinator(cluster: &Cluster, to: usize) -> ((), String) {
     let moved = cluster.ctl(1).must(&["volume", "move", "vol1", "--to", &cluster.name(to)]);
-    ((), format!("{} -> {}, metadata paused {} ms", moved["from"], moved["to"], number(&moved["pause_ms"])))
+    (
+        (),
+        format!(
+            "{} -> {}, metadata paused {} ms",
+            word(&moved["from"]),
+            word(&moved["to"]),
+            number(&moved["pause_ms"])
+        ),
+    )
 }
 
 fn migrate(cluster: &Cluster, from: usize, to: usize) -> ((), String) {
@@ -162,6 +170,11 @@ fn check_volume(cluster: &Cluster) -> ((), String) {
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("a UTF-8 path")
+}
+
+/// A JSON string without its quotes.
+fn word(value: &Value) -> &str {
+    value.as_str().unwrap_or("?")
 }
 
 /// A JSON number as people read it.
