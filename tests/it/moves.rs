@@ -84,3 +84,27 @@ fn after_a_move_the_old_coordinator_may_go_and_nothing_is_lost() {
     let report = cluster.ctl(other).must(&["volume", "check", "vol1"]);
     assert_eq!(report["problems"].as_array().map(Vec::len), Some(0), "{report}");
 }
+
+// Invariant D5: the old coordinator never opens its term again, whatever became of the new one.
+#[test]
+fn a_move_to_a_node_that_freezes_ends_with_one_coordinator_and_nothing_lost() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let shown = cluster.ctl(1).must(&["volume", "show", "vol1"]);
+    let old =
+        (1..=3).find(|node| shown["owner"] == cluster.name(*node).as_str()).expect("the owner is a node");
+    let (frozen, other) = (old % 3 + 1, (old + 1) % 3 + 1);
+    fs::write(cluster.mount(other).join("before"), b"kept").unwrap();
+    cluster.fault(frozen, "stop");
+    // It may be refused already, or be decided and then fail: what counts is what is left.
+    let moved = cluster.ctl(other).run(&["volume", "move", "vol1", "--to", &cluster.name(frozen)]);
+    assert!(moved.is_err(), "a frozen node does not serve: {moved:?}");
+    // Held, not failed, until somebody serves again.
+    fs::write(cluster.mount(other).join("after"), b"works").unwrap();
+    assert_eq!(fs::read(cluster.mount(old).join("after")).unwrap(), b"works");
+    assert_eq!(fs::read(cluster.mount(old).join("before")).unwrap(), b"kept");
+    let report = cluster.ctl(old).must(&["volume", "check", "vol1"]);
+    assert_eq!(report["problems"].as_array().map(Vec::len), Some(0), "{report}");
+}
