@@ -317,7 +317,7 @@ impl Incoming {
     fn outcome(&self) -> Change {
         let mine = RecordView { owner: self.own, epoch: self.epoch + 1, state: VmState::Saved };
         match &self.phase {
-            // The saved state stays where it is: the VM can still be started from it.
+            // Without the saved state: the guest may have run, and its memory would be older than its disks.
             Phase::Broken { reason, .. } => {
                 Change { reason: reason.clone(), ..Change::state(mine, VmState::Failed) }
             }

@@ -229,7 +229,7 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
         record.reason = String::new();
     });
     core.propose(command).await.map_err(during)?;
-    let starting = view::vm(&core.state(), name)?.clone();
+    let mut starting = view::vm(&core.state(), name)?.clone();
     // Once more, now that everybody sees that this VM wants them: of two that start at once none overlooks the other.
     if let Err(error) = disks_are_free(core, name, &wanted).await {
         let command =
@@ -238,12 +238,9 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
         return Err(during(error));
     }
     let saved = migration::saved_file(&starting);
-    match launch(core, &starting, &spec, saved.clone()).await {
+    match launch(core, &mut starting, &spec, saved.clone()).await {
         Ok(runner) => {
-            let command = starting.update(|record| {
-                record.state = VmState::Running;
-                record.saved = None;
-            });
+            let command = starting.update(|record| record.state = VmState::Running);
             if let Err(error) = core.propose(command).await {
                 // The record is not ours any more, so neither is the right to run it.
                 runner.kill();
@@ -276,7 +273,7 @@ async fn disks_are_free(core: &Arc<Core>, name: &str, wanted: &[disks::Disk]) ->
 /// Starts the process, from a saved state when there is one.
 async fn launch(
     core: &Arc<Core>,
-    record: &VmRecord,
+    record: &mut VmRecord,
     spec: &pb::VmSpec,
     saved: Option<VolumePath>,
 ) -> Result<Arc<Runner>, Error> {
@@ -284,12 +281,20 @@ async fn launch(
     let runner = Runner::start(core, record, spec, saved).await?;
     core.vms.add(&runner);
     supervise(core, &runner);
-    if restored && let Err(error) = runner.control().activate().await {
+    if restored && let Err(error) = go_on(core, record, &runner).await {
         runner.kill();
         runner.ended().await;
         return Err(error);
     }
     Ok(runner)
+}
+
+/// Lets a guest go on from its saved state. The record no longer names that state from the moment on at which the guest
+/// may run: its memory would be older than its disks.
+async fn go_on(core: &Arc<Core>, record: &mut VmRecord, runner: &Runner) -> Result<(), Error> {
+    core.propose(record.update(|record| record.saved = None)).await?;
+    record.saved = None;
+    runner.control().activate().await
 }
 
 /// Watches a process to its end, and records it.

@@ -7,12 +7,12 @@ use std::time::Duration;
 use api::Error;
 use bytes::Bytes;
 use hv_runner::config::VolumePath;
-use lockmgr::cluster::VmRecord;
+use lockmgr::cluster::{ProposeError, VmRecord};
 use migrator::protocol::{FromTarget, Move, Saved, ToTarget};
 use migrator::{Incoming, TargetAction, TargetAnswer, TargetEvent};
 
 use super::{facts, propose, read_record, remove_state};
-use crate::core::Core;
+use crate::core::{Core, refused};
 use crate::view;
 use crate::vms::runner::Runner;
 use crate::vms::{spec_of, supervise};
@@ -210,9 +210,33 @@ impl Attempt {
         let mut state = core.cluster.watch();
         let (vm, epoch) = (self.of.vm.clone(), self.of.epoch + 1);
         drop(state.wait_for(|state| state.vms.get(&vm).is_none_or(|record| record.epoch >= epoch)).await);
-        match runner.control().activate().await {
+        let ready = match self.use_up_saved(core).await {
+            Ok(()) => runner.control().activate().await,
+            Err(error) => Err(error),
+        };
+        match ready {
             Ok(()) => TargetEvent::Started,
             Err(error) => TargetEvent::StartFailed(error.message),
+        }
+    }
+
+    /// The record no longer names the saved state from the moment on at which the guest may run: should this node die
+    /// before the record says `running`, nobody goes on with a memory that is older than the disks.
+    async fn use_up_saved(&self, core: &Arc<Core>) -> Result<(), Error> {
+        let record = view::vm(&core.state(), &self.of.vm)?.clone();
+        if record.saved.is_none() {
+            return Err(Error::conflict(
+                "its guest may have run here before: its saved memory is older than its disks",
+            ));
+        }
+        loop {
+            let used_up = record.update(|record| record.saved = None);
+            match core.cluster.propose(used_up).await {
+                Ok(_) => return Ok(()),
+                Err(ProposeError::NoQuorum { .. } | ProposeError::OutcomeUnknown { .. })
+                    if !core.stop.is_cancelled() => {}
+                Err(error) => return Err(refused(&error)),
+            }
         }
     }
 
