@@ -52,6 +52,22 @@ fn a_vm_needs_disks_that_exist_on_a_cluster_volume() {
     assert_eq!(cluster.ctl(2).must(&["vm", "list"])["vms"].as_array().map(Vec::len), Some(0));
 }
 
+#[test]
+fn a_lun_in_use_is_not_formatted_again_under_another_path() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    std::fs::write(cluster.mount(2).join("kept"), b"kept").unwrap();
+    let other_path = cluster.dir().join("same-lun");
+    std::os::unix::fs::symlink(cluster.lun(), &other_path).unwrap();
+    let uri = format!("file:{}", text(&other_path));
+    let refused = cluster.ctl(2).run(&["volume", "create", "vol2", "--lun", &uri, "--force"]).unwrap_err();
+    assert_eq!(refused.code, 4, "{refused}");
+    assert!(refused.message().contains("vol1"), "{refused}");
+    assert_eq!(std::fs::read(cluster.mount(3).join("kept")).unwrap(), b"kept");
+}
+
 // Invariant E6: on whichever node, under whichever name.
 #[test]
 fn a_disk_that_a_running_vm_writes_is_refused_to_another_vm() {

@@ -4,12 +4,14 @@ use std::sync::Arc;
 
 use api::Error;
 use api::pb::VolumeCreateRequest;
-use blockio::{OpenOptions, open_uri};
+use blockio::{BlockDevice, OpenOptions, open_uri};
+use csvfs::Superblock;
 use csvfs::volume::{CreateParams, Volume, VolumeError};
 use lockmgr::VolumeId;
-use lockmgr::cluster::{Command, FenceKind};
+use lockmgr::cluster::{ClusterState, Command, FenceKind};
 
-use crate::core::Core;
+use crate::core::{Core, refused as refused_by_cluster};
+use crate::view;
 
 /// Longest name: it is also the name of a folder.
 const NAME_BYTES_MAX: usize = 64;
@@ -18,7 +20,7 @@ const NAME_BYTES_MAX: usize = 64;
 pub(crate) async fn create(core: &Arc<Core>, request: VolumeCreateRequest) -> Result<(), Error> {
     check_name(&request.name)?;
     check_lun(&request.lun)?;
-    let state = core.state();
+    let state = core.cluster.read().await.map_err(|error| refused_by_cluster(&error))?;
     let cluster = state.cluster.ok_or_else(|| Error::unreachable("the cluster has not formed yet"))?;
     let epoch = core.epoch().ok_or_else(|| Error::unreachable("this node has not joined yet"))?;
     let taken =
@@ -30,7 +32,7 @@ pub(crate) async fn create(core: &Arc<Core>, request: VolumeCreateRequest) -> Re
         ))
         .hint("choose another name and LUN, or use the volume that is there"));
     }
-    let id = format(&request, cluster).await?;
+    let id = format(&request, cluster, Arc::clone(&state)).await?;
     let Some(id) = id else { return Ok(()) };
     core.propose(Command::CreateVolume {
         name: request.name.clone(),
@@ -53,6 +55,7 @@ pub(crate) async fn create(core: &Arc<Core>, request: VolumeCreateRequest) -> Re
 async fn format(
     request: &VolumeCreateRequest,
     cluster: lockmgr::ClusterId,
+    state: Arc<ClusterState>,
 ) -> Result<Option<VolumeId>, Error> {
     let request = request.clone();
     let formatting = move || {
@@ -61,6 +64,7 @@ async fn format(
                 .during(format!("volume create {}: opening {}", request.name, request.lun))
                 .hint("every node must reach the LUN under the same name")
         })?;
+        refuse_known(&request, device.as_ref(), &state)?;
         let params = CreateParams { name: request.name.clone(), cluster, force: request.force };
         if request.dry_run {
             Volume::check_create(device.as_ref(), &params).map_err(|error| refused(&request, &error))?;
@@ -70,6 +74,23 @@ async fn format(
         Ok(Some(superblock.volume))
     };
     tokio::task::spawn_blocking(formatting).await.map_err(Error::failed)?
+}
+
+/// A LUN may have several paths: one that holds a volume of this cluster is in use, and no force overrides that.
+fn refuse_known(
+    request: &VolumeCreateRequest,
+    device: &dyn BlockDevice,
+    state: &ClusterState,
+) -> Result<(), Error> {
+    let Ok(found) = Superblock::read(device) else { return Ok(()) };
+    match view::volume_by_id(state, found.volume) {
+        None => Ok(()),
+        Some(record) => Err(Error::conflict(format!(
+            "volume create {}: {} is the LUN of volume {} ({}), which is in use",
+            request.name, request.lun, record.name, record.lun_uri
+        ))
+        .hint("choose another LUN")),
+    }
 }
 
 fn refused(request: &VolumeCreateRequest, error: &VolumeError) -> Error {
