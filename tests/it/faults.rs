@@ -3,7 +3,8 @@
 use std::fs::{self, File};
 use std::io::Write;
 
-use cluster_tests::{Cluster, Ctl};
+use cluster_tests::{Cluster, Ctl, Guest};
+use tempfile::TempDir;
 
 use crate::{device_present, text};
 
@@ -50,4 +51,33 @@ fn a_whole_cluster_restarts_without_hands() {
     assert!(!cluster.mount(2).join("before").exists(), "nothing is mounted after dev down");
     Ctl::local().must(&["dev", "up", "--dir", &dir]);
     assert_eq!(fs::read(cluster.mount(3).join("before")).unwrap(), b"kept");
+}
+
+#[test]
+fn a_cluster_that_goes_down_stops_its_vms_in_order_and_leaves_nothing() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    for image in ["system.vhdx", "scratch.vhdx"] {
+        Ctl::local().must(&["vhdx", "create", text(&cluster.mount(1).join(image)), "--size", "32M"]);
+    }
+    let guest = Guest::start(&cluster, "evening", "system.vhdx", "scratch.vhdx", 1024);
+    let acked = guest.progress(&cluster, 1, 0);
+    cluster.ctl(1).must(&["volume", "move", "vol1", "--to", &cluster.name(2)]);
+    fs::write(cluster.mount(3).join("last words"), b"kept").unwrap();
+    let dir = text(cluster.dir()).to_owned();
+    Ctl::local().must(&["dev", "down", "--dir", &dir]);
+    for number in 1..=3 {
+        let node = cluster.dir().join(cluster.name(number));
+        assert!(!node.join("csvd.sock").exists() && !node.join("node.sock").exists(), "node {number}");
+        let of_vms = fs::read_dir(node.join("vm")).unwrap().flatten().map(|entry| entry.path());
+        let left: Vec<_> = of_vms.filter(|path| path.extension().is_none_or(|kind| kind != "log")).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+    Ctl::local().must(&["dev", "up", "--dir", &dir]);
+    assert_eq!(cluster.ctl(1).must(&["vm", "show", "evening"])["state"], "stopped");
+    assert_eq!(fs::read(cluster.mount(1).join("last words")).unwrap(), b"kept");
+    let folder = TempDir::new().unwrap();
+    let _ = guest.verify(&cluster, "scratch.vhdx", acked, folder.path());
 }

@@ -101,3 +101,31 @@ fn a_vm_of_a_dead_node_is_failed_with_its_reason_and_what_it_wrote_is_there() {
     assert_eq!((&started["state"], &started["owner"]), (&"running".into(), &cluster.name(2).into()));
     cluster.ctl(3).must(&["vm", "stop", "dying"]);
 }
+
+// Invariant H7: a node with another cluster's certificate is told so at once, and the others do not notice it.
+#[test]
+fn a_node_with_a_foreign_certificate_says_so_and_disturbs_nobody() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let (cluster, other) = (Cluster::start("1G"), Cluster::start("1G"));
+    let folder = |cluster: &Cluster| cluster.dir().join(cluster.name(3));
+    cluster.fault(3, "kill");
+    let kept = TempDir::new().unwrap();
+    for file in ["node.crt", "node.key"] {
+        fs::copy(folder(&cluster).join(file), kept.path().join(file)).unwrap();
+        fs::copy(folder(&other).join(file), folder(&cluster).join(file)).unwrap();
+    }
+    until("the verdict", || node_state(&cluster, 1, 3).into(), |state| state == "fenced");
+    let dir = text(cluster.dir());
+    let refused = Ctl::local().run(&["dev", "start", &cluster.name(3), "--dir", dir]).unwrap_err();
+    assert!(refused.message().contains("certificate") && !refused.hint().is_empty(), "{refused}");
+    fs::write(cluster.mount(1).join("undisturbed"), b"yes").unwrap();
+    assert_eq!(fs::read(cluster.mount(2).join("undisturbed")).unwrap(), b"yes");
+    cluster.fault(3, "kill");
+    for file in ["node.crt", "node.key"] {
+        fs::copy(kept.path().join(file), folder(&cluster).join(file)).unwrap();
+    }
+    cluster.start_node(3);
+    assert_eq!(fs::read(cluster.mount(3).join("undisturbed")).unwrap(), b"yes");
+}

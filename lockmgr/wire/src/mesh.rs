@@ -39,6 +39,8 @@ pub struct PeerStatus {
     pub address: String,
     /// Why there is no connection; nothing if there is one.
     pub down: Option<Arc<str>>,
+    /// One side does not accept the other's certificate: no wait will change that.
+    pub foreign: bool,
 }
 
 struct Slot {
@@ -54,6 +56,8 @@ enum LaneState {
     /// No attempt has ended yet.
     Fresh,
     Down(Arc<str>),
+    /// One side does not accept the other's certificate.
+    Foreign(Arc<str>),
     Up(Connection),
 }
 
@@ -68,7 +72,7 @@ impl LaneState {
     fn down_reason(&self) -> Option<Arc<str>> {
         match self {
             Self::Fresh => Some(Arc::from("not connected yet")),
-            Self::Down(reason) => Some(Arc::clone(reason)),
+            Self::Down(reason) | Self::Foreign(reason) => Some(Arc::clone(reason)),
             Self::Up(connection) if connection.is_closed() => Some(connection.link().reason()),
             Self::Up(_) => None,
         }
@@ -153,7 +157,7 @@ impl Mesh {
                 if let Some(connection) = state.connection() {
                     return Ok(connection.clone());
                 }
-                if class == Class::Bulk && matches!(&*state, LaneState::Down(_)) {
+                if class == Class::Bulk && matches!(&*state, LaneState::Down(_) | LaneState::Foreign(_)) {
                     return Err(not_connected(node, &state));
                 }
             }
@@ -170,10 +174,14 @@ impl Mesh {
         let slots: Vec<_> = self.peers().values().cloned().collect();
         slots
             .into_iter()
-            .map(|slot| PeerStatus {
-                node: slot.node,
-                address: slot.address.clone(),
-                down: slot.control.borrow().down_reason(),
+            .map(|slot| {
+                let state = slot.control.borrow();
+                PeerStatus {
+                    node: slot.node,
+                    address: slot.address.clone(),
+                    down: state.down_reason(),
+                    foreign: matches!(&*state, LaneState::Foreign(_)),
+                }
             })
             .collect()
     }
@@ -305,7 +313,11 @@ impl Lane {
     fn note_failure(&self, error: &WireError) {
         let reason: Arc<str> = Arc::from(error.explain());
         let (node, class) = (self.slot.node, self.class);
-        let news = self.state().send_replace(LaneState::Down(Arc::clone(&reason)));
+        let now = match error {
+            WireError::ForeignCertificate { .. } => LaneState::Foreign(Arc::clone(&reason)),
+            _ => LaneState::Down(Arc::clone(&reason)),
+        };
+        let news = self.state().send_replace(now);
         if news.down_reason().is_none_or(|before| before != reason) {
             tracing::warn!(node, %class, error = %reason, "cannot connect");
         }

@@ -14,8 +14,9 @@ pub(crate) fn start(path: &Path) -> Result<(), Error> {
         std::fs::create_dir_all(dir).map_err(|error| cannot(&error))?;
     }
     let file = OpenOptions::new().create(true).append(true).open(path).map_err(|error| cannot(&error))?;
-    let filter =
-        EnvFilter::try_from_env("CSVD_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
+    // A peer that is away is told once by the mesh; openraft would repeat it ten times a second.
+    let filter = EnvFilter::try_from_env("CSVD_LOG")
+        .unwrap_or_else(|_| EnvFilter::new("info,openraft=error,openraft::replication=off"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)

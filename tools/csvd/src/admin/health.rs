@@ -115,6 +115,11 @@ async fn until_there(core: &Arc<Core>, request: &pb::WaitRequest) -> Result<(), 
         if missing(core, request).is_none() {
             return Ok(());
         }
+        if let Some(why) = foreign(core) {
+            return Err(Error::failed(why).hint(
+                "end it with `csvctl dev fault NODE kill`, give it back the certificate of this cluster, start it again",
+            ));
+        }
         if let Some(why) = hopeless(core, request) {
             return Err(Error::failed(why).hint("`csvctl health` tells more"));
         }
@@ -156,6 +161,16 @@ fn missing(core: &Arc<Core>, request: &pb::WaitRequest) -> Option<String> {
             None => Some(format!("volume {name} has not been opened yet")),
         }
     })
+}
+
+/// A node that has not joined, and whose certificate no other node accepts (or that accepts none of theirs), never will.
+fn foreign(core: &Core) -> Option<String> {
+    let peers = core.mesh.status();
+    if core.epoch().is_some() || peers.is_empty() || !peers.iter().all(|peer| peer.foreign) {
+        return None;
+    }
+    let why = peers.first()?.down.clone()?;
+    Some(format!("node {} is foreign to all other nodes: {why}", core.config.name))
 }
 
 /// A LUN that is not what it must be does not become so by waiting.

@@ -1,10 +1,16 @@
 //! `csvctl dev down`.
+//!
+//! ```text
+//!   VMs stop (their records need a quorum) -> nodes that coordinate nothing end -> coordinators end -> what lies about goes
+//! ```
+//! A node gives back what it holds to the volume's coordinator, so that one is the last to go.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use api::Error;
 use api::config::NodeConfig;
-use api::pb::VolumeListRequest;
+use api::pb::{VmListRequest, VmStopRequest, VolumeListRequest};
 use clap::Args;
 use rustix::process::Signal;
 
@@ -17,7 +23,10 @@ use crate::context::Context;
 /// Longest time that a daemon may take to flush and end by itself.
 pub(crate) const END_WITHIN: Duration = Duration::from_secs(20);
 
-/// Longest time to wait for a node that says who coordinates what; it only decides about the order of ending.
+/// Longest time that all VMs together may take to stop in order.
+const VMS_STOP_WITHIN: Duration = Duration::from_secs(15);
+
+/// A node that does not answer within this time is not asked.
 const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Args)]
@@ -52,19 +61,24 @@ impl Down {
         }
         if let Some(plan) = &plan {
             let configs: Vec<_> = plan.nodes.iter().map(|node| folder.node_config(plan, node)).collect();
-            // The others first: they give back what they hold, and that takes a coordinator that still answers.
-            let owners = owners(&configs).await;
-            let (last, first): (Vec<_>, Vec<_>) =
-                configs.iter().partition(|config| owners.contains(&config.name));
-            for group in [first, last] {
-                let mut running = Vec::new();
-                for config in group {
-                    running.extend(Running::find(&config.pid_file())?);
+            let mut running = Vec::new();
+            for config in &configs {
+                if let Some(daemon) = Running::find(&config.pid_file())? {
+                    // A stopped process would not notice that it is asked.
+                    daemon.signal_group(Signal::CONT)?;
+                    running.push((config, daemon));
                 }
-                end(&running)?;
             }
-            for planned in &plan.nodes {
+            // Without a quorum nothing can be recorded, and the first node that ends says nothing to the others.
+            let owners =
+                if running.len() * 2 > configs.len() { settle(&running).await } else { BTreeSet::new() };
+            let (last, first): (Vec<_>, Vec<_>) =
+                running.into_iter().partition(|(config, _)| owners.contains(&config.name));
+            end(&first)?;
+            end(&last)?;
+            for (planned, config) in plan.nodes.iter().zip(&configs) {
                 node::unmount_leftovers(&folder, plan, planned)?;
+                node::remove_leftovers(config)?;
             }
         }
         if self.destroy {
@@ -73,20 +87,6 @@ impl Down {
         }
         context.ui.done(&format!("the cluster in {} is stopped", root.display()))
     }
-}
-
-/// Names of the nodes that coordinate a volume, as far as a node that answers at once knows them.
-async fn owners(configs: &[NodeConfig]) -> Vec<String> {
-    for config in configs {
-        let answer = tokio::time::timeout(ANSWER_WITHIN, async {
-            let mut client = api::connect(&config.admin_socket()).await?;
-            Ok::<_, Error>(client.volume_list(VolumeListRequest {}).await?.into_inner())
-        });
-        if let Ok(Ok(volumes)) = answer.await {
-            return volumes.volumes.into_iter().map(|volume| volume.owner).collect();
-        }
-    }
-    Vec::new()
 }
 
 /// Never removes a folder that is not one of ours.
@@ -103,14 +103,38 @@ fn refuse_foreign(root: &std::path::Path, has_plan: bool) -> Result<(), Error> {
         .hint("nothing was removed; remove the folder by hand if it is no longer needed"))
 }
 
-/// Asks all daemons at once, then makes sure.
-fn end(running: &[Running]) -> Result<(), Error> {
-    for daemon in running {
-        // A stopped process would not notice that it is asked.
-        daemon.signal_group(Signal::CONT)?;
+/// Stops the VMs in order and tells which nodes coordinate a volume. As far as it is possible: what cannot be done in order
+/// is ended all the same.
+async fn settle(running: &[(&NodeConfig, Running)]) -> BTreeSet<String> {
+    for (config, _) in running {
+        let Ok(Ok(mut client)) =
+            tokio::time::timeout(ANSWER_WITHIN, api::connect(&config.admin_socket())).await
+        else {
+            continue;
+        };
+        let volumes = tokio::time::timeout(ANSWER_WITHIN, client.volume_list(VolumeListRequest {})).await;
+        let vms = tokio::time::timeout(ANSWER_WITHIN, client.vm_list(VmListRequest {})).await;
+        let (Ok(Ok(volumes)), Ok(Ok(vms))) = (volumes, vms) else { continue };
+        let stopping = async {
+            for vm in
+                vms.into_inner().vms.into_iter().filter(|vm| vm.state == "running" || vm.state == "paused")
+            {
+                // Whatever cannot be stopped in order ends with its node.
+                drop(client.vm_stop(VmStopRequest { name: vm.name, force: false }).await);
+            }
+        };
+        let _late = tokio::time::timeout(VMS_STOP_WITHIN, stopping).await;
+        return volumes.into_inner().volumes.into_iter().map(|volume| volume.owner).collect();
+    }
+    BTreeSet::new()
+}
+
+/// Asks these daemons at once, then makes sure.
+fn end(running: &[(&NodeConfig, Running)]) -> Result<(), Error> {
+    for (_, daemon) in running {
         daemon.ask_to_end()?;
     }
-    for daemon in running {
+    for (_, daemon) in running {
         let ended = daemon.wait_end(END_WITHIN)?;
         // Whatever is left of the group goes too: a VM without its daemon has no lease for long.
         daemon.signal_group(Signal::KILL)?;

@@ -54,6 +54,23 @@ pub(crate) fn unmount_leftovers(folder: &Folder, plan: &Plan, node: &PlannedNode
     Ok(())
 }
 
+/// Removes the sockets of a node that has ended, and the configurations and sockets of its VMs' processes. What they have
+/// logged stays, and so does the pid file, which proves to others that the node has ended.
+pub(crate) fn remove_leftovers(config: &NodeConfig) -> Result<(), Error> {
+    let mut files = vec![config.admin_socket(), config.node_socket()];
+    let of_vms = std::fs::read_dir(config.vm_dir()).into_iter().flatten().flatten().map(|entry| entry.path());
+    files.extend(of_vms.filter(|path| path.extension().is_some_and(|kind| kind == "sock" || kind == "json")));
+    for file in files {
+        match std::fs::remove_file(&file) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(cannot("remove", &file, &error));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 /// Mount points below `dir`, the innermost first.
 fn mounts_below(dir: &Path) -> Result<Vec<String>, Error> {
     let table = std::fs::read_to_string("/proc/self/mountinfo")
