@@ -285,6 +285,14 @@ impl LockEngine {
         hold.map_or(Mode::Null, |hold| hold.mode)
     }
 
+    /// The recall that `client` has not answered yet: what it may keep, and the number. To be told again when the first
+    /// message may have been lost.
+    #[must_use]
+    pub fn open_recall(&self, client: ClientId, resource: ResourceId) -> Option<(Mode, u64)> {
+        let recall = self.resources.get(&resource)?.holders.get(&client)?.recall?;
+        Some((recall.to, recall.seq))
+    }
+
     /// The resources that `client` holds or waits for, in order.
     pub fn resources_of(&self, client: ClientId) -> impl Iterator<Item = ResourceId> {
         self.by_client.get(&client).into_iter().flatten().copied()

@@ -202,7 +202,7 @@ impl Core {
     }
 
     /// A stand-in needs no recall: it ends by itself, soon.
-    fn recall(&mut self, holder: ClientId, resource: ResourceId, to: Mode, seq: u64) {
+    pub(super) fn recall(&mut self, holder: ClientId, resource: ResourceId, to: Mode, seq: u64) {
         if is_stand_in(holder) {
             return;
         }

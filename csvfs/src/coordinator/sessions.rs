@@ -75,6 +75,7 @@ impl Core {
         self.begin_session(client, attach);
         let attached = Attached { term: self.term.0, block_bytes: BLOCK_BYTES, lun_bytes: self.lun_bytes };
         self.answer(work.done, reply::Result::Attached(attached));
+        self.recall_again(client);
         self.no_longer_missing(tables, client)
     }
 
@@ -118,6 +119,18 @@ impl Core {
             self.lock_event(Event::Lower { holder: client, resource, to, recall_seq: 0 });
         }
         Ok(())
+    }
+
+    /// A client attaches again because messages were lost: recalls may be among them, and it is fenced for not answering.
+    fn recall_again(&mut self, client: ClientId) {
+        let open: Vec<_> = self
+            .engine
+            .resources_of(client)
+            .filter_map(|resource| Some((resource, self.engine.open_recall(client, resource)?)))
+            .collect();
+        for (resource, (to, seq)) in open {
+            self.recall(client, resource, to, seq);
+        }
     }
 
     /// A release whose outcome the client does not know counts if it was committed.

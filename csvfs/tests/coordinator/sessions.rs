@@ -65,6 +65,24 @@ fn what_waits_is_told_that_the_coordinator_moves() {
     }
 }
 
+// Invariant E2: a client is fenced for not answering only if it was asked.
+#[test]
+fn a_recall_that_was_lost_is_sent_again_when_the_client_attaches_again() {
+    let world = World::new();
+    let (c, d) = (world.client(1), world.client(2));
+    let ino = c.create(ROOT, "a").ino;
+    c.acquire(ino, GrantMode::Exclusive);
+    let waiting = d.start(acquire(ino, GrantMode::Exclusive));
+    let (_, lost) = world.pushes.recall();
+    c.attach(attach_with(vec![claim(ino, GrantMode::Exclusive)], Vec::new()));
+    let (to, again) = world.pushes.recall();
+    assert_eq!((to, again), (c.id, lost));
+    c.release(ino, GrantMode::Null, again.seq);
+    assert_eq!(granted(result(&waiting)).mode(), GrantMode::Exclusive);
+    d.attach(attach_with(vec![claim(ino, GrantMode::Exclusive)], Vec::new()));
+    assert!(world.pushes.no_recall(), "nothing is recalled that was answered");
+}
+
 // Invariant C4: a request whose outcome is unknown is sent again and done once.
 #[test]
 fn a_request_sent_again_to_the_next_coordinator_is_done_once() {
