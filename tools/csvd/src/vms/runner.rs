@@ -129,8 +129,11 @@ impl Runner {
             recorded: watch::Sender::new(false),
         });
         let watched = Arc::clone(&runner);
+        let socket = config.control_socket;
         core.runtime.spawn(async move {
             let status = child.wait().await;
+            // A process that was killed leaves it behind.
+            drop(std::fs::remove_file(socket));
             let asked = *watched.stopping.borrow();
             let how = match &status {
                 Ok(status) => format!("its process ended ({status})"),
@@ -277,7 +280,8 @@ fn config(
         node_epoch: epoch.0,
         client_serial: serial,
         lease_page: core.config.lease_page(),
-        control_socket: core.config.vm_dir().join(format!("{}.sock", record.name)),
+        // Not the VM's name: a process that has given the VM away may still be ending when the next one comes.
+        control_socket: core.config.vm_dir().join(format!("{serial}.sock")),
         console_log_bytes: CONSOLE_BYTES,
         restore_from,
     })
