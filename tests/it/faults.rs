@@ -81,3 +81,22 @@ fn a_cluster_that_goes_down_stops_its_vms_in_order_and_leaves_nothing() {
     let folder = TempDir::new().unwrap();
     let _ = guest.verify(&cluster, "scratch.vhdx", acked, folder.path());
 }
+
+#[test]
+fn a_cluster_whose_lun_is_gone_says_so_and_starts_again_when_it_is_back() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    fs::write(cluster.mount(1).join("before"), b"kept").unwrap();
+    let dir = text(cluster.dir()).to_owned();
+    Ctl::local().must(&["dev", "down", "--dir", &dir]);
+    let aside = cluster.dir().join("aside.img");
+    fs::rename(cluster.lun(), &aside).unwrap();
+    let refused = Ctl::local().run(&["dev", "up", "--dir", &dir]).unwrap_err();
+    assert_eq!(refused.code, 3, "{refused}");
+    assert!(refused.message().contains("lun.img") && !cluster.lun().exists(), "{refused}");
+    fs::rename(&aside, cluster.lun()).unwrap();
+    Ctl::local().must(&["dev", "up", "--dir", &dir]);
+    assert_eq!(fs::read(cluster.mount(3).join("before")).unwrap(), b"kept");
+}

@@ -59,7 +59,7 @@ impl Ui {
             return Ok(());
         }
         if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
-            return Err(Error::usage(format!("{what} needs a confirmation"))
+            return Err(Error::usage(format!("{what}: this needs a confirmation"))
                 .hint("add --yes, or look with --dry-run"));
         }
         drop(write!(io::stderr(), "{what}. Type `{name}` to go on: "));

@@ -1,7 +1,7 @@
 //! `csvctl dev up`.
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use api::Error;
 use api::config::NodeConfig;
@@ -58,6 +58,7 @@ impl Up {
         let (plan, listeners) = self.plan(&folder)?;
         let configs: Vec<_> = plan.nodes.iter().map(|node| folder.node_config(&plan, node)).collect();
         refuse_running(&folder, &configs)?;
+        refuse_lost_lun(&plan, &configs)?;
         Folder::make_lun(&plan)?;
 
         let spinner = context.ui.spinner(&format!("starting {} nodes", configs.len()));
@@ -120,6 +121,19 @@ impl Up {
             None => Ok(uri.clone()),
         }
     }
+}
+
+/// A cluster that has run before had a LUN; an empty one in its place would only hide that it is gone.
+fn refuse_lost_lun(plan: &Plan, configs: &[NodeConfig]) -> Result<(), Error> {
+    let Some(path) = plan.lun.strip_prefix("file:").map(Path::new) else { return Ok(()) };
+    let has_run = |config: &NodeConfig| {
+        std::fs::read_dir(config.data_dir()).is_ok_and(|mut entries| entries.next().is_some())
+    };
+    if path.exists() || !configs.iter().any(has_run) {
+        return Ok(());
+    }
+    Err(Error::not_found(format!("the LUN {} of this cluster is not there any more", path.display()))
+        .hint("put the file back, or give the cluster up with `csvctl dev down --dir DIR --destroy`"))
 }
 
 fn refuse_running(folder: &Folder, configs: &[NodeConfig]) -> Result<(), Error> {

@@ -28,11 +28,18 @@ impl Create {
                 .ui
                 .confirm(&format!("volume create --force destroys what {} holds", self.lun), &self.name)?;
         }
+        let dry_run = self.dry_run;
         let request =
             VolumeCreateRequest { name: self.name, lun: self.lun, force: self.force, dry_run: self.dry_run };
         let spinner = context.ui.spinner(&format!("volume {}: formatting {}", request.name, request.lun));
         let volume = context.client().await?.volume_create(request).await?.into_inner();
         drop(spinner);
-        context.ui.show(&volume, super::details)
+        context.ui.show(&volume, |volume| {
+            if dry_run {
+                format!("volume {} can be created on {}", volume.name, volume.lun)
+            } else {
+                super::details(volume)
+            }
+        })
     }
 }
