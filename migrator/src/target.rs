@@ -317,7 +317,7 @@ impl Incoming {
     fn outcome(&self) -> Change {
         let mine = RecordView { owner: self.own, epoch: self.epoch + 1, state: VmState::Saved };
         match &self.phase {
-            // Without the saved state: the guest may have run, and its memory would be older than its disks.
+            // Who proposes it adds the saved state, if the record still names one: then the guest has not run.
             Phase::Broken { reason, .. } => {
                 Change { reason: reason.clone(), ..Change::state(mine, VmState::Failed) }
             }

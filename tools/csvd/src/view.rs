@@ -54,7 +54,7 @@ pub(crate) fn is_over(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool 
 
 /// Whether nothing of a node runs: its last incarnation is certainly over, and no other has begun.
 pub(crate) fn is_certainly_off(state: &ClusterState, node: NodeId) -> bool {
-    state.members.get(&node).is_none_or(|member| is_over(state, node, member.epoch))
+    is_over(state, node, state.members.get(&node).map_or(Epoch(0), |member| member.epoch))
 }
 
 /// Whether this incarnation of a node is a member in good standing.
@@ -81,6 +81,18 @@ mod tests {
         };
         records.members.insert(NodeId(1), member);
         records
+    }
+
+    // Invariants A4 and H1: what is saved on a node that is being cut off may be about to run there.
+    #[test]
+    fn a_node_is_certainly_off_only_when_its_last_incarnation_is_over() {
+        use MemberState::{Down, FenceFailed, Fenced, Fencing, Up};
+        for (state, off) in
+            [(Up, false), (Fencing, false), (FenceFailed, false), (Fenced, true), (Down, true)]
+        {
+            assert_eq!(is_certainly_off(&with_member(3, state), NodeId(1)), off, "{state}");
+        }
+        assert!(!is_certainly_off(&ClusterState::default(), NodeId(1)), "records that have not arrived");
     }
 
     // Invariants A1 and A4: only a confirmed end, or a later incarnation, makes an incarnation over.

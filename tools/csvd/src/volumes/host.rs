@@ -301,3 +301,22 @@ async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) {
         coordinator.node_gone(node, epoch);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Invariant D5: what the cluster may have given to another is not opened again.
+    #[test]
+    fn a_renounced_term_stays_so_unless_its_offer_came_to_nothing() {
+        let host = Host::new();
+        assert!(!host.is_renounced(Term(4)));
+        host.renounce(Term(4));
+        assert!(host.is_renounced(Term(3)) && host.is_renounced(Term(4)) && !host.is_renounced(Term(5)));
+        host.keep(Term(4));
+        assert!(host.is_renounced(Term(3)) && !host.is_renounced(Term(4)));
+        host.renounce(Term(5));
+        host.renounce(Term(4));
+        assert!(host.is_renounced(Term(5)), "it never goes back by renouncing less");
+    }
+}

@@ -7,7 +7,7 @@ use std::time::Duration;
 use api::Error;
 use bytes::Bytes;
 use hv_runner::config::VolumePath;
-use lockmgr::cluster::{ProposeError, VmRecord};
+use lockmgr::cluster::{ProposeError, VmRecord, VmState};
 use migrator::protocol::{FromTarget, Move, Saved, ToTarget};
 use migrator::{Incoming, TargetAction, TargetAnswer, TargetEvent};
 
@@ -150,7 +150,10 @@ impl Attempt {
                     self.discard().await;
                     continue;
                 }
-                TargetAction::Propose(change) => {
+                TargetAction::Propose(mut change) => {
+                    if change.to.state == VmState::Failed {
+                        change.saved = self.saved_in_record(core).await;
+                    }
                     // The source waits for the answer, which is certain already; the record can follow.
                     if let Some(TargetAction::Answer(answer)) = todo.front().cloned()
                         && let Some(tell) = tell.take()
@@ -218,6 +221,11 @@ impl Attempt {
             Ok(()) => TargetEvent::Started,
             Err(error) => TargetEvent::StartFailed(error.message),
         }
+    }
+
+    /// The saved state, as long as the guest cannot have run: the VM can still be started from it.
+    async fn saved_in_record(&self, core: &Arc<Core>) -> Option<String> {
+        core.cluster.read().await.ok()?.vms.get(&self.of.vm)?.saved.clone()
     }
 
     /// The record no longer names the saved state from the moment on at which the guest may run: should this node die
