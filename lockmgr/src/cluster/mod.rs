@@ -36,3 +36,7 @@ pub use records::{
     VolumeState,
 };
 pub use store::StoreError;
+
+/// What a log filter in the syntax of `tracing` should say about the consensus engine: a peer that is away is told once by
+/// the mesh, and the engine would repeat it ten times a second.
+pub const LOG_FILTER: &str = "openraft=error,openraft::replication=off";

@@ -14,9 +14,8 @@ pub(crate) fn start(path: &Path) -> Result<(), Error> {
         std::fs::create_dir_all(dir).map_err(|error| cannot(&error))?;
     }
     let file = OpenOptions::new().create(true).append(true).open(path).map_err(|error| cannot(&error))?;
-    // A peer that is away is told once by the mesh; openraft would repeat it ten times a second.
     let filter = EnvFilter::try_from_env("CSVD_LOG")
-        .unwrap_or_else(|_| EnvFilter::new("info,openraft=error,openraft::replication=off"));
+        .unwrap_or_else(|_| EnvFilter::new(format!("info,{}", lockmgr::cluster::LOG_FILTER)));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
