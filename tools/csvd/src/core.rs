@@ -32,8 +32,10 @@ pub(crate) struct Core {
     pub(crate) vms: Vms,
     /// Moves whenever something that `wait` and `health` look at has changed beside the records.
     pub(crate) pulse: Pulse,
-    /// Cancelled when the daemon shall end.
+    /// Cancelled when the daemon shall end: nothing new is begun, and what there is is put away in order.
     pub(crate) stop: CancellationToken,
+    /// Cancelled when all is put away. Until then the node beats, holds its lease and follows the records.
+    pub(crate) done: CancellationToken,
     epoch: OnceLock<Epoch>,
 }
 
@@ -58,6 +60,7 @@ impl Core {
             vms: Vms::default(),
             pulse: Pulse::default(),
             stop,
+            done: CancellationToken::new(),
             epoch: OnceLock::new(),
         })
     }

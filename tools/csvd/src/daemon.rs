@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   pid file -> mesh -> Raft -> admin socket ("ready") -> epoch, lease -> node socket -> heartbeats -> volumes -> VMs
-//!   SIGTERM or a declared end:   VMs stop -> volumes unmounted -> coordinators closed -> Raft, mesh
+//!   SIGTERM or a declared end:   VMs stop -> volumes left (volumes/leave.rs) -> silence -> Raft, mesh
 //! ```
 
 use std::io::Write;
@@ -69,7 +69,7 @@ pub(crate) async fn run(config: NodeConfig, inherit_listener: bool) -> Result<()
     tracing::info!(node = core.config.name, address = %core.config.listen, "started");
     let ended = live(&core).await;
 
-    end(&core).await;
+    end(&core);
     // Nothing on a LUN depends on what follows, and a request to a node that hangs is not waited for.
     let taking_leave = async {
         admin.end().await;
@@ -97,7 +97,7 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
     core.stop.cancelled().await;
     let in_order = async {
         vms::end_all(core).await;
-        volumes::close(core).await;
+        volumes::leave(core).await;
     };
     tokio::select! {
         () = in_order => {}
@@ -119,10 +119,11 @@ async fn cut_short(core: &Arc<Core>) {
     std::future::pending::<()>().await;
 }
 
-async fn end(core: &Arc<Core>) {
+/// From here on this node is silent.
+fn end(core: &Arc<Core>) {
     core.stop.cancel();
+    core.done.cancel();
     core.membership.lease.revoke();
-    tokio::task::yield_now().await;
 }
 
 fn endpoint(config: &NodeConfig) -> Result<Endpoint, Error> {

@@ -20,7 +20,7 @@ mod judge;
 mod lease;
 mod lun_beats;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use api::config::NodeConfig;
@@ -49,6 +49,8 @@ pub(crate) struct Membership {
     docket: Mutex<Option<mpsc::UnboundedReceiver<Convict>>>,
     /// The epochs of the nodes that are heard over the network now. Rank: a leaf.
     heard: Mutex<BTreeMap<NodeId, Epoch>>,
+    /// The incarnations that have said that they are about to leave. Rank: a leaf.
+    leaving: Mutex<BTreeSet<(NodeId, Epoch)>>,
 }
 
 /// A node's incarnation that must end.
@@ -72,6 +74,7 @@ impl Membership {
             convicts,
             docket: Mutex::new(Some(docket)),
             heard: Mutex::default(),
+            leaving: Mutex::default(),
         }
     }
 
@@ -83,6 +86,18 @@ impl Membership {
     /// Whether this incarnation of a node is heard over the network.
     pub(crate) fn hears(&self, node: NodeId, epoch: Epoch) -> bool {
         self.heard().get(&node) == Some(&epoch)
+    }
+
+    fn note_leaving(&self, node: NodeId, epoch: Epoch, leaving: bool) {
+        if leaving {
+            self.leaving.lock().unwrap_or_else(PoisonError::into_inner).insert((node, epoch));
+        }
+    }
+
+    /// Whether something can be given to this incarnation of a node: it is heard, and is not about to leave.
+    pub(crate) fn can_take(&self, node: NodeId, epoch: Epoch) -> bool {
+        let leaving = self.leaving.lock().unwrap_or_else(PoisonError::into_inner).contains(&(node, epoch));
+        !leaving && self.hears(node, epoch)
     }
 
     fn heard(&self) -> MutexGuard<'_, BTreeMap<NodeId, Epoch>> {

@@ -10,6 +10,9 @@ pub(crate) struct Beat {
     /// Incarnation of the sender.
     #[prost(uint64, tag = "1")]
     pub(crate) epoch: u64,
+    /// The sender is about to leave in order: nothing new is to be given to it.
+    #[prost(bool, tag = "2")]
+    pub(crate) leaving: bool,
 }
 
 /// Answer to a [`Beat`].

@@ -3,13 +3,14 @@
 //! ```text
 //!   records --> watch() --> per volume:  local.rs   LUN open -> superblock fits -> heartbeat -> attached -> mounted
 //!                                        host.rs    coordinator open exactly while the record says so
-//!   moves.rs    planned hand-over            create.rs   formatting a LUN
+//!   moves.rs    planned hand-over      leave.rs   the end of the daemon      create.rs   formatting a LUN
 //! ```
 //!
 //! **Invariant:** a coordinator is opened only for the term that the record gives to this node in this epoch.
 
 pub(crate) mod create;
 mod host;
+mod leave;
 mod local;
 pub(crate) mod moves;
 pub(crate) mod status;
@@ -21,6 +22,7 @@ use lockmgr::cluster::ClusterState;
 use lockmgr::{NodeId, Term, VolumeId};
 
 pub(crate) use host::Host;
+pub(crate) use leave::leave;
 pub(crate) use local::LocalVolume;
 
 use crate::core::Core;
@@ -61,7 +63,7 @@ pub(crate) async fn run(core: Arc<Core>) {
         let now = state.borrow_and_update().clone();
         follow(&core, &now, &mut owners);
         tokio::select! {
-            () = core.stop.cancelled() => return,
+            () = core.done.cancelled() => return,
             changed = state.changed() => if changed.is_err() { return },
         }
     }
@@ -94,14 +96,4 @@ fn appear(core: &Arc<Core>, id: VolumeId, name: &str) -> Arc<LocalVolume> {
     core.runtime.spawn(host::run(Arc::clone(core), Arc::clone(&volume)));
     core.runtime.spawn(local::run(Arc::clone(core), Arc::clone(&volume)));
     volume
-}
-
-/// Unmounts everything and closes the coordinators, in order.
-pub(crate) async fn close(core: &Arc<Core>) {
-    for volume in core.volumes.all() {
-        volume.unmount(core).await;
-    }
-    for volume in core.volumes.all() {
-        volume.host.close("the daemon ends").await;
-    }
 }

@@ -21,7 +21,7 @@ pub(crate) async fn run(core: Arc<Core>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            () = core.stop.cancelled() => return,
+            () = core.done.cancelled() => return,
             _ = ticks.tick() => {}
         }
         core.membership.lease.tick();
@@ -35,7 +35,7 @@ pub(crate) async fn run(core: Arc<Core>) {
 async fn beat(core: Arc<Core>, to: NodeId) {
     let Some(epoch) = core.epoch() else { return };
     let sent_at = boottime_ms();
-    let body = Beat { epoch: epoch.0 }.encode_to_vec().into();
+    let body = Beat { epoch: epoch.0, leaving: core.stop.is_cancelled() }.encode_to_vec().into();
     let limit = Duration::from_millis(core.timing.lease_ms);
     let call = core.mesh.call(to.0, service::HEARTBEAT, body);
     let Ok(Ok(reply)) = tokio::time::timeout(limit, call).await else { return };
@@ -52,13 +52,12 @@ async fn beat(core: Arc<Core>, to: NodeId) {
 
 /// The others have moved on without this incarnation: whatever it holds is not its own any more (A3).
 pub(super) fn over(core: &Arc<Core>, told_by: NodeId) {
-    if core.stop.is_cancelled() {
-        return;
-    }
     core.membership.lease.revoke();
-    tracing::error!(%told_by, "this incarnation was declared over: all I/O is stopped, the daemon ends");
     core.vms.kill_all();
-    core.stop.cancel();
+    if !core.stop.is_cancelled() {
+        tracing::error!(%told_by, "this incarnation was declared over: all I/O is stopped, the daemon ends");
+        core.stop.cancel();
+    }
 }
 
 /// Answers a heartbeat of `from`.
@@ -68,6 +67,7 @@ pub(crate) fn answer(core: &Arc<Core>, from: NodeId, body: Bytes) -> Result<Byte
     let over = view::is_over(&core.state(), from, epoch);
     if !over {
         core.membership.observe(Event::NetworkBeat { node: from, epoch });
+        core.membership.note_leaving(from, epoch, beat.leaving);
     }
     let own = core.epoch().map_or(0, |epoch| epoch.0);
     Ok(BeatReply { epoch: own, over }.encode_to_vec().into())

@@ -37,7 +37,7 @@ pub(crate) async fn run(core: Arc<Core>, mut docket: mpsc::UnboundedReceiver<Con
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            () = core.stop.cancelled() => return,
+            () = core.done.cancelled() => return,
             Some(convict) = docket.recv() => open.push(convict),
             _ = ticks.tick() => {
                 looks += 1;
@@ -187,7 +187,7 @@ pub(crate) async fn inherit(core: Arc<Core>) {
             }
         }
         tokio::select! {
-            () = core.stop.cancelled() => return,
+            () = core.done.cancelled() => return,
             Ok(()) = state.changed() => {
                 state.mark_unchanged();
                 retry_failed = false;

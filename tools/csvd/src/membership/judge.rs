@@ -23,7 +23,7 @@ pub(crate) async fn run(core: Arc<Core>, mut inbox: mpsc::UnboundedReceiver<Even
     expect_members(&core, &core.state(), &mut detector);
     loop {
         tokio::select! {
-            () = core.stop.cancelled() => return,
+            () = core.done.cancelled() => return,
             Some(event) = inbox.recv() => step(&core, &mut detector, event),
             Ok(()) = state.changed() => {
                 let now = state.borrow_and_update().clone();

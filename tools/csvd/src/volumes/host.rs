@@ -202,7 +202,7 @@ pub(super) async fn run(core: Arc<Core>, volume: Arc<LocalVolume>) {
         let again = settle(&core, &volume).await;
         drop(volume);
         tokio::select! {
-            () = core.stop.cancelled() => return,
+            () = core.done.cancelled() => return,
             () = host.nudge.notified() => {}
             () = tokio::time::sleep(AGAIN_AFTER), if again => {}
         }

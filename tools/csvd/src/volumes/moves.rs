@@ -51,8 +51,9 @@ pub(crate) async fn hand_over(
 
 /// Where to: the named node, or the one that is up with the fewest volumes.
 fn target(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord, to: &str) -> Result<Member, Error> {
-    let usable =
-        |member: &Member| member.state == MemberState::Up && core.membership.hears(member.id, member.epoch);
+    let usable = |member: &Member| {
+        member.state == MemberState::Up && core.membership.can_take(member.id, member.epoch)
+    };
     if !to.is_empty() {
         let member = view::member(state, to)?;
         if member.id == record.owner {

@@ -116,7 +116,7 @@ async fn follow(
 async fn look(core: Arc<Core>, attempt: Arc<tokio::sync::Mutex<Attempt>>, of: Move) {
     loop {
         tokio::select! {
-            () = core.stop.cancelled() => return,
+            () = core.done.cancelled() => return,
             () = tokio::time::sleep(LOOK_EVERY) => {}
         }
         let mut attempt = attempt.lock().await;
