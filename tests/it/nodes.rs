@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use cluster_tests::{Cluster, Ctl, Guest};
+use cluster_tests::{Cluster, Ctl, Guest, run_tool};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -128,4 +128,36 @@ fn a_node_with_a_foreign_certificate_says_so_and_disturbs_nobody() {
     }
     cluster.start_node(3);
     assert_eq!(fs::read(cluster.mount(3).join("undisturbed")).unwrap(), b"yes");
+}
+
+// Invariant G1: a node that ends in order gives its volumes away first; a cluster that ends as a whole leaves nobody waiting.
+#[test]
+fn nodes_that_leave_hand_over_or_end_together_without_being_killed() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let log = |node: usize| {
+        fs::read_to_string(cluster.dir().join(cluster.name(node)).join("log/csvd.log")).unwrap_or_default()
+    };
+    let pid = |node: usize| cluster.info()["nodes"][node - 1]["pid"].as_i64().expect("a pid");
+    cluster.ctl(1).must(&["volume", "move", "vol1", "--to", &cluster.name(2)]);
+    run_tool("kill", &["-TERM", &pid(2).to_string()]);
+    let owner = || cluster.ctl(1).must(&["volume", "show", "vol1"])["owner"].clone();
+    until("the hand-over", owner, |owner| *owner != cluster.name(2).as_str());
+    fs::write(cluster.mount(3).join("after"), b"nobody noticed").unwrap();
+    let events = cluster.ctl(1).must(&["events"]).to_string();
+    assert!(!events.contains("fencing"), "a node that leaves in order is not fenced: {events}");
+    until("the end of the node", || log(2).contains("csvd::daemon: ended").into(), |ended| *ended == true);
+    cluster.start_node(2);
+
+    for node in 1..=3 {
+        fs::write(cluster.mount(node).join(format!("last-{node}")), vec![1; 300_000]).unwrap();
+    }
+    Ctl::local().must(&["dev", "down", "--dir", text(cluster.dir())]);
+    for node in 1..=3 {
+        let log = log(node);
+        let last = log.rsplit("asked to end").next().expect("split gives one").to_owned();
+        assert!(last.contains("unmounted") && last.contains("csvd::daemon: ended"), "node {node}: {last}");
+    }
 }
