@@ -155,6 +155,12 @@ fn row(core: &Core, record: &VolumeRecord) -> pb::VolumeStateRow {
         row.code = status.state.code().to_owned();
         row.reason = status.reason;
         row.since_ms = status.since_ms;
+        // A failed flush or a refused claim ends all writing here until the node attaches anew (D6).
+        if let Some(why) = local.node().and_then(|node| node.stopped()) {
+            row.state = "paused".to_owned();
+            row.code = "io_stopped".to_owned();
+            row.reason = format!("{why}; restart the node when the cause is gone");
+        }
     }
     if row.state != "paused" && !core.membership.lease.is_held() {
         row.state = "paused".to_owned();
