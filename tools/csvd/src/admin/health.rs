@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{Error, pb};
-use lockmgr::cluster::{ClusterState, VmState, VolumeState};
+use lockmgr::cluster::{ClusterState, VmRecord, VmState, VolumeState};
 
 use super::{cluster, volume};
 use crate::core::Core;
@@ -83,10 +83,11 @@ async fn volumes(core: &Arc<Core>, state: &ClusterState, problems: &mut Vec<pb::
 }
 
 fn vms(state: &ClusterState, problems: &mut Vec<pb::Problem>) {
-    for vm in state.vms.values().filter(|vm| vm.state == VmState::Failed) {
+    let waits = |vm: &VmRecord| vm.state == VmState::Saved && !vm.reason.is_empty();
+    for vm in state.vms.values().filter(|vm| vm.state == VmState::Failed || waits(vm)) {
         problems.push(problem(
             format!("vm {}", vm.name),
-            format!("failed: {}", vm.reason),
+            format!("{}: {}", vm.state, vm.reason),
             format!("`csvctl vm start {}` starts it again", vm.name),
         ));
     }

@@ -12,7 +12,9 @@
 use std::collections::BTreeMap;
 
 use lockmgr::NodeId;
-use lockmgr::cluster::{ClusterState, Command, Member, MemberState, VmState, VolumeRecord, VolumeState};
+use lockmgr::cluster::{
+    ClusterState, Command, Member, MemberState, VmRecord, VmState, VolumeRecord, VolumeState,
+};
 
 use crate::view;
 
@@ -79,28 +81,30 @@ fn next_after(state: &ClusterState, owner: NodeId) -> Option<&Member> {
     up().find(|member| member.id > owner).or_else(|| up().next())
 }
 
-/// VMs that the records say run on an incarnation that is over. (Restarting them elsewhere is not decided here.)
+/// VMs that the records put on an incarnation that is over. (Restarting them elsewhere is not decided here.)
 fn lost_vms(state: &ClusterState) -> Vec<Command> {
-    let running = state.vms.values().filter(|vm| {
-        matches!(
-            vm.state,
-            VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating
-        )
+    let lost = state.vms.values().filter(|vm| {
+        let owner = state.members.get(&vm.owner);
+        owner.is_none_or(|member| matches!(member.state, MemberState::Fenced | MemberState::Down))
     });
-    running
-        .filter(|vm| {
-            let owner = state.members.get(&vm.owner);
-            owner.is_none_or(|member| matches!(member.state, MemberState::Fenced | MemberState::Down))
-        })
-        .map(|vm| {
-            let name = view::node_name(state, vm.owner);
-            vm.update(|record| {
+    lost.filter_map(|vm| verdict(vm, &view::node_name(state, vm.owner))).collect()
+}
+
+/// What becomes of a VM whose node is gone: what ran has failed; what was saved waits, and says for what.
+fn verdict(vm: &VmRecord, node: &str) -> Option<Command> {
+    match vm.state {
+        VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating => {
+            Some(vm.update(|record| {
                 record.state = VmState::Failed;
                 record.peer = None;
-                record.reason = format!("node {name}, where it ran, was cut off");
-            })
-        })
-        .collect()
+                record.reason = format!("node {node}, where it ran, was cut off");
+            }))
+        }
+        VmState::Saved if vm.reason.is_empty() => Some(vm.update(|record| {
+            record.reason = format!("node {node}, which was to go on with it, is gone; its memory is kept");
+        })),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -182,5 +186,35 @@ mod tests {
         assert_eq!(moved_to(&state), None);
         let commands = appoint(&state, true);
         assert!(matches!(commands.as_slice(), [Command::MoveVolume { to: NodeId(1), .. }]), "{commands:?}");
+    }
+
+    // Invariant H6: whatever became of its node, a VM says why it does not run.
+    #[test]
+    fn a_vm_of_a_node_that_is_gone_says_why_it_does_not_run() {
+        let mut state = state(&[(1, 2, Fenced), (2, 1, Up)], 2, 1);
+        let mut verdicts = |vm_state: VmState, reason: &str| {
+            let vm = VmRecord {
+                name: "web".into(),
+                id: Uuid::nil(),
+                owner: NodeId(1),
+                epoch: 3,
+                state: vm_state,
+                peer: None,
+                spec: Vec::new().into(),
+                saved: None,
+                reason: reason.into(),
+            };
+            state.vms.insert("web".into(), vm);
+            lost_vms(&state)
+        };
+        for (before, after) in [(VmState::Running, VmState::Failed), (VmState::Saved, VmState::Saved)] {
+            let commands = verdicts(before, "");
+            let [Command::UpdateVm(update)] = commands.as_slice() else { panic!("{commands:?}") };
+            assert_eq!(update.to.state, after);
+            assert!(update.to.reason.contains("n1"), "{}", update.to.reason);
+        }
+        // Said once, and nothing is said of a VM that is not meant to run.
+        assert!(verdicts(VmState::Saved, "said before").is_empty());
+        assert!(verdicts(VmState::Stopped, "").is_empty());
     }
 }
