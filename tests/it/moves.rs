@@ -51,6 +51,8 @@ fn a_move_under_a_verifying_load_disturbs_no_application() {
         assert!(moved["pause_ms"].is_number() && moved["held_ops"].is_number(), "{moved}");
         let new_term = moved["term"].as_u64().expect("a term");
         assert!(new_term > term, "each move is a new term: {moved}");
+        // Whoever was told that the move is done finds a healthy cluster.
+        cluster.ctl(1).must(&["health"]);
         term = new_term;
         fs::write(cluster.mount(1).join(format!("after-{new_term}")), b"metadata works").unwrap();
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{Error, pb};
-use lockmgr::cluster::{ClusterState, MemberState, VolumeRecord};
+use lockmgr::cluster::{ClusterState, MemberState, VolumeRecord, VolumeState};
 
 use super::file::failed;
 use super::health;
@@ -17,6 +17,8 @@ use crate::{forward, view};
 const MOUNTED_WITHIN_MS: u64 = 30_000;
 /// Longest time that another node may take to tell how it reaches its volumes.
 const ROWS_WITHIN: Duration = Duration::from_secs(2);
+/// Longest time to wait for this node to learn of a move that is done.
+const RECORD_WITHIN: Duration = Duration::from_secs(2);
 
 pub(super) async fn create(core: &Arc<Core>, request: pb::VolumeCreateRequest) -> Result<pb::Volume, Error> {
     let (name, lun, dry_run) = (request.name.clone(), request.lun.clone(), request.dry_run);
@@ -186,9 +188,24 @@ pub(super) async fn move_(
         .hint("the cluster appoints another owner by itself once the old one is certainly cut off"));
     }
     match forward::ask(core, record.owner, NodeOp::VolumeMove(request)).await? {
-        NodeAnswer::VolumeMoved(moved) => Ok(moved),
+        NodeAnswer::VolumeMoved(moved) => {
+            await_record(core, &moved).await;
+            Ok(moved)
+        }
         _ => Err(Error::failed("the owner's answer cannot be read")),
     }
+}
+
+/// Waits until this node's own records show the move, so that the next command here sees what this one did. The move
+/// is done in any case; a node that lags behind for long says so in `health`.
+async fn await_record(core: &Arc<Core>, moved: &pb::VolumeMoved) {
+    let mut records = core.cluster.watch();
+    let shown = records.wait_for(|state| {
+        state.volumes.get(&moved.volume).is_none_or(|record| {
+            record.term.0 > moved.term || (record.term.0 == moved.term && record.state == VolumeState::Online)
+        })
+    });
+    drop(tokio::time::timeout(RECORD_WITHIN, shown).await);
 }
 
 pub(super) async fn check(
