@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use blockio::{ImageFile, IoError};
+use blockio::{Geometry, ImageFile, IoError};
 
 use crate::bat::Bat;
 use crate::error::VhdxError;
@@ -174,8 +174,17 @@ impl Core {
         }
     }
 
+    /// What the guest sees.
+    pub(crate) fn geometry(&self) -> Geometry {
+        Geometry {
+            size_bytes: self.params.disk_bytes,
+            block_bytes: self.params.logical_sector,
+            can_discard: !self.params.fixed,
+        }
+    }
+
     /// Whether requests may go on.
-    fn check_usable(&self) -> Result<(), IoError> {
+    pub(crate) fn check_usable(&self) -> Result<(), IoError> {
         if let Some(cause) = self.poison.get() {
             return Err(IoError::Poisoned { cause: cause.clone() });
         }

@@ -6,55 +6,33 @@
 //! thread, flushes on the flush thread, and completions never wait.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::sync::mpsc::sync_channel;
-use std::thread::{Builder as ThreadBuilder, JoinHandle};
 
-use blockio::{BlockDevice, Completion, Geometry, IoBuf, IoError, IoOp, IoRequest};
+use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp, IoRequest};
 
-use crate::bat::Entry;
-use crate::core::{Core, Ticket, lock};
+use crate::core::Ticket;
 use crate::error::VhdxError;
-use crate::flush::{Closed, FlushJob, Session};
-use crate::format::{MIB, bytes, index};
-use crate::grow::{self, GrowthJob, STEP_MIN};
+use crate::exchange::{Admitted, Exchange};
+use crate::flush::{Closed, FlushJob};
+use crate::format::{bytes, index};
+use crate::grow::GrowthJob;
 use crate::guard::{ReadGuard, Resolved, WriteGuard, resolve_read, resolve_write, try_resolve_write};
-use crate::load::Loaded;
 use crate::open::Options;
 use crate::pieces::{check_range, check_request, submit_all};
-use crate::resolve::{BlockPart, ReadSegment, WriteSegment};
-use crate::space::{Space, gaps};
+use crate::resolve::{ReadSegment, WriteSegment};
+use crate::running::Running;
+use crate::trim::{discard, write_zeroes};
 
 /// A disk image opened for writing, by its only writer.
 ///
 /// Dropping it without [`Disk::close`] leaves the file as a crash would: everything flushed is there, and the next opener
 /// replays the log. Dropping waits for requests in flight, so it must not happen in one of their completions.
 pub struct Disk {
-    core: Arc<Core>,
-    threads: Vec<JoinHandle<()>>,
+    behind: Exchange,
 }
 
 impl Disk {
-    pub(crate) fn start(loaded: Loaded, options: Options) -> Result<Self, VhdxError> {
-        refuse_unwritable(&loaded)?;
-        let (header, used_end) = (loaded.header, loaded.used_end());
-        let core = Arc::new(core_of(loaded, options));
-        let session = Session::new(Arc::clone(&core), header, used_end);
-        let grower = Arc::clone(&core);
-        let mut disk = Self { core, threads: Vec::new() };
-        disk.spawn("vhdx-flush", move || session.run())?;
-        disk.spawn("vhdx-grow", move || grow::run(&grower))?;
-        Ok(disk)
-    }
-
-    fn spawn(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), VhdxError> {
-        let thread =
-            ThreadBuilder::new().name(name.to_owned()).spawn(body).map_err(|error| VhdxError::Io {
-                doing: format!("starting the thread {name}"),
-                source: IoError::Os { op: "spawn", offset: 0, errno: error.raw_os_error().unwrap_or(0) },
-            })?;
-        self.threads.push(thread);
-        Ok(())
+    pub(crate) fn open(file: &Arc<dyn ImageFile>, options: Options) -> Result<Self, VhdxError> {
+        Ok(Self { behind: Exchange::new(Running::open(file, options)?, options) })
     }
 
     /// Where the bytes of a range of the disk are. They stay there as long as the guard lives.
@@ -62,8 +40,9 @@ impl Disk {
     /// # Errors
     /// When the range does not fit the disk, or the disk was closed or stopped.
     pub fn resolve_read(&self, offset: u64, len: u64) -> Result<ReadGuard, IoError> {
-        check_range(self, "read", offset, len)?;
-        Ok(resolve_read(self.core.admit()?, offset, len))
+        let ticket = self.behind.enter()?;
+        check_range(ticket.core().geometry(), "read", offset, len)?;
+        Ok(resolve_read(ticket, offset, len))
     }
 
     /// Where the bytes of a range of the disk go. New blocks get their place; waits for the file to grow if need be.
@@ -73,8 +52,9 @@ impl Disk {
     /// # Errors
     /// When the range does not fit the disk, the file cannot grow, or the disk was closed or stopped.
     pub fn resolve_write(&self, offset: u64, len: u64) -> Result<WriteGuard, IoError> {
-        check_range(self, "write", offset, len)?;
-        resolve_write(&self.core, offset, len)
+        let ticket = self.behind.enter()?;
+        check_range(ticket.core().geometry(), "write", offset, len)?;
+        resolve_write(ticket, offset, len)
     }
 
     /// Waits for what is in flight, makes everything durable and leaves a file with a clean log and no surplus.
@@ -84,94 +64,55 @@ impl Disk {
     /// # Errors
     /// When the file fails; it is recoverable then, as after a crash.
     pub fn close(&self) -> Result<Closed, VhdxError> {
-        self.core.drain();
-        let (tell, told) = sync_channel(1);
-        self.core.flushes.push(FlushJob::Close(tell));
-        told.recv().unwrap_or(Err(VhdxError::Poisoned { cause: "the flush thread ended".to_owned() }))
+        self.behind.close()
+    }
+
+    /// Gives the surplus at the end of the file back, as a close does, while the guest goes on: its requests wait for a few
+    /// flushes. No guard of this disk may be held by the caller.
+    ///
+    /// # Errors
+    /// When the disk was closed, or the file fails; the disk stops then.
+    pub fn give_back(&self) -> Result<(), VhdxError> {
+        self.behind.exchange(|_| Ok(()))
     }
 
     /// Blocks that have their place in the file.
     #[must_use]
     pub fn allocated_blocks(&self) -> u64 {
-        let bat = &self.core.bat;
-        bytes((0..bat.shape.blocks).filter(|block| bat.get(*block).data_offset().is_some()).count())
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        self.core.drain();
-        self.core.growth.push(GrowthJob::Stop);
-        self.core.flushes.push(FlushJob::Stop);
-        for thread in self.threads.drain(..) {
-            drop(thread.join());
-        }
+        let core = self.behind.core();
+        bytes((0..core.bat.shape.blocks).filter(|block| core.bat.get(*block).data_offset().is_some()).count())
     }
 }
 
 impl std::fmt::Debug for Disk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Disk").field("params", &self.core.params).finish_non_exhaustive()
+        f.debug_struct("Disk").field("geometry", &self.geometry()).finish_non_exhaustive()
     }
-}
-
-fn refuse_unwritable(loaded: &Loaded) -> Result<(), VhdxError> {
-    if loaded.header.log_area().1 == 0 {
-        return Err(VhdxError::Unsupported {
-            what: "writing an image without a log (log length 0 in the header)".to_owned(),
-            hint: "convert it to a new image",
-        });
-    }
-    // Two updates for a session, and one per log generation: any number below this lasts for ever.
-    if loaded.header.header.sequence.get() > u64::MAX - (1 << 32) {
-        return Err(crate::error::corrupt(
-            "header",
-            0,
-            format!(
-                "sequence number {} leaves no room for newer headers",
-                loaded.header.header.sequence.get()
-            ),
-        ));
-    }
-    Ok(())
-}
-
-fn core_of(loaded: Loaded, options: Options) -> Core {
-    let block_bytes = loaded.params.block_bytes;
-    let shape = loaded.bat.shape;
-    let blocks = loaded.payload_mib.iter().map(|start| (start * MIB, block_bytes));
-    let used = loaded.areas().iter().map(|area| (area.offset, area.length)).chain(blocks).collect();
-    let placed = (0..shape.blocks).filter(|block| loaded.bat.get(*block).data_offset().is_some()).count();
-    let step = match options.growth_bytes {
-        0 => STEP_MIN.max(8 * block_bytes),
-        fixed => fixed.next_multiple_of(MIB).max(block_bytes),
-    };
-    let mut space = Space::new(block_bytes, shape.blocks - bytes(placed), gaps(used, block_bytes), step);
-    space.fixed_step = options.growth_bytes != 0;
-    Core::new(loaded.view.file, loaded.params, loaded.bat, space, loaded.view.file_bytes)
 }
 
 impl BlockDevice for Disk {
     fn geometry(&self) -> Geometry {
-        let params = &self.core.params;
-        Geometry {
-            size_bytes: params.disk_bytes,
-            block_bytes: params.logical_sector,
-            can_discard: !params.fixed,
-        }
+        self.behind.geometry()
     }
 
     fn submit(&self, request: IoRequest) {
-        let admitted = check_request(self, &request.op).and_then(|()| self.core.admit());
-        let ticket = match admitted {
-            Ok(ticket) => ticket,
-            Err(error) => return (request.done)(Err(error)),
-        };
-        match request.op {
-            IoOp::Read { offset, buf } => read(ticket, offset, &buf, request.done),
-            IoOp::Flush => self.core.flushes.push(FlushJob::Flush(request.done)),
-            _ => submit_modifying(ticket, request),
+        match self.behind.admit(request) {
+            Admitted::Start(ticket, request) => start(ticket, request),
+            Admitted::Waits => (),
+            Admitted::Refused(error, request) => (request.done)(Err(error)),
         }
+    }
+}
+
+/// Does an admitted request.
+pub(crate) fn start(ticket: Ticket, request: IoRequest) {
+    if let Err(error) = check_request(ticket.core().geometry(), &request.op) {
+        return (request.done)(Err(error));
+    }
+    match request.op {
+        IoOp::Read { offset, buf } => read(ticket, offset, &buf, request.done),
+        IoOp::Flush => ticket.core().flushes.push(FlushJob::Flush(request.done)),
+        _ => submit_modifying(ticket, request),
     }
 }
 
@@ -206,7 +147,7 @@ pub(crate) fn submit_modifying(ticket: Ticket, request: IoRequest) {
 }
 
 /// Leaves a request to the growth thread.
-fn defer(ticket: Ticket, blocks: u64, op: IoOp, done: Completion) {
+pub(crate) fn defer(ticket: Ticket, blocks: u64, op: IoOp, done: Completion) {
     let core = Arc::clone(ticket.core());
     core.growth.push(GrowthJob::Deferred { request: IoRequest { op, done }, blocks, ticket });
 }
@@ -248,74 +189,4 @@ fn finish_write(guard: WriteGuard, flush: bool, done: Completion) -> Completion 
         }
         done(outcome);
     })
-}
-
-/// Gives whole blocks up. Parts of blocks stay: a discard is a hint.
-fn discard(ticket: Ticket, offset: u64, len: u64, done: Completion) {
-    let core = Arc::clone(ticket.core());
-    let shape = core.bat.shape;
-    let whole: Vec<BlockPart> = shape.parts(offset, len).filter(|part| shape.covers(part)).collect();
-    let nothing =
-        core.params.fixed || whole.iter().all(|part| core.bat.get(part.block).data_offset().is_none());
-    if nothing {
-        return done(Ok(()));
-    }
-    if !core.session.load(Ordering::SeqCst) {
-        return defer(ticket, 0, IoOp::Discard { offset, len }, done);
-    }
-    for part in whole {
-        drop_block(&core, part.block, Entry::UNMAPPED);
-    }
-    done(Ok(()));
-}
-
-/// Takes the place of a block away. Blocks whose first write is in flight are left alone.
-fn drop_block(core: &Core, block: u64, becomes: Entry) -> bool {
-    let mut space = lock(&core.space);
-    let Some(place) = core.bat.get(block).data_offset() else { return false };
-    core.bat.set(block, becomes);
-    space.free(block, place);
-    space.mark_dirty(core.bat.page_of(block));
-    core.written.store(true, Ordering::SeqCst);
-    true
-}
-
-/// Whole blocks give their place up, parts of blocks are zeroed in the file, blocks without a place read as zeros already.
-fn write_zeroes(ticket: Ticket, offset: u64, len: u64, may_unmap: bool, done: Completion) {
-    let core = Arc::clone(ticket.core());
-    let shape = core.bat.shape;
-    let reads_zero = |entry: Entry| entry.data_offset().is_none() && !entry.in_transition();
-    if shape.parts(offset, len).all(|part| reads_zero(core.bat.get(part.block))) {
-        return done(Ok(()));
-    }
-    if !core.session.load(Ordering::SeqCst) {
-        return defer(ticket, 0, IoOp::WriteZeroes { offset, len, may_unmap }, done);
-    }
-    let (mut ops, mut guards) = (Vec::new(), Vec::new());
-    for part in shape.parts(offset, len) {
-        let unmap = may_unmap && !core.params.fixed && shape.covers(&part);
-        let entry = core.bat.get(part.block);
-        if reads_zero(entry) || (unmap && drop_block(&core, part.block, Entry::ZERO)) {
-            continue;
-        }
-        let start = part.block * shape.block_bytes + part.within;
-        // The block has its place or is about to: no space is needed, unless it was given up in between.
-        let Resolved::Ready(guard) = try_resolve_write(ticket.clone(), start, part.len) else { continue };
-        let segments = guard.segments().iter();
-        ops.extend(segments.map(|WriteSegment::Data { file_offset, len }| IoOp::WriteZeroes {
-            offset: *file_offset,
-            len: *len,
-            may_unmap: may_unmap && !core.params.fixed,
-        }));
-        guards.push(guard);
-    }
-    let finish = move |outcome: Result<(), IoError>| {
-        if outcome.is_ok() {
-            guards.into_iter().for_each(WriteGuard::complete);
-        } else {
-            drop(guards);
-        }
-        done(outcome);
-    };
-    submit_all(&*core.file, ops, Box::new(finish));
 }

@@ -55,6 +55,8 @@ pub(crate) struct Session {
     header: CurrentHeader,
     /// End of what was in use at open.
     used_end: u64,
+    /// End of everything but the blocks: they may move or go.
+    areas_end: u64,
     log: Option<LogWriter>,
     /// Pages of this generation that are durable in the log and not yet in place.
     logged: BTreeMap<u64, Vec<u8>>,
@@ -64,11 +66,12 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(core: Arc<Core>, header: CurrentHeader, used_end: u64) -> Self {
+    pub(crate) fn new(core: Arc<Core>, header: CurrentHeader, used_end: u64, areas_end: u64) -> Self {
         Self {
             core,
             header,
             used_end,
+            areas_end,
             log: None,
             logged: BTreeMap::new(),
             header_behind: false,
@@ -258,8 +261,7 @@ impl Session {
     fn cut_surplus(&self) -> Result<(), VhdxError> {
         let shape = self.core.bat.shape;
         let owned = (0..shape.blocks).filter_map(|block| self.core.bat.get(block).owned_offset());
-        // `used_end` of the open counts regions and log; blocks may have been given up since, which the next open sees.
-        let end = owned.map(|offset| offset + shape.block_bytes).fold(self.used_end, u64::max);
+        let end = owned.map(|offset| offset + shape.block_bytes).fold(self.areas_end, u64::max);
         debug_assert!(end.is_multiple_of(MIB), "everything is 1 MiB aligned");
         if end < self.core.file_bytes.load(Ordering::SeqCst) {
             self.file().set_len(end).map_err(doing(format!("cutting the file to {end} bytes")))?;

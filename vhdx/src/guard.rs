@@ -223,8 +223,8 @@ fn place_blocks(mut guard: WriteGuard, offset: u64, len: u64) -> Resolved {
 }
 
 /// Resolves a write and waits for space if need be.
-pub(crate) fn resolve_write(core: &Arc<Core>, offset: u64, len: u64) -> Result<WriteGuard, IoError> {
-    let mut ticket = core.admit()?;
+pub(crate) fn resolve_write(mut ticket: Ticket, offset: u64, len: u64) -> Result<WriteGuard, IoError> {
+    let core = Arc::clone(ticket.core());
     loop {
         match try_resolve_write(ticket, offset, len) {
             Resolved::Ready(guard) => return Ok(guard),

@@ -36,7 +36,7 @@ impl Image {
     /// # Errors
     /// [`IoError::OutOfRange`] when the range is not on the disk or not made of whole sectors.
     pub fn resolve_read(&self, offset: u64, len: u64) -> Result<Vec<ReadSegment>, IoError> {
-        crate::pieces::check_range(self, "read", offset, len)?;
+        crate::pieces::check_range(self.geometry(), "read", offset, len)?;
         let mut segments = Vec::new();
         for part in self.loaded.bat.shape.parts(offset, len) {
             match self.loaded.bat.get(part.block).data_offset() {
@@ -117,7 +117,7 @@ impl BlockDevice for Image {
     }
 
     fn submit(&self, request: IoRequest) {
-        if let Err(error) = check_request(self, &request.op) {
+        if let Err(error) = check_request(self.geometry(), &request.op) {
             return (request.done)(Err(error));
         }
         match request.op {

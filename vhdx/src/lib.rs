@@ -82,6 +82,7 @@ mod core;
 mod create;
 mod disk;
 mod error;
+mod exchange;
 mod findings;
 mod flush;
 mod format;
@@ -99,7 +100,9 @@ mod recover;
 mod region;
 mod replay;
 mod resolve;
+mod running;
 mod space;
+mod trim;
 mod view;
 
 pub use check::{Report, check};

@@ -17,7 +17,6 @@ use crate::disk::Disk;
 use crate::error::VhdxError;
 use crate::image::{Image, check_granularity};
 use crate::load::{Loaded, LogPolicy};
-use crate::recover::recover;
 
 /// Opens images.
 pub struct Builder {
@@ -82,13 +81,7 @@ impl Builder {
     /// # Errors
     /// By [`VhdxError::kind`].
     pub fn writable(self) -> Result<Disk, VhdxError> {
-        recover(&self.file, self.options)?;
-        let (loaded, mut findings) = Loaded::open(&self.file, LogPolicy::InMemory)?;
-        check_granularity(&loaded)?;
-        if let Some(error) = findings.write_blockers.pop() {
-            return Err(error);
-        }
-        Disk::start(loaded, self.options)
+        Disk::open(&self.file, self.options)
     }
 }
 

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use blockio::{BlockDevice, Completion, ImageFile, IoError, IoOp, IoRequest};
+use blockio::{Completion, Geometry, ImageFile, IoError, IoOp, IoRequest};
 
 struct Join {
     left: AtomicUsize,
@@ -48,7 +48,7 @@ pub(crate) fn submit_all(file: &dyn ImageFile, ops: Vec<IoOp>, done: Completion)
 }
 
 /// Refuses what does not fit the disk: never clamp silently.
-pub(crate) fn check_request(disk: &dyn BlockDevice, op: &IoOp) -> Result<(), IoError> {
+pub(crate) fn check_request(disk: Geometry, op: &IoOp) -> Result<(), IoError> {
     let (name, offset, len) = match op {
         IoOp::Read { offset, buf } => ("read", *offset, crate::format::bytes(buf.len())),
         IoOp::Write { offset, buf, .. } => ("write", *offset, crate::format::bytes(buf.len())),
@@ -60,23 +60,11 @@ pub(crate) fn check_request(disk: &dyn BlockDevice, op: &IoOp) -> Result<(), IoE
 }
 
 /// The same for a range.
-pub(crate) fn check_range(
-    disk: &dyn BlockDevice,
-    op: &'static str,
-    offset: u64,
-    len: u64,
-) -> Result<(), IoError> {
-    let geometry = disk.geometry();
-    let sector = u64::from(geometry.block_bytes);
-    let inside = offset.checked_add(len).is_some_and(|end| end <= geometry.size_bytes);
+pub(crate) fn check_range(disk: Geometry, op: &'static str, offset: u64, len: u64) -> Result<(), IoError> {
+    let sector = u64::from(disk.block_bytes);
+    let inside = offset.checked_add(len).is_some_and(|end| end <= disk.size_bytes);
     if inside && offset.is_multiple_of(sector) && len.is_multiple_of(sector) {
         return Ok(());
     }
-    Err(IoError::OutOfRange {
-        op,
-        offset,
-        len,
-        size_bytes: geometry.size_bytes,
-        block_bytes: geometry.block_bytes,
-    })
+    Err(IoError::OutOfRange { op, offset, len, size_bytes: disk.size_bytes, block_bytes: disk.block_bytes })
 }

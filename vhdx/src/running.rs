@@ -1,0 +1,113 @@
+//! An open image at work: its core and the two threads that serve it.
+//!
+//! **Invariant:** the threads end only after the last request that may need them has ended.
+
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread::{Builder as ThreadBuilder, JoinHandle};
+
+use blockio::{ImageFile, IoError};
+
+use crate::core::Core;
+use crate::error::{VhdxError, corrupt};
+use crate::flush::{Closed, FlushJob, Session};
+use crate::format::{MIB, bytes};
+use crate::grow::{self, GrowthJob, STEP_MIN};
+use crate::image::check_granularity;
+use crate::load::{Loaded, LogPolicy};
+use crate::open::Options;
+use crate::recover::recover;
+use crate::region::Area;
+use crate::space::{Space, gaps};
+
+/// An open image at work.
+pub(crate) struct Running {
+    pub(crate) core: Arc<Core>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Running {
+    /// Replays what there is to replay, reads the image and starts serving it.
+    pub(crate) fn open(file: &Arc<dyn ImageFile>, options: Options) -> Result<Self, VhdxError> {
+        recover(file, options)?;
+        let (loaded, mut findings) = Loaded::open(file, LogPolicy::InMemory)?;
+        check_granularity(&loaded)?;
+        match findings.write_blockers.pop() {
+            Some(error) => Err(error),
+            None => Self::start(loaded, options),
+        }
+    }
+
+    fn start(loaded: Loaded, options: Options) -> Result<Self, VhdxError> {
+        refuse_unwritable(&loaded)?;
+        let (header, used_end) = (loaded.header, loaded.used_end());
+        let areas_end = loaded.areas().iter().map(Area::end).fold(0, u64::max);
+        let core = Arc::new(core_of(loaded, options));
+        let session = Session::new(Arc::clone(&core), header, used_end, areas_end);
+        let grower = Arc::clone(&core);
+        let mut running = Self { core, threads: Vec::new() };
+        running.spawn("vhdx-flush", move || session.run())?;
+        running.spawn("vhdx-grow", move || grow::run(&grower))?;
+        Ok(running)
+    }
+
+    fn spawn(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), VhdxError> {
+        let thread =
+            ThreadBuilder::new().name(name.to_owned()).spawn(body).map_err(|error| VhdxError::Io {
+                doing: format!("starting the thread {name}"),
+                source: IoError::Os { op: "spawn", offset: 0, errno: error.raw_os_error().unwrap_or(0) },
+            })?;
+        self.threads.push(thread);
+        Ok(())
+    }
+
+    /// Waits for what is in flight and leaves a clean file. Closing again gives the same answer.
+    pub(crate) fn close(&self) -> Result<Closed, VhdxError> {
+        self.core.drain();
+        let (tell, told) = sync_channel(1);
+        self.core.flushes.push(FlushJob::Close(tell));
+        told.recv().unwrap_or(Err(VhdxError::Poisoned { cause: "the flush thread ended".to_owned() }))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.core.drain();
+        self.core.growth.push(GrowthJob::Stop);
+        self.core.flushes.push(FlushJob::Stop);
+        for thread in self.threads.drain(..) {
+            drop(thread.join());
+        }
+    }
+}
+
+fn refuse_unwritable(loaded: &Loaded) -> Result<(), VhdxError> {
+    if loaded.header.log_area().1 == 0 {
+        return Err(VhdxError::Unsupported {
+            what: "writing an image without a log (log length 0 in the header)".to_owned(),
+            hint: "convert it to a new image",
+        });
+    }
+    // Two updates for a session, and one per log generation: any number below this lasts for ever.
+    let sequence = loaded.header.header.sequence.get();
+    if sequence > u64::MAX - (1 << 32) {
+        let found = format!("sequence number {sequence} leaves no room for newer headers");
+        return Err(corrupt("header", 0, found));
+    }
+    Ok(())
+}
+
+fn core_of(loaded: Loaded, options: Options) -> Core {
+    let block_bytes = loaded.params.block_bytes;
+    let shape = loaded.bat.shape;
+    let blocks = loaded.payload_mib.iter().map(|start| (start * MIB, block_bytes));
+    let used = loaded.areas().iter().map(|area| (area.offset, area.length)).chain(blocks).collect();
+    let placed = (0..shape.blocks).filter(|block| loaded.bat.get(*block).data_offset().is_some()).count();
+    let step = match options.growth_bytes {
+        0 => STEP_MIN.max(8 * block_bytes),
+        fixed => fixed.next_multiple_of(MIB).max(block_bytes),
+    };
+    let mut space = Space::new(block_bytes, shape.blocks - bytes(placed), gaps(used, block_bytes), step);
+    space.fixed_step = options.growth_bytes != 0;
+    Core::new(loaded.view.file, loaded.params, loaded.bat, space, loaded.view.file_bytes)
+}
