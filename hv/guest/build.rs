@@ -3,13 +3,31 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 7] = ["entry.S", "boot.c", "console.c", "disk.c", "interrupts.c", "main.c", "record.c"];
+const SOURCES: [&str; 16] = [
+    // What all share.
+    "entry.S",
+    "processor.S",
+    "boot.c",
+    "console.c",
+    "disk.c",
+    "interrupts.c",
+    "main.c",
+    "record.c",
+    // The roles.
+    "sector_writer.c",
+    "dirtier.c",
+    "clock.c",
+    "reader.c",
+    "ping_pong.c",
+    "listener.c",
+    "registers.c",
+    "hold.S",
+];
 
 fn main() {
-    let sources = Path::new("sector-writer");
-    println!("cargo::rerun-if-changed=sector-writer");
-    let image =
-        PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("sector-writer.elf");
+    let sources = Path::new("image");
+    println!("cargo::rerun-if-changed=image");
+    let image = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("guest.elf");
     let mut build = compiler();
     let objects = build.files(SOURCES.map(|name| sources.join(name))).compile_intermediates();
     link(build.get_compiler().to_command(), &sources.join("link.ld"), &objects, &image);

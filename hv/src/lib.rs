@@ -1,8 +1,8 @@
-//! One virtual machine on KVM: a vCPU, RAM in a memfd, the kernel's interrupt chips, a serial console and virtio disks.
+//! One virtual machine on KVM: vCPUs, RAM in a memfd, the kernel's interrupt chips, a serial console and virtio disks.
 //!
 //! ```text
-//!   Vm --- vcpu (thread: KVM_RUN) --- bus --- serial --> Console (bounded ring)
-//!    |                                  \---- virtio::mmio -- block::Disk (worker thread) --> dyn BlockDevice
+//!   Vm --- vcpus (threads: KVM_RUN) --- bus --- serial --> Console (bounded ring)
+//!    |                                    \---- virtio::mmio -- block::Disk (worker thread) --> dyn BlockDevice
 //!    |--- kvm::Machine (chips, interrupt lines, notifications)
 //!    \--- state (versioned messages)    snapshot (RAM and state in one file)
 //! ```
@@ -16,6 +16,7 @@ mod memory;
 pub mod snapshot;
 pub mod state;
 mod vcpu;
+mod vcpus;
 mod vm;
 
 pub use boot::{BootError, BootSource};
@@ -28,6 +29,9 @@ pub use vm::{DiskConfig, GuestEnd, RunState, Vm, VmConfig, VmError};
 
 /// Disks of one VM: each has a virtio-mmio slot and an interrupt line of its own.
 pub const DISKS_MAX: usize = 8;
+
+/// Processors of one VM: what the interrupt chips can address by number.
+pub const CPUS_MAX: u32 = 64;
 
 /// Messages of the control socket of an hv process.
 pub mod control {

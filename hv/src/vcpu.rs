@@ -1,7 +1,7 @@
 //! A virtual CPU and its thread.
 //!
 //! ```text
-//!   Vm --command, signal--> thread:  stopped: wait for a command      running: KVM_RUN, serve the exit, look for commands
+//!   Vcpus --command, signal--> thread:  stopped: wait for a command      running: KVM_RUN, serve the exit, look for commands
 //! ```
 //! A command to a running vCPU is sent first and signalled second. The signal's handler sets `immediate_exit`, so a signal
 //! that comes just before KVM_RUN is not lost: the call returns at once.
@@ -10,13 +10,11 @@
 #![expect(unsafe_code, reason = "the signal handler writes into the page that KVM shares with a vCPU")]
 
 use std::cell::Cell;
-use std::os::unix::thread::JoinHandleExt;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -34,10 +32,6 @@ use crate::vm::VmError;
 const STACK_BYTES: usize = 256 << 10;
 /// An instruction that goes over page borders leaves a few times before it is complete.
 const PARTIAL_EXITS_MAX: usize = 64;
-/// How long an answer may take before the signal is sent again.
-const ANSWER_ROUND: Duration = Duration::from_secs(1);
-/// Rounds before a vCPU counts as lost.
-const ANSWER_ROUNDS_MAX: u32 = 30;
 /// Longest instruction.
 const INSTRUCTION_BYTES_MAX: usize = 15;
 
@@ -50,12 +44,17 @@ pub(crate) enum Stop {
     Crashed(String),
 }
 
-type Answer<T> = Sender<T>;
+/// Where an answer goes.
+pub(crate) type Answer<T> = Sender<T>;
 
-enum Command {
+/// What a vCPU's thread can be told.
+pub(crate) enum Command {
     Run(Answer<()>),
     Pause(Answer<Result<(), KvmError>>),
-    Boot(Entry, Box<kvm_bindings::CpuId>, Answer<Result<(), KvmError>>),
+    /// Stop without an answer: another vCPU has ended the guest.
+    Halt,
+    /// The table of CPUID, and the entry; only the first processor has one, the others wait for its start-up interrupt.
+    Boot(Box<kvm_bindings::CpuId>, Option<Entry>, Answer<Result<(), KvmError>>),
     Save(Answer<Result<state::Vcpu, KvmError>>),
     Restore(Box<state::Vcpu>, Answer<Result<(), VmError>>),
     Quit,
@@ -74,10 +73,34 @@ pub(crate) struct VcpuContext {
     pub(crate) on_stop: Box<dyn Fn(Stop) + Send>,
 }
 
-/// A handle to a vCPU's thread; ends it when dropped.
+/// A way to a vCPU's thread that does not keep it alive.
+#[derive(Clone, Debug)]
+pub(crate) struct Remote {
+    commands: Sender<Command>,
+    thread: libc::pid_t,
+}
+
+impl Remote {
+    /// Sends a command and makes the vCPU look at it.
+    pub(crate) fn tell(&self, command: Command) -> Result<(), VmError> {
+        self.commands.send(command).map_err(|_| VmError::VcpuGone)?;
+        self.kick();
+        Ok(())
+    }
+
+    /// Makes a vCPU leave the guest. May be repeated.
+    pub(crate) fn kick(&self) {
+        let process = rustix::process::getpid().as_raw_nonzero().get();
+        // SAFETY: a system call on numbers. It reaches threads of this process only, and the signal's handler, which is
+        // installed, does nothing in a thread that is no vCPU.
+        unsafe { libc::syscall(libc::SYS_tgkill, process, self.thread, SIGRTMIN()) };
+    }
+}
+
+/// A vCPU's thread; ends when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Vcpu {
-    commands: Sender<Command>,
+    remote: Remote,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -85,65 +108,29 @@ impl Vcpu {
     /// Starts the thread; the vCPU is stopped.
     pub(crate) fn spawn(context: VcpuContext) -> Result<Self, KvmError> {
         install_signal_handler()?;
-        let (commands, receiver) = mpsc::channel();
+        let (commands, receiver) = channel();
+        let (tell, started) = channel();
         let runner = Runner { context, commands: receiver, running: false };
         let thread = thread::Builder::new()
             .name(format!("vcpu{}", runner.context.id))
             .stack_size(STACK_BYTES)
-            .spawn(move || runner.serve())
+            .spawn(move || {
+                let _ = tell.send(rustix::thread::gettid().as_raw_nonzero().get());
+                runner.serve();
+            })
             .tried("starting a vCPU's thread")?;
-        Ok(Self { commands, thread: Some(thread) })
+        let number = started.recv().expect("the thread tells its number first");
+        Ok(Self { remote: Remote { commands, thread: number }, thread: Some(thread) })
     }
 
-    pub(crate) fn run(&self) -> Result<(), VmError> {
-        self.ask(Command::Run)
-    }
-
-    pub(crate) fn pause(&self) -> Result<(), VmError> {
-        Ok(self.ask(Command::Pause)??)
-    }
-
-    pub(crate) fn boot(&self, entry: Entry, cpuid: kvm_bindings::CpuId) -> Result<(), VmError> {
-        Ok(self.ask(|answer| Command::Boot(entry, Box::new(cpuid), answer))??)
-    }
-
-    pub(crate) fn save(&self) -> Result<state::Vcpu, VmError> {
-        Ok(self.ask(Command::Save)??)
-    }
-
-    pub(crate) fn restore(&self, saved: &state::Vcpu) -> Result<(), VmError> {
-        let saved = Box::new(saved.clone());
-        self.ask(|answer| Command::Restore(saved, answer))?
-    }
-
-    fn ask<T>(&self, command: impl FnOnce(Answer<T>) -> Command) -> Result<T, VmError> {
-        let (answer, answered) = mpsc::channel();
-        self.commands.send(command(answer)).map_err(|_| VmError::VcpuGone)?;
-        for round in 0..ANSWER_ROUNDS_MAX {
-            self.kick();
-            match answered.recv_timeout(ANSWER_ROUND) {
-                Ok(result) => return Ok(result),
-                Err(mpsc::RecvTimeoutError::Disconnected) => return Err(VmError::VcpuGone),
-                Err(mpsc::RecvTimeoutError::Timeout) => {
-                    tracing::warn!(round, "a vCPU does not answer; its signal is sent again");
-                }
-            }
-        }
-        Err(VmError::VcpuGone)
-    }
-
-    fn kick(&self) {
-        if let Some(thread) = &self.thread {
-            // SAFETY: the thread has not been joined, so its id is valid; the handler of the signal is installed.
-            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
-        }
+    pub(crate) fn remote(&self) -> &Remote {
+        &self.remote
     }
 }
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        drop(self.commands.send(Command::Quit));
-        self.kick();
+        drop(self.remote.tell(Command::Quit));
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
         }
@@ -207,7 +194,12 @@ impl Runner {
                 self.running = false;
                 drop(answer.send(self.complete_instruction()));
             }
-            Command::Boot(entry, cpuid, answer) => {
+            Command::Halt => {
+                self.running = false;
+                // What it left in is completed, so that its registers can be looked at. Nobody waits for that.
+                drop(self.complete_instruction());
+            }
+            Command::Boot(cpuid, entry, answer) => {
                 let set = context.fd.set_cpuid2(&cpuid).tried("setting CPUID");
                 let booted = set.and_then(|()| processor::boot(&context.fd, entry, crate::boot::GDT));
                 drop(answer.send(booted));
@@ -283,7 +275,7 @@ impl Runner {
 
     /// What is needed to see why a guest cannot go on: registers, and the bytes at the instruction pointer.
     fn describe(&mut self, what: String) -> String {
-        let VcpuContext { fd, ram, .. } = &mut self.context;
+        let VcpuContext { id, fd, ram, .. } = &mut self.context;
         let suberror = processor::internal_error(fd);
         let Ok(r) = fd.get_regs() else { return what };
         let mut bytes = [0; INSTRUCTION_BYTES_MAX];
@@ -291,7 +283,7 @@ impl Runner {
         let code = code.and_then(|found| ram.read(found.physical_address, &mut bytes).ok());
         let code = code.map_or("not readable".into(), |()| format!("{bytes:02x?}"));
         format!(
-            "{what}{suberror}: rip={:#x} rflags={:#x} rsp={:#x} rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} rsi={:#x} \
+            "vCPU {id}: {what}{suberror}: rip={:#x} rflags={:#x} rsp={:#x} rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} rsi={:#x} \
              rdi={:#x} instruction bytes {code}",
             r.rip, r.rflags, r.rsp, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi
         )

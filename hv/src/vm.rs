@@ -5,7 +5,7 @@
 //!                | restore_state      ^           |
 //!                +--> Restored -------+           +--> Stopped, Crashed: kept, so that one can look at it
 //! ```
-//! **Invariants:** device threads and the vCPU run only in `Running`; a state is saved only when paused and drained, the
+//! **Invariants:** device threads and the vCPUs run only in `Running`; a state is saved only when paused and drained, the
 //! chips after everything that may still raise an interrupt (H3).
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,6 @@ use std::thread::{self, JoinHandle};
 
 use blockio::BlockDevice;
 
-use crate::DISKS_MAX;
 use crate::boot::{self, BootError, BootSource};
 use crate::console::Console;
 use crate::devices::bus::{Bus, SLOT_LINES, Slot, window};
@@ -27,7 +26,9 @@ use crate::devices::virtio::request::Shape;
 use crate::kvm::{HostCaps, KvmError, Machine, Tried};
 use crate::memory::{GuestRam, MemoryError};
 use crate::state::{self, STATE_VERSION, SavedMachine, StateError};
-use crate::vcpu::{Stop, Vcpu, VcpuContext};
+use crate::vcpu::{Stop, VcpuContext};
+use crate::vcpus::Vcpus;
+use crate::{CPUS_MAX, DISKS_MAX};
 
 /// A worker's calls are shallow, too; the depth is in the disk's own stack of layers.
 const WORKER_STACK_BYTES: usize = 256 << 10;
@@ -37,6 +38,8 @@ const WORKER_STACK_BYTES: usize = 256 << 10;
 pub struct VmConfig<'a> {
     /// Guest RAM in bytes.
     pub memory_bytes: u64,
+    /// Processors, 1 to [`CPUS_MAX`].
+    pub cpus: u32,
     /// What to boot; `None` for a VM whose state will be restored.
     pub boot: Option<BootSource<'a>>,
     /// Disks in the order of their slots.
@@ -71,7 +74,7 @@ pub enum RunState {
     Created,
     /// Taken over from elsewhere; it has not run here.
     Restored,
-    /// Its vCPU executes.
+    /// Its vCPUs execute.
     Running,
     /// Stopped by us, ready to go on.
     Paused,
@@ -99,6 +102,9 @@ pub enum VmError {
     /// Requests in flight did not end.
     #[error(transparent)]
     Drain(#[from] DrainTimeout),
+    /// The number of processors is out of bounds.
+    #[error("{0} processors were asked for; a VM has 1 to {CPUS_MAX}")]
+    Cpus(u32),
     /// There are too many disks.
     #[error("{0} disks were asked for; a VM has at most {DISKS_MAX}")]
     Disks(usize),
@@ -117,11 +123,11 @@ pub enum VmError {
         found: RunState,
     },
     /// A vCPU's thread has ended or does not answer.
-    #[error("the vCPU does not answer")]
+    #[error("a vCPU does not answer")]
     VcpuGone,
 }
 
-/// What may change at any time, by the vCPU's thread or by a caller.
+/// What may change at any time, by a vCPU's thread or by a caller.
 #[derive(Debug)]
 struct Life {
     /// Protects the state only. No other lock is taken under it.
@@ -130,11 +136,11 @@ struct Life {
     console: Arc<Console>,
 }
 
-/// A virtual machine with one vCPU.
+/// A virtual machine.
 #[derive(Debug)]
 pub struct Vm {
-    // Fields are dropped in this order: the vCPU first, the machine after everything that uses it.
-    vcpu: Vcpu,
+    // Fields are dropped in this order: the vCPUs first, the machine after everything that uses it.
+    vcpus: Vcpus,
     workers: Vec<JoinHandle<()>>,
     bus: Arc<Bus>,
     life: Arc<Life>,
@@ -154,6 +160,9 @@ impl Vm {
         if config.disks.len() > DISKS_MAX {
             return Err(VmError::Disks(config.disks.len()));
         }
+        if !(1..=CPUS_MAX).contains(&config.cpus) {
+            return Err(VmError::Cpus(config.cpus));
+        }
         let disks = config.disks.len();
         let ram = GuestRam::new(config.memory_bytes)?;
         let machine = Machine::new(ram.clone())?;
@@ -161,28 +170,32 @@ impl Vm {
         let bus = Arc::new(make_bus(&machine, &ram, &console, config.disks)?);
         let life = Arc::new(Life { state: Mutex::new(RunState::Created), changed: Condvar::new(), console });
         let exits = Arc::new(AtomicU64::new(0));
-        let vcpu = Vcpu::spawn(VcpuContext {
-            id: 0,
-            fd: machine.create_vcpu(0)?,
-            ram: ram.clone(),
-            bus: Arc::clone(&bus),
-            msrs: machine.saved_msrs()?,
-            xsave_bytes: HostCaps::probe()?.xsave_bytes,
-            exits: Arc::clone(&exits),
-            on_stop: Box::new({
-                let life = Arc::clone(&life);
-                move |stop| life.ended(stop)
-            }),
+        let (msrs, xsave_bytes) = (machine.saved_msrs()?, HostCaps::probe()?.xsave_bytes);
+        let context = |id: u32, on_stop| {
+            Ok(VcpuContext {
+                id,
+                fd: machine.create_vcpu(id.into())?,
+                ram: ram.clone(),
+                bus: Arc::clone(&bus),
+                msrs: msrs.clone(),
+                xsave_bytes,
+                exits: Arc::clone(&exits),
+                on_stop,
+            })
+        };
+        let vcpus = Vcpus::spawn(config.cpus, context, {
+            let life = Arc::clone(&life);
+            move |stop| life.ended(stop)
         })?;
         if let Some(source) = &config.boot {
             let entry = boot::load(&ram, source, disks)?;
-            vcpu.boot(entry, machine.cpuid(0)?)?;
+            vcpus.boot(entry, |id| machine.cpuid(id, config.cpus))?;
         }
         let workers = bus.slots.iter().map(spawn_worker).collect::<Result<_, _>>()?;
-        Ok(Self { vcpu, workers, bus, life, exits, ram, stopped_at: Mutex::default(), machine })
+        Ok(Self { vcpus, workers, bus, life, exits, ram, stopped_at: Mutex::default(), machine })
     }
 
-    /// Lets the VM run, for the first time or again. Every queue is looked at once before the vCPU goes on.
+    /// Lets the VM run, for the first time or again. Every queue is looked at once before the vCPUs go on.
     ///
     /// # Errors
     /// When it has ended, or a disk has no content.
@@ -197,16 +210,16 @@ impl Vm {
             slot.disk.release();
         }
         self.life.set(RunState::Running);
-        self.vcpu.run()
+        self.vcpus.run()
     }
 
-    /// Stops the vCPU. Disk requests that it has posted go on; [`Vm::drain`] waits for them.
+    /// Stops the vCPUs. Disk requests that they have posted go on; [`Vm::drain`] waits for them.
     ///
     /// # Errors
-    /// When it does not run, or the vCPU does not answer.
+    /// When it does not run, or a vCPU does not answer.
     pub fn pause(&self) -> Result<(), VmError> {
         self.expect_state("paused", |state| matches!(state, RunState::Running))?;
-        self.vcpu.pause()?;
+        self.vcpus.pause()?;
         // Read at once: whatever comes next takes time that the guest has not lived.
         *self.stopped_at() = Some(self.machine.clock()?);
         let mut state = self.life.lock();
@@ -239,7 +252,7 @@ impl Vm {
         let serial = Some(self.bus.serial.save());
         // Devices are silent now. What they have raised must be in the chips and the APIC before these are read.
         self.machine.settle_lines()?;
-        let vcpus = vec![self.vcpu.save()?];
+        let vcpus = self.vcpus.save()?;
         let output = self.console().read(0, usize::MAX);
         let mut machine = SavedMachine {
             version: STATE_VERSION,
@@ -269,10 +282,7 @@ impl Vm {
             let what = "the number of disks";
             return Err(StateError::mismatch(what, saved.disks.len(), self.bus.slots.len()).into());
         }
-        let [vcpu] = saved.vcpus.as_slice() else {
-            return Err(StateError::mismatch("the number of vCPUs", saved.vcpus.len(), 1).into());
-        };
-        self.vcpu.restore(vcpu)?;
+        self.vcpus.restore(&saved.vcpus)?;
         self.machine.restore_chips(saved)?;
         let console = state::part(saved.console.as_ref(), "console")?;
         self.console().restore(console.start, &console.data);
@@ -409,14 +419,21 @@ impl Life {
     }
 
     fn ended(&self, stop: Stop) {
+        let mut state = self.lock();
+        // The first vCPU's word counts; another one may fail because of what the first has done.
+        if matches!(*state, RunState::Stopped(_) | RunState::Crashed(_)) {
+            return;
+        }
         match &stop {
             Stop::Ended(why) => tracing::info!(%why, "the guest has ended"),
             Stop::Crashed(why) => tracing::error!(%why, "the guest has crashed"),
         }
-        self.set(match stop {
+        *state = match stop {
             Stop::Ended(why) => RunState::Stopped(why),
             Stop::Crashed(why) => RunState::Crashed(why),
-        });
+        };
+        drop(state);
+        self.changed.notify_all();
         self.console.close();
     }
 }

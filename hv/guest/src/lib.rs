@@ -1,13 +1,28 @@
-//! The bare-metal test guest, and what it takes to judge its disk from outside.
+//! The bare-metal test guests, and what it takes to judge them from outside.
 //!
 //! ```text
-//!   sector-writer/*.c --cc--> ELF with a PVH note  ==  SECTOR_WRITER
-//!         | writes records                  | prints "ack gen=G seq=N" after a flush
-//!         v                                 v
+//!   image/*.c --cc--> one ELF image with a PVH note == IMAGE: boots under hv and under QEMU
+//!         | role=sector-writer: writes records, prints "ack gen=G seq=N" after a flush
+//!         v
 //!   the scratch disk   --verify_image-->  Report: every acknowledged sector is there, whole
 //! ```
 //!
-//! Its command line is `name=number` pairs:
+//! What a guest does is chosen by `role=` on its command line. All check what they come back to, and end with a line
+//! `FAIL ...` at the first difference.
+//!
+//! | role | does | says |
+//! |---|---|---|
+//! | `sector-writer` | writes self-describing sectors, flushes, reads back | `ack gen=G seq=N` |
+//! | `dirtier` | writes to a working set of pages at a set rate | `pass N`, `dirtied KiB=K ms=M` |
+//! | `clock` | checks that no clock goes back | `clock tsc=T ns=N ticks=K`, `gap ms=M` |
+//! | `reader` | reads ports and registers with known values | `reads N` |
+//! | `ping-pong` | two processors take turns by interrupts | `balls N` |
+//! | `listener` | tells configuration changes of its disks | `changed index=I from=F sectors=N first=X` |
+//! | `registers` | holds a pattern in every register | `held N` |
+//!
+//! The command line has `name=number` pairs. For the dirtier: `set` (8) MiB of the working set, `rate` (0: unbounded)
+//! KiB dirtied in a second, one word in a page; `noise` (0) 1 fills the set with what cannot be compressed. For the
+//! sector-writer:
 //!
 //! | name | default | meaning |
 //! |---|---|---|
@@ -33,5 +48,10 @@ pub use record::{
     last_ack, span_sum, verify_image,
 };
 
-/// The guest as an ELF image that boots by PVH at 1 MiB.
-pub const SECTOR_WRITER: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/sector-writer.elf"));
+/// The guests as one ELF image that boots by PVH at 1 MiB.
+pub const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
+/// The same: without `role=` it is the sector-writer.
+pub const SECTOR_WRITER: &[u8] = IMAGE;
+/// What `role=` may name.
+pub const ROLES: &[&str] =
+    &["sector-writer", "dirtier", "clock", "reader", "ping-pong", "listener", "registers"];

@@ -10,7 +10,9 @@ use uuid::Uuid;
 
 use crate::failure::Failure;
 
-/// Name of the guest that is built into the runner.
+/// What the names of the guests that are built into the runner begin with; the role follows.
+pub const BUILTIN: &str = "builtin:";
+/// The guest that writes disks.
 pub const BUILTIN_SECTOR_WRITER: &str = "builtin:sector-writer";
 /// A configuration is a page of text; anything much larger is not one.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -31,7 +33,7 @@ pub struct RunnerConfig {
     pub memory_bytes: u64,
     /// Number of virtual CPUs.
     pub cpus: u32,
-    /// `builtin:sector-writer`, or the path of an ELF kernel (PVH, or 64-bit Linux).
+    /// `builtin:ROLE` for a test guest, or the path of a kernel (ELF or bzImage).
     pub kernel: String,
     /// Path of an initial RAM disk for a Linux kernel.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -138,10 +140,10 @@ impl RunnerConfig {
     /// # Errors
     /// A failure that names the field.
     pub fn check(&self) -> Result<(), Failure> {
-        if self.cpus != 1 {
+        if !(1..=hv::CPUS_MAX).contains(&self.cpus) {
             return Err(Failure::new(
                 format!("{} virtual CPUs were asked for", self.cpus),
-                "this version runs VMs with one",
+                format!("a VM has 1 to {}", hv::CPUS_MAX),
             ));
         }
         if self.disks.len() > DISKS_MAX {

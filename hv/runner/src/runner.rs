@@ -18,7 +18,7 @@ use hv::control::{SaveReply, StatusReply, VmRunState};
 use hv::{BootSource, DiskConfig, RunState, Vm, VmConfig, VmError};
 use lockmgr::Epoch;
 
-use crate::config::{BUILTIN_SECTOR_WRITER, RunnerConfig, VolumePath};
+use crate::config::{BUILTIN, RunnerConfig, VolumePath};
 use crate::disk::RunnerDisk;
 use crate::failure::Failure;
 use crate::volume::Volumes;
@@ -315,13 +315,13 @@ impl Runner {
 
 /// A VM that runs when this returns.
 fn boot(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) -> Result<Vm, Failure> {
-    let kernel = read_kernel(&config.kernel)?;
+    let (kernel, cmdline) = read_kernel(config)?;
     let initrd = config.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
     let mut devices = Vec::new();
     for disk in disks {
         devices.push(Some(disk.open(volumes)?));
     }
-    let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &config.cmdline };
+    let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cmdline };
     let vm = build(config, Some(source), devices)?;
     vm.resume().map_err(|error| not_built(&error))?;
     Ok(vm)
@@ -351,6 +351,7 @@ fn build(
 ) -> Result<Vm, Failure> {
     Vm::build(VmConfig {
         memory_bytes: config.memory_bytes,
+        cpus: config.cpus,
         boot,
         disks: disk_configs(config, devices),
         console_bytes: config.console_log_bytes,
@@ -385,18 +386,26 @@ fn disk_configs(config: &RunnerConfig, devices: Vec<Option<Arc<dyn BlockDevice>>
     config.disks.iter().zip(devices).enumerate().map(disk).collect()
 }
 
-fn read_kernel(kernel: &str) -> Result<Vec<u8>, Failure> {
-    if kernel == BUILTIN_SECTOR_WRITER {
-        return Ok(hv_guest::SECTOR_WRITER.to_vec());
+/// The kernel's image, and the command line with the role of a test guest.
+fn read_kernel(config: &RunnerConfig) -> Result<(Vec<u8>, String), Failure> {
+    let Some(role) = config.kernel.strip_prefix(BUILTIN) else {
+        let image = read_file(std::path::Path::new(&config.kernel), "kernel")?;
+        return Ok((image, config.cmdline.clone()));
+    };
+    if !hv_guest::ROLES.contains(&role) {
+        return Err(Failure::new(
+            format!("there is no test guest `{role}`"),
+            format!("give one of {}", hv_guest::ROLES.join(", ")),
+        ));
     }
-    read_file(std::path::Path::new(kernel), "kernel")
+    Ok((hv_guest::IMAGE.to_vec(), format!("role={role} {}", config.cmdline)))
 }
 
 fn read_file(path: &std::path::Path, what: &str) -> Result<Vec<u8>, Failure> {
     std::fs::read(path).map_err(|error| {
         Failure::new(
             format!("cannot read the {what} {}: {error}", path.display()),
-            format!("give a readable file, or {BUILTIN_SECTOR_WRITER} as kernel"),
+            format!("give a readable file, or a test guest as {BUILTIN}ROLE"),
         )
     })
 }

@@ -16,26 +16,34 @@ const AMX: u32 = 1 << 22 | 1 << 24 | 1 << 25;
 const SHADOW_STACK: u32 = 1 << 7;
 const INDIRECT_BRANCH_TRACKING: u32 = 1 << 20;
 const ALWAYS_RUNNING_TIMER: u32 = 1 << 2;
+const MANY_CORES: u32 = 1 << 28;
+const CACHE_KIND: u32 = 0x1f;
+/// Kind, level and properties of a cache, without who shares it.
+const CACHE_OWN_BITS: u32 = 0x3fff;
+const LAST_CACHE_LEVEL: u32 = 3;
+const LEVEL_SIBLING: u32 = 1;
+const LEVEL_CORE: u32 = 2;
 /// Same on every node; a host's own brand would change when a VM moves.
 const BRAND: &[u8; 48] = b"csvfs virtual processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 impl Machine {
-    /// The table for a new vCPU.
-    pub(crate) fn cpuid(&self, vcpu: u32) -> Result<CpuId, KvmError> {
+    /// The table for a new vCPU, one of `cpus`.
+    pub(crate) fn cpuid(&self, vcpu: u32, cpus: u32) -> Result<CpuId, KvmError> {
         let mut table =
             self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).tried("asking for supported CPUID leaves")?;
         let deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
         for leaf in table.as_mut_slice() {
-            adjust(leaf, vcpu, deadline);
+            adjust(leaf, deadline);
+            place(leaf, vcpu, cpus);
         }
         Ok(table)
     }
 }
 
-fn adjust(leaf: &mut kvm_cpuid_entry2, vcpu: u32, deadline: bool) {
+/// What is the same on all processors of a VM and on all hosts.
+fn adjust(leaf: &mut kvm_cpuid_entry2, deadline: bool) {
     match leaf.function {
         0x1 => {
-            leaf.ebx = leaf.ebx & 0x00ff_ffff | vcpu << 24;
             leaf.ecx = (leaf.ecx | HYPERVISOR) & !PDCM;
             if deadline {
                 leaf.ecx |= TSC_DEADLINE;
@@ -49,9 +57,36 @@ fn adjust(leaf: &mut kvm_cpuid_entry2, vcpu: u32, deadline: bool) {
         }
         // No performance counters: they cannot be moved.
         0xa => *leaf = registers(leaf, [0; 4]),
-        0xb | 0x1f => leaf.edx = vcpu,
         0x8000_0002..=0x8000_0004 => *leaf = registers(leaf, brand(leaf.function)),
-        0x8000_001e => leaf.eax = vcpu,
+        _ => {}
+    }
+}
+
+/// Where a processor is among the others: one socket of `cpus` cores without siblings, the last cache shared by all.
+fn place(leaf: &mut kvm_cpuid_entry2, vcpu: u32, cpus: u32) {
+    let bits = cpus.next_power_of_two().trailing_zeros();
+    match leaf.function {
+        0x1 => {
+            leaf.ebx = leaf.ebx & 0x0000_ffff | vcpu << 24 | cpus.next_power_of_two() << 16;
+            leaf.edx = leaf.edx & !MANY_CORES | if cpus > 1 { MANY_CORES } else { 0 };
+        }
+        0x4 | 0x8000_001d if leaf.eax & CACHE_KIND != 0 => {
+            let shared = if leaf.eax >> 5 & 7 >= LAST_CACHE_LEVEL { cpus - 1 } else { 0 };
+            leaf.eax = leaf.eax & CACHE_OWN_BITS | shared << 14;
+            if leaf.function == 0x4 {
+                leaf.eax |= (cpus - 1) << 26;
+            }
+        }
+        0xb | 0x1f => {
+            let [shift, count, kind] = match leaf.index {
+                0 => [0, 1, LEVEL_SIBLING],
+                1 => [bits, cpus, LEVEL_CORE],
+                _ => [0; 3],
+            };
+            *leaf = registers(leaf, [shift, count, kind << 8 | leaf.index, vcpu]);
+        }
+        0x8000_0008 => leaf.ecx = bits << 12 | (cpus - 1),
+        0x8000_001e => *leaf = registers(leaf, [vcpu, vcpu, 0, 0]),
         _ => {}
     }
 }
@@ -101,6 +136,24 @@ pub(super) fn from_state(leaves: &[state::CpuidLeaf]) -> Result<CpuId, StateErro
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn placed(function: u32, index: u32, eax: u32, vcpu: u32, cpus: u32) -> kvm_cpuid_entry2 {
+        let mut leaf = kvm_cpuid_entry2 { function, index, eax, ..Default::default() };
+        place(&mut leaf, vcpu, cpus);
+        leaf
+    }
+
+    #[test]
+    fn a_processor_is_told_its_number_and_how_many_there_are() {
+        assert_eq!(placed(1, 0, 0, 2, 3).ebx, 2 << 24 | 4 << 16);
+        assert_ne!(placed(1, 0, 0, 2, 3).edx & MANY_CORES, 0);
+        assert_eq!(placed(1, 0, 0, 0, 1).edx & MANY_CORES, 0);
+        let cores = placed(0xb, 1, 77, 2, 3);
+        assert_eq!((cores.eax, cores.ebx, cores.ecx, cores.edx), (2, 3, LEVEL_CORE << 8 | 1, 2));
+        // A level 3 cache is everybody's, a level 1 cache its own.
+        assert_eq!(placed(4, 3, 3 << 5 | 3, 0, 4).eax >> 14, 3 << 12 | 3);
+        assert_eq!(placed(4, 0, 1 << 5 | 1, 0, 4).eax >> 14, 3 << 12);
+    }
 
     #[test]
     fn the_brand_is_the_same_on_every_host() {

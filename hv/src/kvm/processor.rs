@@ -45,12 +45,17 @@ pub(crate) enum Entry {
     Linux64 { entry: u64, zero_page: u64, page_tables: u64, stack: u64 },
 }
 
-/// Brings a fresh vCPU to a kernel's entry. `gdt` is where boot code has put the flat descriptors.
-pub(crate) fn boot(vcpu: &VcpuFd, entry: Entry, gdt: u64) -> Result<(), KvmError> {
-    let long = matches!(entry, Entry::Linux64 { .. });
+/// Brings a fresh vCPU to a kernel's entry, or to where it waits for the guest's start-up interrupt. `gdt` is where boot
+/// code has put the flat descriptors.
+pub(crate) fn boot(vcpu: &VcpuFd, entry: Option<Entry>, gdt: u64) -> Result<(), KvmError> {
     let fast_strings = kvm_msr_entry { index: msr::MISC_ENABLE, data: 1, ..Default::default() };
     msr::write(vcpu, &[fast_strings])?;
     vcpu.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }).tried("setting the FPU")?;
+    entry.map_or(Ok(()), |entry| enter(vcpu, entry, gdt))
+}
+
+fn enter(vcpu: &VcpuFd, entry: Entry, gdt: u64) -> Result<(), KvmError> {
+    let long = matches!(entry, Entry::Linux64 { .. });
     let mut system = vcpu.get_sregs().tried("reading system registers")?;
     let data = segment(16, 3, 1, 0);
     system.cs = segment(8, 11, u8::from(!long), u8::from(long));

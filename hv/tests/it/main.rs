@@ -2,7 +2,9 @@
 #![expect(clippy::print_stdout, reason = "a skipped test says so")]
 
 mod crash;
+mod dirtier;
 mod guest;
 mod hostile;
+mod roles;
 mod save;
 mod support;

@@ -60,12 +60,17 @@ impl Disks {
 
 pub(crate) fn writer(disks: Vec<DiskConfig>) -> Vm {
     let boot = BootSource { kernel: hv_guest::SECTOR_WRITER, initrd: None, cmdline: CMDLINE };
-    Vm::build(VmConfig { memory_bytes: RAM_BYTES, boot: Some(boot), disks, console_bytes: 1 << 20 }).unwrap()
+    Vm::build(VmConfig { memory_bytes: RAM_BYTES, cpus: 1, boot: Some(boot), disks, console_bytes: 1 << 20 })
+        .unwrap()
 }
 
 /// A VM without a kernel, for a state to be restored into.
 pub(crate) fn empty(disks: Vec<DiskConfig>) -> Vm {
-    Vm::build(VmConfig { memory_bytes: RAM_BYTES, boot: None, disks, console_bytes: 1 << 20 }).unwrap()
+    empty_with(RAM_BYTES, 1, disks)
+}
+
+pub(crate) fn empty_with(memory_bytes: u64, cpus: u32, disks: Vec<DiskConfig>) -> Vm {
+    Vm::build(VmConfig { memory_bytes, cpus, boot: None, disks, console_bytes: 1 << 20 }).unwrap()
 }
 
 pub(crate) fn text(vm: &Vm) -> String {

@@ -154,10 +154,10 @@ pub(crate) async fn create(core: &Arc<Core>, name: &str, spec: pb::VmSpec) -> Re
                 .hint("give it at least 1M, in steps of 4K"),
         ));
     }
-    if spec.cpus != 1 {
+    if !(1..=hv::CPUS_MAX).contains(&spec.cpus) {
         return Err(during(
             Error::usage(format!("{} processors were asked for", spec.cpus))
-                .hint("this version runs VMs with one"),
+                .hint(format!("a VM has 1 to {}", hv::CPUS_MAX)),
         ));
     }
     if core.state().vms.contains_key(name) {

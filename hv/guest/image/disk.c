@@ -15,6 +15,7 @@
 #define REQUEST_READ 0
 #define REQUEST_WRITE 1
 #define REQUEST_FLUSH 4
+#define INTERRUPT_CONFIG 2u
 
 enum registers { /* byte offset / 4 */
     R_MAGIC = 0x00 / 4, R_VERSION = 0x04 / 4, R_DEVICE = 0x08 / 4,
@@ -22,7 +23,7 @@ enum registers { /* byte offset / 4 */
     R_DRIVER_FEATURES = 0x20 / 4, R_DRIVER_FEATURES_SELECT = 0x24 / 4,
     R_QUEUE_SELECT = 0x30 / 4, R_QUEUE_MAX = 0x34 / 4, R_QUEUE_SIZE = 0x38 / 4, R_QUEUE_READY = 0x44 / 4,
     R_NOTIFY = 0x50 / 4, R_INTERRUPT = 0x60 / 4, R_INTERRUPT_ACK = 0x64 / 4, R_STATUS = 0x70 / 4,
-    R_DESCRIPTORS = 0x80 / 4, R_AVAIL = 0x90 / 4, R_USED = 0xa0 / 4, R_CONFIG = 0x100 / 4,
+    R_DESCRIPTORS = 0x80 / 4, R_AVAIL = 0x90 / 4, R_USED = 0xa0 / 4, R_GENERATION = 0xfc / 4, R_CONFIG = 0x100 / 4,
 };
 struct descriptor {
     u64 address;
@@ -89,6 +90,15 @@ static void start_queue(struct disk *disk) {
     r[R_STATUS] = r[R_STATUS] | STATUS_DRIVER_OK;
 }
 
+u64 disk_capacity(struct disk *disk) {
+    volatile u32 *r = disk->registers;
+    for (;;) {
+        u32 generation = r[R_GENERATION];
+        u64 sectors = r[R_CONFIG] | (u64)r[R_CONFIG + 1] << 32;
+        if (r[R_GENERATION] == generation) return sectors;
+    }
+}
+
 static void start_disk(u64 registers, u32 line) {
     struct disk *disk = &disks[disk_count];
     disk->registers = (volatile u32 *)registers;
@@ -99,7 +109,7 @@ static void start_disk(u64 registers, u32 line) {
     disk_count++;
     negotiate(disk);
     start_queue(disk);
-    disk->sectors = r[R_CONFIG] | (u64)r[R_CONFIG + 1] << 32;
+    disk->sectors = disk_capacity(disk);
     unmask_line(line);
     put_text("disk");
     put_field("index", disk_count - 1);
@@ -183,5 +193,6 @@ void disk_interrupt(u32 line) {
         if (disks[i].line != line) continue;
         u32 pending = disks[i].registers[R_INTERRUPT];
         if (pending) disks[i].registers[R_INTERRUPT_ACK] = pending;
+        if (pending & INTERRUPT_CONFIG) disks[i].changed = 1;
     }
 }

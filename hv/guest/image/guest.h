@@ -21,6 +21,19 @@ static inline u8 in8(u16 port) {
 static inline void fill_words(u64 *to, u64 value, u64 count) {
     __asm__ volatile("rep stosq" : "+D"(to), "+c"(count) : "a"(value) : "memory");
 }
+static inline u64 read_tsc(void) {
+    u32 low, high;
+    __asm__ volatile("rdtsc" : "=a"(low), "=d"(high)::"memory");
+    return (u64)high << 32 | low;
+}
+static inline u64 read_msr(u32 index) {
+    u32 low, high;
+    __asm__ volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(index));
+    return (u64)high << 32 | low;
+}
+static inline void write_msr(u32 index, u64 value) {
+    __asm__ volatile("wrmsr" ::"c"(index), "a"((u32)value), "d"((u32)(value >> 32)) : "memory");
+}
 /* Order of writes to memory that a device reads: x86 keeps it, the compiler must too. */
 static inline void barrier(void) { __asm__ volatile("" ::: "memory"); }
 static inline void interrupts_off(void) { __asm__ volatile("cli" ::: "memory"); }
@@ -53,7 +66,19 @@ void *take_pages(u64 count);
 /* --- interrupts.c --- */
 void interrupts_start(void);
 void unmask_line(u32 line);
-extern volatile u64 clock_ticks; /* 100 a second */
+/* What a second processor needs: the same gates, its own APIC switched on. */
+void interrupts_join(void);
+/* Interrupts between processors: those above the lines of the controllers. */
+#define IPI_VECTOR 48u
+#define IPI_KINDS 16u
+extern volatile u64 ipi_received[IPI_KINDS];
+void ipi_send(u32 processor, u32 kind);
+/* INIT and SIPI: the processor begins at `page` in real mode. */
+void processor_start(u32 processor, u64 page);
+#define TICK_HZ 100u
+extern volatile u64 clock_ticks; /* TICK_HZ a second */
+/* Sleeps until that tick; returns at once when it is over. */
+void sleep_until(u64 tick);
 
 /* --- disk.c --- */
 #define DISKS_MAX 8
@@ -70,11 +95,14 @@ struct disk {
     volatile struct used_ring *used;
     struct request *requests;
     u16 used_seen;
+    volatile u32 changed; /* a configuration interrupt came */
     u8 busy[REQUESTS_MAX];
 };
 extern struct disk disks[DISKS_MAX];
 extern u32 disk_count;
 void disks_start(const char *command_line);
+/* Capacity now, read between two equal generations. */
+u64 disk_capacity(struct disk *disk);
 void disk_interrupt(u32 line);
 /* Queues a request; the device learns of it with disk_kick. */
 void disk_read(struct disk *disk, u64 sector, void *into, u64 bytes);
@@ -100,5 +128,14 @@ u64 mix(u64 x);
 void record_fill(struct sector *sectors, u64 count, u64 lba, u64 sequence, u32 generation, u32 seed);
 void record_check(const struct sector *sectors, u64 count, u64 lba, u64 sequence, u32 generation, u32 seed);
 u64 span_sum(u64 sum, const u64 *words, u64 count);
+
+/* --- roles: what the guest does, chosen by `role=`; none returns --- */
+void run_sector_writer(const char *command_line) __attribute__((noreturn));
+void run_dirtier(const char *command_line, u64 memory_end) __attribute__((noreturn));
+void run_clock(void) __attribute__((noreturn));
+void run_reader(const char *command_line) __attribute__((noreturn));
+void run_ping_pong(void) __attribute__((noreturn));
+void run_listener(const char *command_line) __attribute__((noreturn));
+void run_registers(const char *command_line) __attribute__((noreturn));
 
 #endif

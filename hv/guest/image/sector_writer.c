@@ -156,23 +156,10 @@ static void say_ticks(void) {
     put_text("\n");
 }
 
-static void sleep_until(u64 tick) {
-    for (;;) {
-        interrupts_off();
-        if (clock_ticks >= tick) break;
-        sleep_until_interrupt();
-    }
-    interrupts_on();
-}
-
-void guest_main(u64 start_info) {
-    struct boot_info info;
-    console_start();
-    boot_read(start_info, &info);
-    read_options(info.command_line);
+void run_sector_writer(const char *command_line) {
+    read_options(command_line);
     random_state = option.seed;
-    interrupts_start();
-    disks_start(info.command_line);
+    disks_start(command_line);
     prepare();
     put_text("sector-writer");
     put_field("gen", option.generation);

@@ -72,7 +72,7 @@ long_mode:
     ud2
 
     .altmacro
-/* One stub per vector that may come: 32 exceptions, 16 lines of the interrupt controllers. */
+/* One stub per vector that may come: 32 exceptions, 16 lines of the interrupt controllers, 16 between processors. */
     .macro stub vector, has_code
     .align 16
     .if \has_code == 0
@@ -86,7 +86,7 @@ long_mode:
     .align 16
 interrupt_stubs:
     .set vector, 0
-    .rept 48
+    .rept 64
     .if (vector == 8) || (vector == 10) || (vector == 11) || (vector == 12) || (vector == 13) || (vector == 14) || (vector == 17)
     stub %vector, 1
     .else
@@ -134,6 +134,7 @@ interrupt_common:
 
     .section .rodata
     .align 8
+    .globl gdt
 gdt:
     .quad 0
     .quad 0x00af9b000000ffff        /* 8: 64-bit code */
@@ -144,6 +145,7 @@ gdt_pointer:
 
     .section .bss
     .align PAGE
+    .globl level4
 level4: .skip PAGE
 level3: .skip PAGE
 level2: .skip 4 * PAGE

@@ -1,0 +1,39 @@
+/*
+ * The listener: waits for configuration interrupts of its disks and says what it sees. A disk that has got a medium is
+ * read, which shows that it works and what is on it.
+ */
+#include "guest.h"
+
+static u64 *sector;
+
+static void look(u32 index) {
+    struct disk *disk = &disks[index];
+    disk->changed = 0;
+    u64 before = disk->sectors;
+    disk->sectors = disk_capacity(disk);
+    put_text("changed");
+    put_field("index", index);
+    put_field("from", before);
+    put_field("sectors", disk->sectors);
+    if (disk->sectors) {
+        disk_read(disk, 0, sector, SECTOR_BYTES);
+        disk_kick(disk);
+        disk_wait(disk);
+        put_text(" first=");
+        put_hex(sector[0]);
+    }
+    put_text("\n");
+}
+
+void run_listener(const char *command_line) {
+    sector = take_pages(1);
+    disks_start(command_line);
+    put_text("listener");
+    put_field("disks", disk_count);
+    put_text(" ready\n");
+    for (;;) {
+        for (u32 index = 0; index < disk_count; index++)
+            if (disks[index].changed) look(index);
+        sleep_until(clock_ticks + 1);
+    }
+}
