@@ -2,26 +2,24 @@
 //!
 //! ```text
 //!   500 GDT   6000 PVH start info   7000 zero page   8ff0 stack   9000-bfff page tables   20000 command line
-//!   9fc00 end of low RAM            1 MiB kernel ...                                     initrd at the end of low RAM
+//!   9fc00 end of low RAM   e0000 ACPI tables   1 MiB kernel ...                     initrd at the end of low RAM
 //! ```
-//! An ELF image with a PVH note is entered by PVH (32 bits, EBX = start info), one without by Linux' 64-bit protocol.
+//! Two ways to tell a kernel of its devices: ACPI tables, or `virtio_mmio.device=` entries on its command line. Never both,
+//! because Linux would then find each device twice.
 
-use std::io::Cursor;
+mod acpi;
+mod kernel;
+mod linux;
+mod pvh;
 
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use linux_loader::loader::{KernelLoader, KernelLoaderResult};
-use vm_memory::{Address, GuestAddress};
-
-use crate::devices::bus::{SLOT_LINES, window};
+use crate::devices::bus::Place;
 use crate::devices::virtio::mmio::WINDOW_BYTES;
 use crate::kvm::processor::Entry;
 use crate::memory::{GuestRam, HOLE_END, HOLE_START, MemoryError, PAGE_BYTES};
+use kernel::Start;
 
 pub(crate) const GDT: u64 = 0x500;
 const START_INFO: u64 = 0x6000;
-const START_INFO_BYTES: u64 = 56;
-const MODULE_LIST: u64 = 0x6080;
-const MEMORY_MAP: u64 = 0x6100;
 const ZERO_PAGE: u64 = 0x7000;
 const STACK: u64 = 0x8ff0;
 const PAGE_TABLES: u64 = 0x9000;
@@ -29,27 +27,43 @@ const COMMAND_LINE: u64 = 0x20000;
 const COMMAND_LINE_BYTES_MAX: usize = 4096;
 const LOW_RAM_END: u64 = 0x9fc00;
 const HIGH_RAM_START: u64 = 0x10_0000;
-const START_INFO_MAGIC: u32 = 0x336e_c578;
+/// Kind of an entry in a map of memory.
 const RAM: u32 = 1;
+/// An initial RAM disk ends below this: what the oldest kernels that are loaded here can reach.
+const INITRD_END_MAX: u64 = 0x8000_0000;
 /// Null, 64-bit code, flat data, TSS.
 const DESCRIPTORS: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
 
 /// What to boot.
 #[derive(Clone, Copy, Debug)]
 pub struct BootSource<'a> {
-    /// An ELF image: with a PVH note, or a 64-bit Linux kernel.
+    /// A kernel: an ELF image with a PVH note, a 64-bit Linux `vmlinux`, or a bzImage.
     pub kernel: &'a [u8],
     /// Initial RAM disk for Linux.
     pub initrd: Option<&'a [u8]>,
-    /// Command line; the devices are appended to it.
+    /// Command line.
     pub cmdline: &'a str,
+    /// How the kernel learns of its devices.
+    pub firmware: Firmware,
+}
+
+/// How a kernel learns of its processors and devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Firmware {
+    /// By ACPI tables.
+    #[default]
+    Acpi,
+    /// By entries on its command line: for kernels that read no tables. They find one processor only by themselves.
+    CommandLine,
 }
 
 /// Why a kernel could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// The image is no kernel that this VMM can start, or too large for the VM.
-    #[error("the kernel cannot be loaded: {0}; give an ELF image with a PVH note or a 64-bit Linux vmlinux")]
+    #[error(
+        "the kernel cannot be loaded: {0}; give a bzImage, a 64-bit vmlinux, or an ELF image with a PVH note"
+    )]
     Kernel(String),
     /// The initial RAM disk does not fit between the kernel and the end of low RAM.
     #[error("an initrd of {bytes} bytes does not fit into the VM's RAM")]
@@ -70,32 +84,44 @@ pub enum BootError {
     Memory(#[from] MemoryError),
 }
 
-/// Loads everything and says where to start.
-pub(crate) fn load(ram: &GuestRam, source: &BootSource<'_>, disks: usize) -> Result<Entry, BootError> {
-    let mut image = Cursor::new(source.kernel);
-    let loaded = Elf::load(ram.map(), None, &mut image, Some(GuestAddress(HIGH_RAM_START)))
-        .map_err(|error| BootError::Kernel(error.to_string()))?;
-    let initrd = source.initrd.map(|bytes| place_initrd(ram, bytes, loaded.kernel_end)).transpose()?;
-    let command_line_bytes = place_command_line(ram, source.cmdline, disks)?;
-    put(ram, GDT, &DESCRIPTORS.map(u64::to_le_bytes).concat())?;
-    match pvh_entry(&loaded) {
-        Some(entry) => {
-            place_start_info(ram, initrd)?;
-            Ok(Entry::Pvh { entry, start_info: START_INFO })
-        }
-        None => {
-            place_zero_page(ram, initrd, command_line_bytes)?;
-            place_page_tables(ram)?;
-            let entry = loaded.kernel_load.raw_value();
-            Ok(Entry::Linux64 { entry, zero_page: ZERO_PAGE, page_tables: PAGE_TABLES, stack: STACK })
-        }
-    }
+/// What the loader has put into RAM beside the kernel.
+#[derive(Clone, Copy, Debug)]
+struct Loaded {
+    /// Address and length.
+    initrd: Option<(u64, u64)>,
+    command_line_bytes: u32,
+    /// Address of the root pointer of ACPI; 0 without tables.
+    rsdp: u64,
 }
 
-fn pvh_entry(loaded: &KernelLoaderResult) -> Option<u64> {
-    match loaded.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(entry) => Some(entry.raw_value()),
-        _ => None,
+/// Loads everything and says where to start.
+pub(crate) fn load(
+    ram: &GuestRam,
+    source: &BootSource<'_>,
+    cpus: u32,
+    devices: &[Place],
+) -> Result<Entry, BootError> {
+    let kernel = kernel::load(ram, source.kernel)?;
+    let initrd = source.initrd.map(|bytes| place_initrd(ram, bytes, kernel.end)).transpose()?;
+    let (line, rsdp) = match source.firmware {
+        Firmware::Acpi => (source.cmdline.to_owned(), acpi::RSDP),
+        Firmware::CommandLine => (named_on_the_line(source.cmdline, devices), 0),
+    };
+    if rsdp != 0 {
+        acpi::place(ram, cpus, devices)?;
+    }
+    let loaded = Loaded { initrd, command_line_bytes: place_command_line(ram, &line)?, rsdp };
+    put(ram, GDT, &DESCRIPTORS.map(u64::to_le_bytes).concat())?;
+    match kernel.start {
+        Start::Pvh { entry } => {
+            pvh::place_start_info(ram, &loaded)?;
+            Ok(Entry::Pvh { entry, start_info: START_INFO })
+        }
+        Start::Linux64 { entry, header } => {
+            linux::place_zero_page(ram, &header, &loaded)?;
+            linux::place_page_tables(ram)?;
+            Ok(Entry::Linux64 { entry, zero_page: ZERO_PAGE, page_tables: PAGE_TABLES, stack: STACK })
+        }
     }
 }
 
@@ -103,7 +129,7 @@ fn pvh_entry(loaded: &KernelLoaderResult) -> Option<u64> {
 fn place_initrd(ram: &GuestRam, bytes: &[u8], kernel_end: u64) -> Result<(u64, u64), BootError> {
     let too_large = BootError::Initrd { bytes: bytes.len() };
     let len = bytes.len() as u64;
-    let end = ram.bytes().min(HOLE_START);
+    let end = ram.bytes().min(HOLE_START).min(INITRD_END_MAX);
     let Some(start) = end.checked_sub(len.next_multiple_of(PAGE_BYTES)) else { return Err(too_large) };
     if start < kernel_end.max(HIGH_RAM_START) {
         return Err(too_large);
@@ -112,11 +138,15 @@ fn place_initrd(ram: &GuestRam, bytes: &[u8], kernel_end: u64) -> Result<(u64, u
     Ok((start, len))
 }
 
-fn place_command_line(ram: &GuestRam, cmdline: &str, disks: usize) -> Result<u32, BootError> {
+fn named_on_the_line(cmdline: &str, devices: &[Place]) -> String {
     let mut line = cmdline.to_owned();
-    for (slot, irq) in (0..).zip(&SLOT_LINES[..disks]) {
-        line += &format!(" virtio_mmio.device={}K@{:#x}:{irq}", WINDOW_BYTES / 1024, window(slot));
+    for place in devices {
+        line += &format!(" virtio_mmio.device={}K@{:#x}:{}", WINDOW_BYTES / 1024, place.start, place.line);
     }
+    line
+}
+
+fn place_command_line(ram: &GuestRam, line: &str) -> Result<u32, BootError> {
     if line.len() >= COMMAND_LINE_BYTES_MAX || line.bytes().any(|byte| byte == 0) {
         return Err(BootError::CommandLine { bytes: line.len() });
     }
@@ -133,57 +163,6 @@ fn usable_ram(ram: &GuestRam) -> Vec<(u64, u64)> {
         pieces.push((HOLE_END, ram.bytes() - HOLE_START));
     }
     pieces
-}
-
-fn place_start_info(ram: &GuestRam, initrd: Option<(u64, u64)>) -> Result<(), MemoryError> {
-    let pieces = usable_ram(ram);
-    let mut info = Bytes::default();
-    info.u32(START_INFO_MAGIC).u32(1).u32(0).u32(initrd.is_some().into());
-    info.u64(if initrd.is_some() { MODULE_LIST } else { 0 }).u64(COMMAND_LINE).u64(0).u64(MEMORY_MAP);
-    info.u32(u32::try_from(pieces.len()).expect("two or three")).u32(0);
-    debug_assert_eq!(info.0.len() as u64, START_INFO_BYTES);
-    put(ram, START_INFO, &info.0)?;
-    if let Some((start, len)) = initrd {
-        let mut module = Bytes::default();
-        module.u64(start).u64(len).u64(0).u64(0);
-        put(ram, MODULE_LIST, &module.0)?;
-    }
-    let mut map = Bytes::default();
-    for (start, len) in pieces {
-        map.u64(start).u64(len).u32(RAM).u32(0);
-    }
-    put(ram, MEMORY_MAP, &map.0)
-}
-
-/// The fields of Linux' zero page that a 64-bit entry needs, at the offsets of its boot protocol.
-fn place_zero_page(ram: &GuestRam, initrd: Option<(u64, u64)>, cmdline: u32) -> Result<(), MemoryError> {
-    let low = |value: u64| u32::try_from(value).expect("low RAM is below 4 GiB");
-    let put32 = |at: u64, value: u32| put(ram, ZERO_PAGE + at, &value.to_le_bytes());
-    put(ram, ZERO_PAGE + 0x1fe, &[0x55, 0xaa])?;
-    put(ram, ZERO_PAGE + 0x202, b"HdrS")?;
-    put(ram, ZERO_PAGE + 0x210, &[0xff, 1])?; // unknown loader, loaded high
-    put32(0x228, low(COMMAND_LINE))?;
-    put32(0x230, 0x0100_0000)?; // alignment
-    put32(0x238, cmdline)?;
-    if let Some((start, len)) = initrd {
-        put32(0x218, low(start))?;
-        put32(0x21c, low(len))?;
-    }
-    let pieces = usable_ram(ram);
-    put(ram, ZERO_PAGE + 0x1e8, &[u8::try_from(pieces.len()).expect("two or three")])?;
-    let mut map = Bytes::default();
-    for (start, len) in pieces {
-        map.u64(start).u64(len).u32(RAM);
-    }
-    put(ram, ZERO_PAGE + 0x2d0, &map.0)
-}
-
-/// The first GiB one to one, in pages of 2 MiB.
-fn place_page_tables(ram: &GuestRam) -> Result<(), MemoryError> {
-    put(ram, PAGE_TABLES, &(PAGE_TABLES + 0x1003).to_le_bytes())?;
-    put(ram, PAGE_TABLES + 0x1000, &(PAGE_TABLES + 0x2003).to_le_bytes())?;
-    let entries: Vec<u8> = (0..512_u64).flat_map(|i| (i << 21 | 0x83).to_le_bytes()).collect();
-    put(ram, PAGE_TABLES + 0x2000, &entries)
 }
 
 fn put(ram: &GuestRam, at: u64, bytes: &[u8]) -> Result<(), MemoryError> {
@@ -210,13 +189,14 @@ mod tests {
     use super::*;
 
     fn source(kernel: &[u8]) -> BootSource<'_> {
-        BootSource { kernel, initrd: None, cmdline: "" }
+        BootSource { kernel, initrd: None, cmdline: "", firmware: Firmware::CommandLine }
     }
 
     #[test]
     fn the_built_in_guest_enters_by_pvh() {
         let ram = GuestRam::new(16 << 20).unwrap();
-        let entry = load(&ram, &source(hv_guest::SECTOR_WRITER), 2).unwrap();
+        let places = [Place::of_slot(0), Place::of_slot(1)];
+        let entry = load(&ram, &source(hv_guest::SECTOR_WRITER), 1, &places).unwrap();
         assert_eq!(entry, Entry::Pvh { entry: HIGH_RAM_START, start_info: START_INFO });
         let mut line = [0; 80];
         ram.read(COMMAND_LINE, &mut line).unwrap();
@@ -225,10 +205,23 @@ mod tests {
     }
 
     #[test]
+    fn with_tables_the_command_line_names_no_device() {
+        let ram = GuestRam::new(16 << 20).unwrap();
+        let tables = BootSource { firmware: Firmware::Acpi, cmdline: "quiet", ..source(hv_guest::IMAGE) };
+        load(&ram, &tables, 2, &[Place::of_slot(0)]).unwrap();
+        let mut line = [0; 6];
+        ram.read(COMMAND_LINE, &mut line).unwrap();
+        assert_eq!(&line, b"quiet\0");
+        let mut rsdp = [0; 8];
+        ram.read(START_INFO + 32, &mut rsdp).unwrap();
+        assert_eq!(u64::from_le_bytes(rsdp), acpi::RSDP);
+    }
+
+    #[test]
     fn what_is_no_kernel_is_refused() {
         let ram = GuestRam::new(16 << 20).unwrap();
         for image in [&b""[..], b"#!/bin/sh\n", &hv_guest::SECTOR_WRITER[..100]] {
-            assert!(matches!(load(&ram, &source(image), 0), Err(BootError::Kernel(_))));
+            assert!(matches!(load(&ram, &source(image), 1, &[]), Err(BootError::Kernel(_))));
         }
     }
 
@@ -237,9 +230,9 @@ mod tests {
         let ram = GuestRam::new(4 << 20).unwrap();
         let initrd = vec![0; 4 << 20];
         let large = BootSource { initrd: Some(&initrd), ..source(hv_guest::SECTOR_WRITER) };
-        assert!(matches!(load(&ram, &large, 0), Err(BootError::Initrd { .. })));
+        assert!(matches!(load(&ram, &large, 1, &[]), Err(BootError::Initrd { .. })));
         let cmdline = "x".repeat(5000);
         let long = BootSource { cmdline: &cmdline, ..source(hv_guest::SECTOR_WRITER) };
-        assert!(matches!(load(&ram, &long, 0), Err(BootError::CommandLine { .. })));
+        assert!(matches!(load(&ram, &long, 1, &[]), Err(BootError::CommandLine { .. })));
     }
 }

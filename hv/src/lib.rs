@@ -19,7 +19,7 @@ mod vcpu;
 mod vcpus;
 mod vm;
 
-pub use boot::{BootError, BootSource};
+pub use boot::{BootError, BootSource, Firmware};
 pub use console::{Console, ConsoleText};
 pub use devices::virtio::block::DiskStats;
 pub use devices::virtio::queue::DrainTimeout;

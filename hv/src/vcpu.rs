@@ -305,6 +305,7 @@ impl Left {
         match effect {
             Effect::None => Self::Served,
             Effect::Reset => Self::Stopped(Stop::Ended("the guest asked for a reset".into())),
+            Effect::PowerOff => Self::Stopped(Stop::Ended("the guest switched itself off".into())),
             Effect::Exit(0) => Self::Stopped(Stop::Ended("the guest ended".into())),
             Effect::Exit(code) => Self::Stopped(Stop::Crashed(format!(
                 "the guest reported failure {code}; its console says which"

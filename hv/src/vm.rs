@@ -16,7 +16,8 @@ use blockio::BlockDevice;
 
 use crate::boot::{self, BootError, BootSource};
 use crate::console::Console;
-use crate::devices::bus::{Bus, SLOT_LINES, Slot, window};
+use crate::devices::bus::{Bus, Place, Slot};
+use crate::devices::rtc::Rtc;
 use crate::devices::serial::{COM1_LINE, SerialPort};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::{Disk, DiskStats, shape_of};
@@ -163,7 +164,7 @@ impl Vm {
         if !(1..=CPUS_MAX).contains(&config.cpus) {
             return Err(VmError::Cpus(config.cpus));
         }
-        let disks = config.disks.len();
+        let places: Vec<_> = (0..config.disks.len()).map(Place::of_slot).collect();
         let ram = GuestRam::new(config.memory_bytes)?;
         let machine = Machine::new(ram.clone())?;
         let console = Arc::new(Console::new(config.console_bytes));
@@ -188,7 +189,7 @@ impl Vm {
             move |stop| life.ended(stop)
         })?;
         if let Some(source) = &config.boot {
-            let entry = boot::load(&ram, source, disks)?;
+            let entry = boot::load(&ram, source, config.cpus, &places)?;
             vcpus.boot(entry, |id| machine.cpuid(id, config.cpus))?;
         }
         let workers = bus.slots.iter().map(spawn_worker).collect::<Result<_, _>>()?;
@@ -260,6 +261,7 @@ impl Vm {
             clock: *self.stopped_at(),
             vcpus,
             serial,
+            rtc_register: self.bus.rtc.selected().into(),
             disks,
             console: Some(state::Console { start: output.from, data: output.data }),
             ..SavedMachine::default()
@@ -287,6 +289,7 @@ impl Vm {
         let console = state::part(saved.console.as_ref(), "console")?;
         self.console().restore(console.start, &console.data);
         self.bus.serial.restore(state::part(saved.serial.as_ref(), "serial port")?)?;
+        self.bus.rtc.select(state::byte(saved.rtc_register)?);
         for disk in &saved.disks {
             restore_disk(self.slot(disk.slot)?, disk)?;
         }
@@ -446,30 +449,30 @@ fn make_bus(
 ) -> Result<Bus, VmError> {
     let serial = SerialPort::new(Arc::clone(console), machine.line(COM1_LINE)?);
     let mut slots = Vec::new();
-    for ((slot, line), config) in (0..).zip(SLOT_LINES).zip(disks) {
-        slots.push(make_slot(machine, ram, slot, line, config)?);
+    for (slot, config) in (0..).zip(disks) {
+        slots.push(make_slot(machine, ram, slot, Place::of_slot(slots.len()), config)?);
     }
-    Ok(Bus { serial, slots })
+    Ok(Bus { serial, rtc: Rtc::default(), slots })
 }
 
 fn make_slot(
     machine: &Machine,
     ram: &GuestRam,
     slot: u32,
-    line: u32,
+    place: Place,
     config: DiskConfig,
 ) -> Result<Slot, VmError> {
     let shape = match &config.device {
         Some(device) => shape_of(&device.geometry(), config.read_only),
         None => Shape { size_bytes: 0, block_bytes: 512, read_only: config.read_only, can_discard: false },
     };
-    let disk =
-        Disk::new(slot, config.serial, shape, ram.clone(), machine.line(line)?).tried("making a disk")?;
+    let disk = Disk::new(slot, config.serial, shape, ram.clone(), machine.line(place.line)?)
+        .tried("making a disk")?;
     let disk = Arc::new(disk);
     if let Some(device) = config.device {
         disk.attach(device)?;
     }
-    machine.notify_on_write(window(slot) + NOTIFY, disk.wake())?;
+    machine.notify_on_write(place.start + NOTIFY, disk.wake())?;
     let device: Arc<dyn VirtioDevice> = disk.clone();
     Ok(Slot { disk, transport: Transport::new(device, ram.clone()) })
 }

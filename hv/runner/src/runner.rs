@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use blockio::BlockDevice;
 use hv::control::{SaveReply, StatusReply, VmRunState};
-use hv::{BootSource, DiskConfig, RunState, Vm, VmConfig, VmError};
+use hv::{BootSource, DiskConfig, Firmware, RunState, Vm, VmConfig, VmError};
 use lockmgr::Epoch;
 
 use crate::config::{BUILTIN, RunnerConfig, VolumePath};
@@ -321,7 +321,8 @@ fn boot(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) -> R
     for disk in disks {
         devices.push(Some(disk.open(volumes)?));
     }
-    let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cmdline };
+    let firmware = firmware_for(config);
+    let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cmdline, firmware };
     let vm = build(config, Some(source), devices)?;
     vm.resume().map_err(|error| not_built(&error))?;
     Ok(vm)
@@ -384,6 +385,13 @@ fn disk_configs(config: &RunnerConfig, devices: Vec<Option<Arc<dyn BlockDevice>>
         serial: format!("{}-{slot}", &vm[..12]),
     };
     config.disks.iter().zip(devices).enumerate().map(disk).collect()
+}
+
+/// The test guests read no tables, and a kernel that is told not to does not either.
+fn firmware_for(config: &RunnerConfig) -> Firmware {
+    let without =
+        config.kernel.starts_with(BUILTIN) || config.cmdline.split(' ').any(|word| word == "acpi=off");
+    if without { Firmware::CommandLine } else { Firmware::Acpi }
 }
 
 /// The kernel's image, and the command line with the role of a test guest.

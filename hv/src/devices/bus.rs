@@ -2,19 +2,46 @@
 
 use std::sync::Arc;
 
+use super::rtc::{RTC_PORT, Rtc};
 use super::serial::{COM1, SerialPort};
 use super::virtio::block::Disk;
 use super::virtio::mmio::{Transport, WINDOW_BYTES};
 
 /// First register window; one page for each slot.
-pub(crate) const MMIO_START: u64 = 0xd000_0000;
-/// Interrupt line of each slot: those that legacy devices leave free.
-pub(crate) const SLOT_LINES: [u32; crate::DISKS_MAX] = [5, 9, 10, 11, 12, 6, 7, 14];
+const MMIO_START: u64 = 0xd000_0000;
+/// Interrupt line of each slot: first those that legacy devices leave free of the two 8259, for kernels that know only
+/// these; then what only the IOAPIC has.
+const SLOT_LINES: [u32; SLOTS_MAX] = [5, 9, 10, 11, 12, 6, 7, 14, 15, 3, 16, 17];
+/// Devices with registers in memory: the disks, then the others.
+pub(crate) const SLOTS_MAX: usize = crate::DISKS_MAX + 4;
+
+/// Where the registers and the interrupt line of a slot are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) start: u64,
+    pub(crate) line: u32,
+}
+
+impl Place {
+    /// The place of slot `slot`, below [`SLOTS_MAX`].
+    pub(crate) fn of_slot(slot: usize) -> Self {
+        Self { start: MMIO_START + slot as u64 * WINDOW_BYTES, line: SLOT_LINES[slot] }
+    }
+}
+
 /// A bare-metal guest writes its exit code here.
 const EXIT_PORT: u16 = 0xf4;
 /// Command port of the keyboard controller, and the command that pulls the processor's reset line.
-const I8042_COMMAND: u16 = 0x64;
-const I8042_RESET: u8 = 0xfe;
+pub(crate) const RESET_PORT: u16 = 0x64;
+pub(crate) const RESET_VALUE: u8 = 0xfe;
+/// Sleep registers of ACPI: type and go in one byte; nothing ever wakes up, so the status is zero.
+pub(crate) const SLEEP_CONTROL_PORT: u16 = 0x600;
+pub(crate) const SLEEP_STATUS_PORT: u16 = 0x601;
+pub(crate) const SLEEP_TYPE_OFF: u8 = 5;
+const SLEEP_GO: u8 = 1 << 5;
+const POWER_OFF: u8 = SLEEP_TYPE_OFF << 2 | SLEEP_GO;
+
+const RTC_DATA_PORT: u16 = RTC_PORT + 1;
 
 /// What an access means for the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +49,8 @@ pub(crate) enum Effect {
     None,
     /// The guest asked for a reset.
     Reset,
+    /// The guest switched itself off.
+    PowerOff,
     /// The guest ended itself with this code.
     Exit(u32),
 }
@@ -35,12 +64,8 @@ pub(crate) struct Slot {
 /// All devices of a VM outside of the kernel.
 pub(crate) struct Bus {
     pub(crate) serial: SerialPort,
+    pub(crate) rtc: Rtc,
     pub(crate) slots: Vec<Slot>,
-}
-
-/// First address of a slot's registers.
-pub(crate) fn window(slot: u32) -> u64 {
-    MMIO_START + u64::from(slot) * WINDOW_BYTES
 }
 
 impl Bus {
@@ -48,6 +73,9 @@ impl Bus {
         into.fill(0xff);
         match (port, into) {
             (COM1..=0x3ff, [byte]) => *byte = self.serial.read(register(port)),
+            (RTC_PORT, [byte]) => *byte = self.rtc.selected(),
+            (RTC_DATA_PORT, [byte]) => *byte = self.rtc.read(),
+            (SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT, [byte]) => *byte = 0,
             // Nothing in the keyboard controller's buffers: a driver goes on at once.
             (0x60..=0x64, [byte]) => *byte = 0,
             _ => {}
@@ -57,7 +85,9 @@ impl Bus {
     pub(crate) fn port_write(&self, port: u16, bytes: &[u8]) -> Effect {
         match (port, bytes) {
             (COM1..=0x3ff, [byte]) => self.serial.write(register(port), *byte),
-            (I8042_COMMAND, [I8042_RESET]) => return Effect::Reset,
+            (RTC_PORT, [byte]) => self.rtc.select(*byte),
+            (RESET_PORT, [RESET_VALUE]) => return Effect::Reset,
+            (SLEEP_CONTROL_PORT, [POWER_OFF]) => return Effect::PowerOff,
             (EXIT_PORT, _) => return Effect::Exit(little_endian(bytes)),
             _ => {}
         }

@@ -1,6 +1,7 @@
 //! Device models. They know nothing of KVM: memory, an interrupt to raise, and a disk to work on are passed in.
 
 pub(crate) mod bus;
+pub(crate) mod rtc;
 pub(crate) mod serial;
 pub(crate) mod virtio;
 

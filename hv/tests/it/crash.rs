@@ -1,13 +1,13 @@
 //! Guests that end, fail or cannot go on: the VM is kept and says why. And kernels entered in 64 bits.
 
-use hv::{BootSource, RunState, Vm, VmConfig, VmError};
+use hv::{BootSource, Firmware, RunState, Vm, VmConfig, VmError};
 
 use crate::support::{Disks, kvm_is_here, text};
 
 const IMAGE_START: u64 = 0x10_0000;
 
 fn boot(kernel: &[u8], cmdline: &str, disks: &Disks) -> Vm {
-    let boot = BootSource { kernel, initrd: None, cmdline };
+    let boot = BootSource { kernel, initrd: None, cmdline, firmware: Firmware::CommandLine };
     let disks = disks.configs(true);
     Vm::build(VmConfig { memory_bytes: 16 << 20, cpus: 1, boot: Some(boot), disks, console_bytes: 4096 })
         .unwrap()

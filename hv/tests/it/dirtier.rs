@@ -1,6 +1,6 @@
 //! The dirtier: writes at its rate, and notices a page that is not as it left it.
 
-use hv::{BootSource, RunState, Vm, VmConfig};
+use hv::{BootSource, Firmware, RunState, Vm, VmConfig};
 
 use crate::support::{empty_with, kvm_is_here, text, wait_console};
 
@@ -8,7 +8,12 @@ const RAM_BYTES: u64 = 16 << 20;
 
 fn dirtier(cmdline: &str) -> Vm {
     let cmdline = format!("role=dirtier {cmdline}");
-    let boot = BootSource { kernel: hv_guest::IMAGE, initrd: None, cmdline: &cmdline };
+    let boot = BootSource {
+        kernel: hv_guest::IMAGE,
+        initrd: None,
+        cmdline: &cmdline,
+        firmware: Firmware::CommandLine,
+    };
     Vm::build(VmConfig {
         memory_bytes: RAM_BYTES,
         cpus: 1,

@@ -1,13 +1,13 @@
 //! Each role of the test guest, stopped at any instruction, saved, and gone on with in another VM: none notices.
 
-use hv::{BootSource, Vm, VmConfig};
+use hv::{BootSource, Firmware, Vm, VmConfig};
 
 use crate::support::{Disks, empty_with, kvm_is_here, text, wait_console};
 
 const RAM_BYTES: u64 = 8 << 20;
 
 fn boot(cpus: u32, cmdline: &str, disks: &Disks) -> Vm {
-    let boot = BootSource { kernel: hv_guest::IMAGE, initrd: None, cmdline };
+    let boot = BootSource { kernel: hv_guest::IMAGE, initrd: None, cmdline, firmware: Firmware::CommandLine };
     let disks = disks.configs(true);
     Vm::build(VmConfig { memory_bytes: RAM_BYTES, cpus, boot: Some(boot), disks, console_bytes: 1 << 18 })
         .unwrap()

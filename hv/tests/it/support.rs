@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockio::{BlockDevice, MemoryDevice};
-use hv::{BootSource, DiskConfig, RunState, Vm, VmConfig};
+use hv::{BootSource, DiskConfig, Firmware, RunState, Vm, VmConfig};
 use hv_guest::{Ack, Layout, Report};
 
 pub(crate) const RAM_BYTES: u64 = 16 << 20;
@@ -59,7 +59,12 @@ impl Disks {
 }
 
 pub(crate) fn writer(disks: Vec<DiskConfig>) -> Vm {
-    let boot = BootSource { kernel: hv_guest::SECTOR_WRITER, initrd: None, cmdline: CMDLINE };
+    let boot = BootSource {
+        kernel: hv_guest::SECTOR_WRITER,
+        initrd: None,
+        cmdline: CMDLINE,
+        firmware: Firmware::CommandLine,
+    };
     Vm::build(VmConfig { memory_bytes: RAM_BYTES, cpus: 1, boot: Some(boot), disks, console_bytes: 1 << 20 })
         .unwrap()
 }
