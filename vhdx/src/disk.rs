@@ -73,7 +73,15 @@ impl Disk {
     /// # Errors
     /// When the disk was closed, or the file fails; the disk stops then.
     pub fn give_back(&self) -> Result<(), VhdxError> {
-        self.behind.exchange(|_| Ok(()))
+        self.exchange(|_| Ok(()))
+    }
+
+    /// Changes the closed file while requests wait.
+    pub(crate) fn exchange<T>(
+        &self,
+        change: impl FnOnce(&Arc<dyn ImageFile>) -> Result<T, VhdxError>,
+    ) -> Result<T, VhdxError> {
+        self.behind.exchange(change)
     }
 
     /// Blocks that have their place in the file.

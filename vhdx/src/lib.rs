@@ -75,6 +75,7 @@
 //! images are recognised and refused by name.
 #![forbid(unsafe_code)]
 
+mod amend;
 mod bat;
 mod check;
 mod convert;
@@ -99,8 +100,10 @@ mod pieces;
 mod recover;
 mod region;
 mod replay;
+mod resize;
 mod resolve;
 mod running;
+mod safe_size;
 mod space;
 mod trim;
 mod view;
@@ -115,4 +118,6 @@ pub use guard::{ReadGuard, WriteGuard};
 pub use image::Image;
 pub use info::{BlockCounts, ImageKind, Info, LogInfo, info};
 pub use open::{Builder, Standby};
+pub use resize::{NewSize, Resized, resize};
 pub use resolve::{ReadSegment, WriteSegment};
+pub use safe_size::minimum_safe_bytes;

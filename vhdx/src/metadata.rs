@@ -86,6 +86,12 @@ pub(crate) fn read(view: &View, region: Area, findings: &mut Findings) -> Result
     Ok(found)
 }
 
+/// Where in the file the size of the disk is written.
+pub(crate) fn size_offset(view: &View, region: Area) -> Result<u64, VhdxError> {
+    let items = read_table(view, region, &mut Findings::default())?;
+    items.place(ITEM_DISK_SIZE, 8, "virtual disk size")
+}
+
 fn read_table(view: &View, region: Area, findings: &mut Findings) -> Result<Items, VhdxError> {
     let table = view.read(region.offset, index(TABLE_BYTES), "metadata table")?;
     let (header, rest) =
@@ -181,16 +187,21 @@ fn check_known(
 
 impl Items {
     fn value<const N: usize>(&self, view: &View, id: Uuid, name: &'static str) -> Result<[u8; N], VhdxError> {
+        let value = view.read(self.place(id, N, name)?, N, name)?;
+        Ok(value.try_into().expect("N bytes were read"))
+    }
+
+    /// Where an item of `len` bytes lies in the file.
+    fn place(&self, id: Uuid, len: usize, name: &'static str) -> Result<u64, VhdxError> {
         let Some(entry) = self.by_id.get(&id) else {
             return Err(corrupt("metadata table", self.region.offset, format!("there is no {name} item")));
         };
         let at = self.region.offset + u64::from(entry.offset.get());
-        if entry.length.get() as usize != N {
-            let found = format!("the {name} item has {} bytes instead of {N}", entry.length.get());
+        if entry.length.get() as usize != len {
+            let found = format!("the {name} item has {} bytes instead of {len}", entry.length.get());
             return Err(corrupt("metadata item", at, found));
         }
-        let value = view.read(at, N, name)?;
-        Ok(value.try_into().expect("N bytes were read"))
+        Ok(at)
     }
 
     fn check_parent(&self, params: &DiskParams, findings: &mut Findings) -> Result<(), VhdxError> {

@@ -86,6 +86,22 @@ fn read_table(view: &View, copy: usize) -> Result<Option<Vec<u8>>, VhdxError> {
     Ok(valid.then_some(bytes))
 }
 
+/// The table of the image with the BAT at another place and everything else as it is.
+pub(crate) fn with_bat_at(view: &View, bat: Area) -> Result<Vec<u8>, VhdxError> {
+    let first = read_table(view, 0)?;
+    let table = if first.is_some() { first } else { read_table(view, 1)? };
+    let lost = || corrupt("region table", REGION_TABLE_OFFSETS[0], "neither copy is valid any more");
+    let mut table = table.ok_or_else(lost)?;
+    let id = REGION_BAT.to_bytes_le();
+    let entry = table[16..].chunks_exact_mut(32).find(|entry| entry[..16] == id).ok_or_else(lost)?;
+    let length = u32::try_from(bat.length).expect("a BAT is shorter than 4 GiB");
+    entry[16..24].copy_from_slice(&bat.offset.to_le_bytes());
+    entry[24..28].copy_from_slice(&length.to_le_bytes());
+    let checksum = checksum_without(&table, 4);
+    table[4..8].copy_from_slice(&checksum.to_le_bytes());
+    Ok(table)
+}
+
 fn parse(table: &[u8], at: u64, view_bytes: u64) -> Result<Regions, VhdxError> {
     let (header, rest) =
         RegionTableHeader::ref_from_prefix(table).expect("the table is longer than its header");

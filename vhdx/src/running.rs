@@ -81,7 +81,8 @@ impl Drop for Running {
     }
 }
 
-fn refuse_unwritable(loaded: &Loaded) -> Result<(), VhdxError> {
+/// Refuses images that can be read but not changed safely.
+pub(crate) fn refuse_unwritable(loaded: &Loaded) -> Result<(), VhdxError> {
     if loaded.header.log_area().1 == 0 {
         return Err(VhdxError::Unsupported {
             what: "writing an image without a log (log length 0 in the header)".to_owned(),
