@@ -46,6 +46,10 @@ const OURS: &[&str] = &[
 const UNSAFE_FILES: &[(&str, &str)] = &[
     ("csvfs/blockio/src/buffer.rs", "aligned allocations for O_DIRECT, and memory that a device writes into"),
     (
+        "csvfs/blockio/src/nbd/socket.rs",
+        "the kernel moves bytes between a socket and buffers that a message keeps alive",
+    ),
+    (
         "csvfs/blockio/src/pool.rs",
         "system calls on buffers that a request keeps alive, where io_uring is refused",
     ),

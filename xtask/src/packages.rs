@@ -26,7 +26,7 @@ pub(crate) const DEMO: &[Need] = &[
     need("debugfs", "e2fsprogs"),
 ];
 
-/// What the tests and benchmarks call on top: load, system call traces, packed image samples.
+/// What the tests and benchmarks call on top: load, system call traces, NBD peers, packed image samples.
 pub(crate) const TEST: &[Need] = &[
     need("cc", "gcc libc6-dev"),
     need("ld", "binutils"),
@@ -36,6 +36,10 @@ pub(crate) const TEST: &[Need] = &[
     need("e2fsck", "e2fsprogs"),
     need("debugfs", "e2fsprogs"),
     need("fio", "fio"),
+    need("qemu-nbd", "qemu-utils"),
+    need("nbdinfo", "libnbd-bin"),
+    need("nbdcopy", "libnbd-bin"),
+    need("nbdkit", "nbdkit"),
     need("strace", "strace"),
     need("lsof", "lsof"),
     need("xz", "xz-utils"),

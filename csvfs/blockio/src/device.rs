@@ -76,6 +76,14 @@ pub enum IoError {
         /// The reason, and what to do.
         why: String,
     },
+    /// The connection to whoever serves the device is gone. What was in flight may or may not have been done.
+    #[error("the connection to {what} is lost: {why}")]
+    Lost {
+        /// The device.
+        what: String,
+        /// How it was lost.
+        why: String,
+    },
     /// The device was closed.
     #[error("the device is closed")]
     Closed,
@@ -90,6 +98,7 @@ impl IoError {
             Self::Os { errno, .. } => *errno,
             Self::NoSpace { .. } => libc::ENOSPC,
             Self::NotOpened { .. } => libc::ENODEV,
+            Self::Lost { .. } => libc::ENOTCONN,
             Self::NotPermitted { .. } | Self::Poisoned { .. } | Self::Corrupt(_) | Self::Closed => libc::EIO,
         }
     }

@@ -134,6 +134,16 @@ impl FileDevice {
     pub fn path(&self) -> &Path {
         &self.target.path
     }
+
+    /// Where data begins at or after `offset`; nothing when there is none, or the system cannot tell.
+    pub(crate) fn next_data(&self, offset: u64) -> Option<u64> {
+        rustix::fs::seek(&self.target.fd, SeekFrom::Data(offset)).ok()
+    }
+
+    /// Where a hole begins at or after `offset`; nothing when the system cannot tell.
+    pub(crate) fn next_hole(&self, offset: u64) -> Option<u64> {
+        rustix::fs::seek(&self.target.fd, SeekFrom::Hole(offset)).ok()
+    }
 }
 
 impl BlockDevice for FileDevice {

@@ -4,7 +4,7 @@
 //!   vhdx, csvfs, hv, ...            submit(IoRequest { op, done })
 //!          |                                   |
 //!          v                                   v
-//!   trait BlockDevice  ---  FileDevice (io_uring, O_DIRECT) | MemoryDevice | FaultDevice | Recorder | GatedDevice
+//!   trait BlockDevice  ---  FileDevice (io_uring, O_DIRECT) | NbdDevice | MemoryDevice | FaultDevice | Recorder | GatedDevice
 //! ```
 //!
 //! **Invariant:** a completion runs exactly once for each submitted request, and a buffer stays alive until then.
@@ -17,6 +17,7 @@ mod file;
 mod gate;
 mod job;
 mod memory;
+mod nbd;
 mod poison;
 mod pool;
 mod queue;
@@ -31,5 +32,6 @@ pub use fault::{FaultDevice, OpKind};
 pub use file::{FileDevice, OpenOptions};
 pub use gate::{GatedDevice, Permission, WriteRight};
 pub use memory::MemoryDevice;
+pub use nbd::{Allocation, NbdAddress, NbdDevice, NbdExport, NbdExports, NbdOptions, NbdServer, serve_nbd};
 pub use record::{Record, Recorder};
 pub use uri::open_uri;

@@ -1,8 +1,8 @@
-//! What a LUN is called: `/dev/...` or `file:PATH`.
+//! What a LUN is called: `/dev/...`, `file:PATH`, `nbd://...` or `nbd+unix://...`.
 
 use std::sync::Arc;
 
-use crate::{BlockDevice, FileDevice, IoError, OpenOptions};
+use crate::{BlockDevice, FileDevice, IoError, NbdAddress, NbdDevice, NbdOptions, OpenOptions};
 
 /// Opens what `uri` names.
 ///
@@ -10,11 +10,19 @@ use crate::{BlockDevice, FileDevice, IoError, OpenOptions};
 /// |---|---|
 /// | `/dev/...` | a block device of this machine |
 /// | `file:PATH` | a regular file (or block device) at an absolute or relative path |
+/// | `nbd://HOST[:PORT]/EXPORT` | an export of an NBD server, over TCP in clear text: for networks of the storage alone |
+/// | `nbd+unix:///EXPORT?socket=PATH` | an export of an NBD server of this machine |
 ///
 /// # Errors
-/// [`IoError::NotOpened`] for an unknown form, and those of [`FileDevice::open`].
+/// [`IoError::NotOpened`] for an unknown form, and those of [`FileDevice::open`] and [`NbdDevice::open`].
 pub fn open_uri(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>, IoError> {
-    let path = path_of(uri).map_err(|why| IoError::NotOpened { what: uri.to_owned(), why })?;
+    let not_opened = |why| IoError::NotOpened { what: uri.to_owned(), why };
+    if uri.starts_with("nbd://") || uri.starts_with("nbd+unix://") {
+        let address = NbdAddress::parse(uri).map_err(not_opened)?;
+        let options = NbdOptions { writable: options.writable, ..NbdOptions::default() };
+        return Ok(Arc::new(NbdDevice::open(&address, options)?));
+    }
+    let path = path_of(uri).map_err(not_opened)?;
     Ok(Arc::new(FileDevice::open(path, options)?))
 }
 
@@ -25,10 +33,8 @@ fn path_of(uri: &str) -> Result<&str, String> {
     if uri.starts_with("/dev/") {
         return Ok(uri);
     }
-    if uri.starts_with("nbd://") || uri.starts_with("nbd+unix://") {
-        return Err("NBD exports are not supported yet: use a block device or file:PATH".to_owned());
-    }
-    Err("a LUN is named /dev/NAME or file:PATH".to_owned())
+    Err("a LUN is named /dev/NAME, file:PATH, nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH"
+        .to_owned())
 }
 
 #[cfg(test)]
@@ -44,7 +50,7 @@ mod tests {
 
     #[test]
     fn other_forms_are_refused_with_the_forms_that_work() {
-        for uri in ["", "file:", "lun.img", "iscsi://host/x", "nbd://host/x", "nbd+unix:///x?socket=s"] {
+        for uri in ["", "file:", "lun.img", "iscsi://host/x"] {
             let error = open_uri(uri, OpenOptions::default()).err().expect("refused").to_string();
             assert!(error.contains("file:"), "{uri}: {error}");
         }
