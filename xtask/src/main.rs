@@ -4,6 +4,7 @@
 //! cargo xtask demo    set up, build, run the embedded three-node demo
 //! cargo xtask test    set up, build, run every check and test
 //! cargo xtask bench   set up, build, run the benchmarks beside the raw device
+//! cargo xtask lab     set up, build, run a scenario on emulated machines with a stock kernel
 //! ```
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for people at a terminal")]
 
@@ -16,7 +17,8 @@ use std::process::ExitCode;
 
 use run::{Failure, cargo, root};
 
-const USAGE: &str = "usage: cargo xtask demo [DEMO OPTIONS] | test [--quick] | bench [NAME] | setup";
+const USAGE: &str =
+    "usage: cargo xtask demo [DEMO OPTIONS] | test [--quick] | bench [NAME] | lab SCENARIO | setup";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
         "demo" => demo(&rest),
         "test" => test::run(&rest),
         "bench" => bench::run(&rest),
+        "lab" => lab(&rest),
         "setup" => packages::ensure(packages::TEST),
         _ => Err(Failure::usage(USAGE)),
     };
@@ -57,4 +60,24 @@ fn demo(options: &[String]) -> Result<(), Failure> {
     ])?;
     let target = run::target_dir();
     run::command(target.join("release/demo").as_os_str(), options, &root())
+}
+
+/// Builds the binaries in release mode (emulation is slow enough) and runs a scenario on them.
+fn lab(options: &[String]) -> Result<(), Failure> {
+    packages::ensure(packages::LAB)?;
+    cargo(&[
+        "build",
+        "--release",
+        "--locked",
+        "-p",
+        "csvd",
+        "-p",
+        "csvctl",
+        "-p",
+        "hv-runner",
+        "-p",
+        "cluster-tests",
+        "--bins",
+    ])?;
+    run::command(run::target_dir().join("release/lab").as_os_str(), options, &root())
 }

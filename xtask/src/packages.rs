@@ -46,6 +46,18 @@ pub(crate) const TEST: &[Need] = &[
     need("bzip2", "bzip2"),
 ];
 
+/// What the lab calls: the emulator, and what initial RAM disks and drives are made with. The kernel is only downloaded.
+pub(crate) const LAB: &[Need] = &[
+    need("cc", "gcc libc6-dev"),
+    need("ld", "binutils"),
+    need("qemu-system-x86_64", "qemu-system-x86"),
+    need("busybox", "busybox-static"),
+    need("cpio", "cpio"),
+    need("depmod", "kmod"),
+    need("ip", "iproute2"),
+    need("mke2fs", "e2fsprogs"),
+];
+
 /// Installs what is missing when run by root on a system with apt, otherwise names the packages.
 pub(crate) fn ensure(needs: &[Need]) -> Result<(), Failure> {
     let missing = needs.iter().filter(|need| !on_path(need.program));
