@@ -12,6 +12,8 @@ pub(crate) enum OpError {
     Refused(Failure),
     /// Cannot be done now, but when what this transaction frees has become usable: try in the next one.
     Later,
+    /// Cannot be done now, but perhaps when what clients have in their pools was asked back.
+    Scarce,
     /// The store is not to be trusted any more.
     Store(StoreError),
 }

@@ -13,7 +13,9 @@ use lockmgr::{ClusterId, Epoch, Term, VolumeId};
 use uuid::Uuid;
 
 use crate::format::owner::{OWNER_BYTES, OwnerBlock};
-use crate::format::superblock::{INCOMPAT_REDB3, NAME_BYTES_MAX, SUPERBLOCK_BYTES, Superblock};
+use crate::format::superblock::{
+    INCOMPAT_POOLS, INCOMPAT_REDB3, NAME_BYTES_MAX, SUPERBLOCK_BYTES, Superblock,
+};
 use crate::format::{Damaged, intent, layout};
 use crate::meta::{Store, StoreError};
 use crate::probe::{Found, probe};
@@ -122,7 +124,7 @@ impl Volume {
             created_seconds: crate::clock::wall().seconds,
             compat: 0,
             ro_compat: 0,
-            incompat: INCOMPAT_REDB3,
+            incompat: INCOMPAT_REDB3 | INCOMPAT_POOLS,
             generation: 1,
         };
         format_lun(&device, &block)?;
@@ -217,6 +219,18 @@ impl Superblock {
             return Err(VolumeError::Shrunk { volume: self.name.clone(), volume_bytes, lun_bytes });
         }
         Ok(())
+    }
+
+    /// Gives a volume of an older version what this one adds to the format; it then has its feature bits.
+    pub(crate) fn upgraded(self, device: &dyn BlockDevice) -> Result<Self, VolumeError> {
+        let added = INCOMPAT_POOLS & !self.incompat;
+        if added == 0 {
+            return Ok(self);
+        }
+        tracing::warn!(volume = %self.volume, name = %self.name, "upgrading the volume: pools and intent logs");
+        let next = Self { incompat: self.incompat | added, generation: self.generation + 1, ..self };
+        write_superblocks(device, &next)?;
+        Ok(next)
     }
 
     /// Rewrites both copies when one of them is damaged or older. Only the coordinator may do this.

@@ -3,7 +3,7 @@
 //! ```text
 //!   fixed areas   superblocks, owner block, intent logs, metadata slots       read from the LUN
 //!   tables        inodes <-> entries <-> cookies, links, tree, orphans        from one committed moment of the store
-//!   space         every block of the data area has exactly one owner          files, metadata chunks, free
+//!   space         every block of the data area has exactly one owner          files, metadata chunks, pools, free
 //! ```
 //! In use, the tables are read from a snapshot beside the running coordinator. Offline, the store is opened on an
 //! overlay: recovery writes to memory, so a check never changes the LUN (D7).

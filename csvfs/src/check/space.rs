@@ -1,13 +1,19 @@
 //! Who owns each block.
 //!
-//! **Invariant (D7):** every block of the data area has exactly one owner: a file, the metadata store, or nobody (free).
+//! **Invariant (D7):** every block of the data area has exactly one owner: a file, the metadata store, the pool
+//! of a client, or nobody (free).
+
+use std::collections::BTreeSet;
+
+use lockmgr::ClientId;
 
 use super::Findings;
 use super::tree::Nodes;
 use crate::extents::{Extent, State, fault};
 use crate::format::layout::{BLOCK_BYTES, FIRST_CHUNK_OFFSET};
+use crate::format::log_record::LANES;
 use crate::format::meta_slot::Chunk;
-use crate::meta::{Snapshot, StoreError};
+use crate::meta::{PoolRun, Snapshot, StoreError};
 use crate::proto::FileKind;
 
 /// A run of blocks and whose it is.
@@ -21,6 +27,7 @@ struct Owned {
 enum Owner {
     File(u64),
     Metadata,
+    Pool(u64),
     Free,
 }
 
@@ -29,6 +36,7 @@ impl std::fmt::Display for Owner {
         match self {
             Self::File(ino) => write!(f, "inode {ino}"),
             Self::Metadata => f.write_str("the metadata store"),
+            Self::Pool(log) => write!(f, "the pool with log {log}"),
             Self::Free => f.write_str("free space"),
         }
     }
@@ -58,7 +66,31 @@ pub(super) fn check(
         findings.report.free_blocks += blocks;
         owned.push(Owned { start, blocks, owner: Owner::Free });
     }
+    pools(snapshot, &mut owned, findings)?;
     one_owner_each(owned, &area, findings);
+    Ok(())
+}
+
+/// Each pool is of a client that is there, and has a log for itself.
+fn pools(snapshot: &Snapshot, owned: &mut Vec<Owned>, findings: &mut Findings) -> Result<(), StoreError> {
+    let clients: BTreeSet<ClientId> = snapshot.clients()?.into_iter().map(|(client, _)| client).collect();
+    let (mut lanes, mut logs) = (BTreeSet::new(), BTreeSet::new());
+    for (client, row) in snapshot.logs()? {
+        findings.report.pools += 1;
+        if !clients.contains(&client) {
+            findings.problem(0, format!("an intent log of client {client}, who is not there"));
+        }
+        if !logs.insert(row.log) || !lanes.insert(row.lane) || row.lane >= u32::from(LANES) {
+            findings.problem(0, format!("the intent log of client {client} is not its own"));
+        }
+    }
+    for PoolRun { start, blocks, log } in snapshot.pools()? {
+        findings.report.pool_blocks += blocks;
+        if !logs.contains(&log) {
+            findings.problem(0, format!("block {start} is in the pool of nobody"));
+        }
+        owned.push(Owned { start, blocks, owner: Owner::Pool(log) });
+    }
     Ok(())
 }
 

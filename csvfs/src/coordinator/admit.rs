@@ -39,7 +39,7 @@ impl Core {
                 return Ok(());
             }
         };
-        let work = Work { client, request, done };
+        let work = Work { client, request, done, last_try: false };
         if matches!(work.request.op, Some(Op::Attach(_))) {
             return self.attach(tables, work);
         }
@@ -177,6 +177,10 @@ impl Core {
                 self.later.push(work);
                 Ok(())
             }
+            Err(OpError::Scarce) => {
+                self.wait_for_pools(work);
+                Ok(())
+            }
             Err(error) => self.refuse(work.done, error),
         }
     }
@@ -184,7 +188,7 @@ impl Core {
     pub(super) fn refuse(&mut self, done: Asker, error: OpError) -> Result<(), StoreError> {
         match error {
             OpError::Refused(refusal) => self.fail(done, refusal),
-            OpError::Later => self.fail(done, failure(FailureKind::InGrace, "try again")),
+            OpError::Later | OpError::Scarce => self.fail(done, failure(FailureKind::InGrace, "try again")),
             OpError::Store(error) => return Err(error),
         }
         Ok(())
@@ -242,7 +246,8 @@ fn kept(op: Option<&Op>) -> bool {
         Some(Op::ReleaseGrant(release)) => release.commit.is_some(),
         Some(
             Op::SetAttr(_) | Op::Create(_) | Op::Link(_) | Op::Unlink(_) | Op::Rename(_) | Op::Commit(_),
-        ) => true,
+        )
+        | Some(Op::TakePool(_) | Op::ReturnPool(_) | Op::Merge(_)) => true,
         _ => false,
     }
 }

@@ -69,7 +69,8 @@ impl Server {
             return Some(Duration::ZERO);
         }
         let grace = core.grace.as_ref().filter(|g| !g.reported).map(|g| g.deadline);
-        let at: Option<Millis> = core.engine.next_deadline().into_iter().chain(grace).min();
+        let deadlines = core.engine.next_deadline().into_iter().chain(grace).chain(core.scarcity.deadline());
+        let at: Option<Millis> = deadlines.min();
         at.map(|at| Duration::from_millis(at.since(core.clock.now())))
     }
 
@@ -100,6 +101,7 @@ impl Server {
         core.wall = core.clock.wall();
         core.lock_event(Event::Tick);
         core.check_grace();
+        core.check_scarcity();
         for work in std::mem::take(&mut core.later) {
             core.proceed(tables, work)?;
         }
@@ -231,6 +233,7 @@ impl Core {
             }
         }
         waiting.extend(std::mem::take(&mut self.later).into_iter().map(|work| work.done));
+        waiting.extend(self.scarcity.take(|_| true).into_iter().map(|work| work.done));
         waiting.extend(self.grace.take().into_iter().flat_map(|g| g.queue).map(|work| work.done));
         waiting.extend(std::mem::take(&mut self.out.checks));
         waiting

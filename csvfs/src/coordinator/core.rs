@@ -12,6 +12,8 @@ use lockmgr::engine::{Action, Event, LockEngine};
 use lockmgr::{ClientId, Epoch, Millis, Mode, NodeId, ResourceId, Term, VolumeId};
 
 use super::mailbox::Asker;
+use super::pools::Pools;
+use super::scarcity::Scarcity;
 use super::sessions::Session;
 use super::{CoordinatorTiming, PushTarget};
 use crate::alloc::Allocator;
@@ -29,6 +31,10 @@ pub(super) struct Core {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) timing: CoordinatorTiming,
     pub(super) alloc: Allocator,
+    /// Blocks that files do not get, beside what the metadata may need for pools.
+    pub(super) held_back: u64,
+    pub(super) pools: Pools,
+    pub(super) scarcity: Scarcity,
     pub(super) globals: Globals,
     pub(super) globals_changed: bool,
     pub(super) engine: LockEngine,
@@ -70,6 +76,8 @@ pub(super) struct Work {
     pub(super) client: ClientId,
     pub(super) request: Box<Request>,
     pub(super) done: Asker,
+    /// It has waited for space from pools already.
+    pub(super) last_try: bool,
 }
 
 /// What stands behind a request to the lock engine.

@@ -15,6 +15,8 @@ use lockmgr::engine::LockEngine;
 use super::batch::Server;
 use super::core::{Core, Grace, Outbox};
 use super::mailbox::Mailbox;
+use super::pools::Pools;
+use super::scarcity::Scarcity;
 use super::sessions::Session;
 use super::{OpenError, OpenParams};
 use crate::alloc::Allocator;
@@ -37,6 +39,7 @@ pub(super) fn open(params: OpenParams) -> Result<Server, OpenError> {
     }
     take_ownership(&params)?;
     block.repair(params.device.as_ref())?;
+    let block = block.upgraded(params.device.as_ref())?;
     let store = Store::open(params.device.clone(), block.volume, block.lun_bytes)?;
     let revoker = store.revoker();
     let core = guarded("a page that cannot be read", || load(params, &block, &store))??;
@@ -66,17 +69,18 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
     let transaction = store.begin()?;
     let tables = transaction.tables()?;
     finish_growth(&tables, store)?;
-    let mut alloc = Allocator::new(tables.free()?)
+    let alloc = Allocator::new(tables.free()?)
         .map_err(|error| StoreError::Damaged { what: format!("the table of free space: {error}") })?;
     let area_blocks = block.lun_bytes / BLOCK_BYTES;
-    alloc.hold_back((area_blocks / HELD_BACK_PART).max(HELD_BACK_BLOCKS_MIN));
+    let held_back = (area_blocks / HELD_BACK_PART).max(HELD_BACK_BLOCKS_MIN);
+    let pools = Pools::load(&tables)?;
     let sessions = load_sessions(&tables)?;
     let now = params.clock.now();
     let missing: BTreeSet<ClientId> = sessions.keys().copied().collect();
     let grace = (!missing.is_empty()).then(|| Grace::new(missing, now.plus(params.timing.grace_ms)));
     let orphans: BTreeSet<u64> = tables.orphans()?.into_iter().collect();
     let reclaimable = if grace.is_none() { orphans.clone() } else { BTreeSet::new() };
-    let core = Core {
+    let mut core = Core {
         volume: params.volume,
         term: params.term,
         lun_bytes: block.lun_bytes,
@@ -85,6 +89,9 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         clock: params.clock.clone(),
         timing: params.timing,
         alloc,
+        held_back,
+        pools,
+        scarcity: Scarcity::default(),
         globals: tables.globals()?,
         globals_changed: false,
         engine: LockEngine::new(params.timing.locks),
@@ -109,6 +116,7 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         commits: 0,
         recalls: 0,
     };
+    core.hold_back();
     drop(tables);
     transaction.abort()?;
     Ok(core)

@@ -188,7 +188,8 @@ impl Core {
             std::mem::take(&mut self.later).into_iter().partition(|work| work.client == client);
         self.later = others;
         let theirs: Vec<Work> = theirs;
-        theirs.into_iter().for_each(|work| self.fail(work.done, why()));
+        let starved = self.scarcity.take(|work| work.client == client);
+        theirs.into_iter().chain(starved).for_each(|work| self.fail(work.done, why()));
     }
 
     /// A clean leave: nothing is held any more.
@@ -207,6 +208,9 @@ impl Core {
         tables: &mut Tables<'_>,
         client: ClientId,
     ) -> Result<(), StoreError> {
+        // What it had acknowledged comes before anybody may have what it held (D4).
+        self.replay_log(tables, client)?;
+        self.dissolve_pool(tables, client)?;
         let Some(session) = self.sessions.get(&client) else { return Ok(()) };
         for id in session.stored.clone() {
             tables.remove_reply(client, id)?;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   hole --Allocate--> Fresh (durable before the client learns it, C1) --Commit after its flush--> Data (C2)
+//!    |   '------------- placed by the client from its pool, told by a Commit after its flush ------>  |
 //!    ^                   |                                                                          |
 //!    +---- trim, truncate, unlink: reusable after the transaction (C7) <----------------------------+
 //! ```
@@ -11,12 +12,12 @@ use std::ops::Range;
 
 use lockmgr::{ClientId, Mode};
 
-use super::core::Core;
-use crate::extents::{Extent, Run, State, fill, holes, without, written};
+use super::core::{Core, Work};
+use crate::extents::{Extent, Run, State, fill, holes, merged, without, written};
 use crate::format::layout::BLOCK_BYTES;
 use crate::meta::{InodeRecord, Tables};
 use crate::namespace::existing;
-use crate::proto::{self as pb, Allocate, ByteRange, Commit, ExtentState, GetMap, Map, reply};
+use crate::proto::{self as pb, Allocate, ByteRange, Commit, Done, ExtentState, GetMap, Map, Merge, reply};
 use crate::refusal::{OpError, errno};
 
 /// Largest file: what an offset of POSIX can name.
@@ -40,10 +41,10 @@ impl Core {
     pub(super) fn allocate(
         &mut self,
         tables: &mut Tables<'_>,
-        client: ClientId,
+        work: &Work,
         op: &Allocate,
     ) -> Result<reply::Result, OpError> {
-        self.writing_grant(client, op.ino)?;
+        self.writing_grant(work.client, op.ino)?;
         let mut inode = regular(tables, op.ino)?;
         let need = block_range(op.offset, op.need)?;
         let want = need.start..block_range(op.offset, op.want.max(op.need)).map_or(need.end, |r| r.end);
@@ -53,7 +54,7 @@ impl Core {
         let needed_blocks = count(&needed);
         if needed_blocks > 0 {
             self.room_for_metadata()?;
-            self.check_room(needed_blocks)?;
+            self.check_room(work, None, needed_blocks)?;
             let ahead = self.ahead(&window, need.end..want.end, needed_blocks);
             let gaps = joined(needed, ahead);
             let runs = self.take_blocks(&window, &gaps)?;
@@ -73,18 +74,6 @@ impl Core {
         let last = extents.last().map_or(from, Extent::end);
         let end = !cut && tables.extents(ino, last, u64::MAX, 1)?.is_empty();
         Ok(map(&extents, end))
-    }
-
-    /// Refuses what does not fit, unless blocks are on their way.
-    fn check_room(&self, blocks: u64) -> Result<(), OpError> {
-        if blocks <= self.alloc.available() {
-            return Ok(());
-        }
-        if self.alloc.pending() > 0 || !self.reclaimable.is_empty() {
-            return Err(OpError::Later);
-        }
-        let free = self.alloc.available();
-        Err(errno(libc::ENOSPC, format!("the volume is full: {blocks} blocks are needed, {free} are free")))
     }
 
     /// Holes beyond the need that are filled too, so that growth asks rarely; none when space is short.
@@ -109,16 +98,52 @@ impl Core {
         op: &Commit,
     ) -> Result<reply::Result, OpError> {
         let grant = self.writing_grant(client, op.ino)?;
+        if grant != Mode::Exclusive && !op.placed.is_empty() {
+            return Err(errno(libc::EINVAL, "only who is alone with a file may place blocks in it"));
+        }
+        self.apply_commit(tables, client, op, grant == Mode::Exclusive)
+    }
+
+    /// The records of a client's log, as commits: one step (C4).
+    pub(super) fn merge(
+        &mut self,
+        tables: &mut Tables<'_>,
+        client: ClientId,
+        op: &Merge,
+    ) -> Result<reply::Result, OpError> {
+        if self.pools.of(client).is_none() {
+            return Err(errno(libc::EINVAL, format!("client {client} has no intent log")));
+        }
+        for commit in &op.commits {
+            self.commit(tables, client, commit)?;
+        }
+        self.pools.merged(tables, client, op.lsn)?;
+        Ok(reply::Result::Done(Done {}))
+    }
+
+    /// Does what a commit says. `alone`: nobody else writes to the file.
+    pub(super) fn apply_commit(
+        &mut self,
+        tables: &mut Tables<'_>,
+        client: ClientId,
+        op: &Commit,
+        alone: bool,
+    ) -> Result<reply::Result, OpError> {
         let mut inode = regular(tables, op.ino)?;
         let ranges = checked_ranges(tables, op.ino, &op.written)?;
+        let placed = self.checked_placed(tables, client, op)?;
         if op.size_bytes.is_some_and(|size| size > FILE_BYTES_MAX) {
             return Err(errno(libc::EFBIG, "a file cannot be as large"));
         }
         for range in &ranges {
             mark_written(tables, op.ino, range)?;
         }
+        for extent in placed {
+            self.place(tables, client, op.ino, extent)?;
+            inode.blocks += extent.blocks;
+        }
         // Another writer may be using the blocks ahead; only who is alone may give them back.
-        if let Some(from) = op.trim_from.filter(|_| grant == Mode::Exclusive) {
+        if let Some(from) = op.trim_from.filter(|_| alone) {
             self.trim(tables, op.ino, &mut inode, from)?;
         }
         inode.size_bytes = inode.size_bytes.max(op.size_bytes.unwrap_or(0));
@@ -129,6 +154,47 @@ impl Core {
         }
         tables.put_inode(op.ino, &inode)?;
         Ok(reply::Result::Attr(inode.attr(op.ino)))
+    }
+
+    /// What is placed, each checked to fill a hole with blocks of the client's pool. What is there already is left out:
+    /// a record that was merged may come again (D3).
+    fn checked_placed(
+        &self,
+        tables: &Tables<'_>,
+        client: ClientId,
+        op: &Commit,
+    ) -> Result<Vec<Extent>, OpError> {
+        let mut placed: Vec<Extent> = Vec::with_capacity(op.placed.len());
+        for extent in &op.placed {
+            let extent = checked_extent(extent)?;
+            let window = tables.extents(op.ino, extent.file, extent.end(), usize::MAX)?;
+            if is_there(&window, &extent) {
+                continue;
+            }
+            let run = Run { start: extent.lun, blocks: extent.blocks };
+            let twice = placed.iter().any(|p| p.file < extent.end() && extent.file < p.end());
+            if !window.is_empty() || twice || !self.pools.holds(client, run) {
+                let (at, lun) = (extent.file, extent.lun);
+                let what = format!("block {at} cannot be placed at {lun}: it is no hole, or not of the pool");
+                return Err(errno(libc::EINVAL, what));
+            }
+            placed.push(extent);
+        }
+        Ok(placed)
+    }
+
+    fn place(
+        &mut self,
+        tables: &mut Tables<'_>,
+        client: ClientId,
+        ino: u64,
+        extent: Extent,
+    ) -> Result<(), OpError> {
+        self.pools.cut(tables, client, Run { start: extent.lun, blocks: extent.blocks })?;
+        let window = tables.extents(ino, extent.file.saturating_sub(1), extent.end() + 1, usize::MAX)?;
+        let mut next = window.clone();
+        next.push(extent);
+        Ok(tables.replace_extents(ino, &window, &merged(next))?)
     }
 
     fn trim(
@@ -228,6 +294,23 @@ fn checked_ranges(tables: &Tables<'_>, ino: u64, ranges: &[ByteRange]) -> Result
         }
     };
     ranges.iter().filter(|range| range.length > 0).map(check).collect()
+}
+
+/// One placed extent, of whole blocks and in bounds.
+fn checked_extent(extent: &pb::Extent) -> Result<Extent, OpError> {
+    let numbers = [extent.file_offset, extent.length, extent.lun_offset];
+    let whole = numbers.iter().all(|n| n.is_multiple_of(BLOCK_BYTES)) && extent.length > 0;
+    if !whole || extent.lun_offset.checked_add(extent.length).is_none() {
+        return Err(errno(libc::EINVAL, "what is placed is not of whole blocks"));
+    }
+    let blocks = block_range(extent.file_offset, extent.length)?;
+    let lun = extent.lun_offset / BLOCK_BYTES;
+    Ok(Extent { file: blocks.start, blocks: blocks.end - blocks.start, lun, state: State::Data })
+}
+
+fn is_there(window: &[Extent], extent: &Extent) -> bool {
+    let range = extent.file..extent.end();
+    window.iter().filter_map(|e| e.part(&range)).any(|part| part == *extent)
 }
 
 fn mark_written(tables: &mut Tables<'_>, ino: u64, range: &Range<u64>) -> Result<(), OpError> {

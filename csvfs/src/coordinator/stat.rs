@@ -4,8 +4,11 @@
 
 use std::sync::atomic::Ordering;
 
+use lockmgr::ClientId;
+
 use super::core::Core;
 use super::mailbox::Asker;
+use super::pools::Pool;
 use crate::check;
 use crate::format::layout::BLOCK_BYTES;
 use crate::meta::{Store, guarded};
@@ -13,12 +16,13 @@ use crate::proto::{Failure, FailureKind, VolumeStat, reply};
 use crate::refusal::failure;
 
 impl Core {
-    pub(super) fn stat_fs(&self) -> reply::Result {
+    pub(super) fn stat_fs(&self, client: ClientId) -> reply::Result {
         reply::Result::VolumeStat(VolumeStat {
             block_bytes: BLOCK_BYTES,
             blocks: self.lun_bytes / BLOCK_BYTES,
-            blocks_free: self.alloc.available() + self.alloc.pending(),
+            blocks_free: self.alloc.available() + self.alloc.pending() + self.pools.blocks(),
             inodes: self.globals.inodes,
+            pooled: self.pools.of(client).map_or(0, Pool::blocks),
         })
     }
 

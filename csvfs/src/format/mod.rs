@@ -15,6 +15,7 @@
 
 pub mod intent;
 pub mod layout;
+pub mod log_record;
 pub(crate) mod meta_slot;
 pub mod owner;
 mod seal;

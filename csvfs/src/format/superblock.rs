@@ -24,10 +24,12 @@ pub const COMPAT_KNOWN: u64 = 0;
 /// Features that a program must know to write.
 pub const RO_COMPAT_KNOWN: u64 = 0;
 /// Features that a program must know to do anything. Bit 0: the metadata store is redb, file format 3, at the chunks of
-/// the metadata slot.
-pub const INCOMPAT_KNOWN: u64 = INCOMPAT_REDB3;
+/// the metadata slot. Bit 1: pools and intent logs: blocks and records that an older program would take for lost ones.
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_REDB3 | INCOMPAT_POOLS;
 /// See [`INCOMPAT_KNOWN`].
 pub const INCOMPAT_REDB3: u64 = 1;
+/// See [`INCOMPAT_KNOWN`].
+pub const INCOMPAT_POOLS: u64 = 2;
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

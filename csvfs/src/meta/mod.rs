@@ -14,8 +14,8 @@ mod region;
 mod store;
 mod tables;
 
-pub(crate) use records::{ClientRecord, InodeRecord, StoredReply};
+pub(crate) use records::{ClientRecord, InodeRecord, LogRow, StoredReply};
 pub(crate) use store::{Snapshot, Store, guarded};
-pub(crate) use tables::{Dirent, Globals, Tables};
+pub(crate) use tables::{Dirent, Globals, PoolRun, Tables};
 
 pub use store::StoreError;

@@ -96,3 +96,17 @@ pub(crate) struct StoredReply {
     #[prost(bytes = "bytes", tag = "1")]
     pub(crate) reply: bytes::Bytes,
 }
+
+/// The intent log of a client, and with it its pool.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct LogRow {
+    /// Number of the log; never used twice.
+    #[prost(uint64, tag = "1")]
+    pub(crate) log: u64,
+    /// Where it lies.
+    #[prost(uint32, tag = "2")]
+    pub(crate) lane: u32,
+    /// All records up to this one are in the tables.
+    #[prost(uint64, tag = "3")]
+    pub(crate) merged_lsn: u64,
+}

@@ -12,8 +12,10 @@
 //! | clients | client | `ClientRecord` |
 //! | replies | client, request | `StoredReply` |
 //! | globals | name | number |
+//! | pools | LUN block | blocks, number of the log that goes with the pool |
+//! | logs | client | `LogRow` |
 //!
-//! Reserved for later versions: `xattrs`, `pools`, `refcounts`.
+//! Reserved for later versions: `xattrs`, `refcounts`.
 //!
 //! **Invariant:** a value that does not decode is `Damaged`, never a default.
 
@@ -25,7 +27,7 @@ use prost::Message;
 use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, Table, TableDefinition, WriteTransaction};
 
 use super::store::engine;
-use super::{ClientRecord, InodeRecord, StoreError, StoredReply, keys};
+use super::{ClientRecord, InodeRecord, LogRow, StoreError, StoredReply, keys};
 use crate::extents::{Extent, State};
 use crate::proto::FileKind;
 
@@ -49,6 +51,8 @@ pub(crate) struct View<T> {
     clients: T,
     replies: T,
     globals: T,
+    pools: T,
+    logs: T,
     changed: bool,
 }
 
@@ -68,6 +72,8 @@ macro_rules! open_all {
             clients: open("clients")?,
             replies: open("replies")?,
             globals: open("globals")?,
+            pools: open("pools")?,
+            logs: open("logs")?,
             changed: false,
         })
     }};
@@ -177,6 +183,21 @@ fn run_of(key: &[u8], value: &[u8]) -> Result<(u64, u64), StoreError> {
     let run = keys::read_number(key).zip(read_u64(value));
     run.filter(|(start, blocks)| *blocks > 0 && start.checked_add(*blocks).is_some())
         .ok_or_else(|| damaged("a run of blocks"))
+}
+
+/// Free blocks that a client may place by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PoolRun {
+    pub(crate) start: u64,
+    pub(crate) blocks: u64,
+    /// Number of the log that goes with the pool.
+    pub(crate) log: u64,
+}
+
+fn read_pool_run(key: &[u8], value: &[u8]) -> Result<PoolRun, StoreError> {
+    let (start, blocks) = run_of(key, value)?;
+    let log = value.get(8..).and_then(read_u64).ok_or_else(|| damaged("a run of a pool"))?;
+    Ok(PoolRun { start, blocks, log })
 }
 
 /// One entry as a directory listing gives it.
@@ -317,6 +338,27 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         Ok(runs)
     }
 
+    /// All runs of all pools, in order.
+    pub(crate) fn pools(&self) -> Result<Vec<PoolRun>, StoreError> {
+        let mut runs = Vec::new();
+        scan(&self.pools, .., |key, value| {
+            runs.push(read_pool_run(key, value)?);
+            Ok(true)
+        })?;
+        Ok(runs)
+    }
+
+    /// The intent logs in use, and whose they are.
+    pub(crate) fn logs(&self) -> Result<Vec<(ClientId, LogRow)>, StoreError> {
+        let mut logs = Vec::new();
+        scan(&self.logs, .., |key, value| {
+            let id = keys::read_client(key).ok_or_else(|| damaged("a key of the intent logs"))?;
+            logs.push((id, decode(value, || format!("the intent log of client {id}"))?));
+            Ok(true)
+        })?;
+        Ok(logs)
+    }
+
     /// All inodes without a name.
     pub(crate) fn orphans(&self) -> Result<Vec<u64>, StoreError> {
         let mut orphans = Vec::new();
@@ -436,6 +478,28 @@ impl Tables<'_> {
     pub(crate) fn put_chunk(&mut self, start: u64, blocks: u64) -> Result<(), StoreError> {
         self.changed = true;
         put(&mut self.chunks, &keys::number(start), &blocks.to_le_bytes())
+    }
+
+    pub(crate) fn put_pool_run(&mut self, run: PoolRun) -> Result<(), StoreError> {
+        self.changed = true;
+        let mut value = run.blocks.to_le_bytes().to_vec();
+        value.extend_from_slice(&run.log.to_le_bytes());
+        put(&mut self.pools, &keys::number(run.start), &value)
+    }
+
+    pub(crate) fn remove_pool_run(&mut self, start: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        remove(&mut self.pools, &keys::number(start))
+    }
+
+    pub(crate) fn put_log(&mut self, id: ClientId, row: &LogRow) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.logs, &keys::client(id), &row.encode_to_vec())
+    }
+
+    pub(crate) fn remove_log(&mut self, id: ClientId) -> Result<(), StoreError> {
+        self.changed = true;
+        remove(&mut self.logs, &keys::client(id))
     }
 
     pub(crate) fn put_orphan(&mut self, ino: u64) -> Result<(), StoreError> {

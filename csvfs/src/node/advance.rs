@@ -36,6 +36,10 @@ pub(super) struct Out {
     /// Kept requests to send.
     pub(super) requests: Vec<u64>,
     pub(super) flush: Option<FlushDone>,
+    /// Bytes that the pool lacks, and who waits for them.
+    pub(super) space: Option<(u64, FlushDone)>,
+    /// A record of the log that must be merged, and who waits for that.
+    pub(super) merge: Option<(u64, FlushDone)>,
     /// Nothing is held and nobody uses the file.
     pub(super) retire: bool,
 }
@@ -51,6 +55,13 @@ impl Out {
         if let Some(done) = self.flush {
             inode.core.flush(done);
         }
+        if let Some((need, done)) = self.space {
+            inode.core.want_space(need, done);
+        }
+        if let Some((lsn, done)) = self.merge {
+            inode.core.when_merged(lsn, done);
+        }
+        inode.core.refill_ahead();
         for (done, outcome) in self.ends {
             done(outcome);
         }
@@ -136,6 +147,7 @@ impl Inode {
         if !state.mapping {
             match (needs.map, needs.space) {
                 (Some(at), _) => self.get_map(state, at, out),
+                (None, Some(space)) if self.core.space.may_come() => self.want_space(state, space, out),
                 (None, Some((from, to, beyond_end))) => self.allocate(state, from, to, beyond_end, out),
                 (None, None) => {}
             }
@@ -150,7 +162,7 @@ impl Inode {
     }
 
     fn resolve(&self, state: &mut State, mut op: DataOp, needs: &mut Needs, out: &mut Out) {
-        match state.plan(&mut op, self.core.lun_unit) {
+        match self.plan(state, &mut op) {
             Plan::Go { pieces, effect, outcome } => {
                 out.transfers.push(Transfer { pieces, effect, outcome, done: op.done });
             }

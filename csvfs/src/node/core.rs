@@ -6,14 +6,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use blockio::{BlockDevice, IoError, IoOp, IoRequest};
-use lockmgr::Mode;
+use lockmgr::{ClientId, Mode, VolumeId};
 use pb::request::Op;
 
 use super::FsError;
 use super::advance::Out;
 use super::grants::Seq;
 use super::inode::Inode;
+use super::log::Log;
 use super::rank::{self, Ranked};
+use super::refill::Space;
 use super::session::{Holder, Holdings, Session};
 use super::sync::FlushDone;
 use super::workers::Workers;
@@ -26,6 +28,10 @@ pub(super) struct Core {
     pub(super) lun_unit: u64,
     pub(super) session: Arc<Session>,
     pub(super) workers: Arc<Workers>,
+    pub(super) client: ClientId,
+    pub(super) volume: VolumeId,
+    pub(super) space: Space,
+    pub(super) log: Log,
     /// Rank 1.
     files: Mutex<HashMap<u64, Arc<Inode>>>,
     /// A file left the table.
@@ -68,6 +74,7 @@ impl Core {
         device: Arc<dyn BlockDevice>,
         session: Arc<Session>,
         workers: Arc<Workers>,
+        (client, volume): (ClientId, VolumeId),
     ) -> Arc<Self> {
         let lun_unit = u64::from(device.geometry().block_bytes.max(1));
         Arc::new(Self {
@@ -75,6 +82,10 @@ impl Core {
             lun_unit,
             session,
             workers,
+            client,
+            volume,
+            space: Space::default(),
+            log: Log::default(),
             files: Mutex::default(),
             retired: Condvar::new(),
             flusher: Mutex::default(),
@@ -182,10 +193,17 @@ impl Core {
             return;
         }
         tracing::error!(cause, "this node stops writing to the volume");
-        let files: Vec<_> = self.files().values().cloned().collect();
-        for inode in files {
+        let why = FsError::Stopped { cause: cause.to_owned() };
+        self.fail_log(&why);
+        self.fail_space(&why);
+        for inode in self.all_files() {
             inode.kick();
         }
+    }
+
+    /// All files of the table.
+    pub(super) fn all_files(&self) -> Vec<Arc<Inode>> {
+        self.files().values().cloned().collect()
     }
 
     /// Completes `done`, on a worker, when all writes that had completed before are on stable media. Callers share.
@@ -229,8 +247,7 @@ impl Core {
 
     /// Gives back what all files hold; waits at most `patience` for it. Says whether all is given back.
     pub(super) fn give_back(&self, patience: Duration) -> bool {
-        let files: Vec<_> = self.files().values().cloned().collect();
-        for inode in files {
+        for inode in self.all_files() {
             inode.lock().leaving = true;
             inode.kick();
         }
@@ -242,6 +259,8 @@ impl Core {
     /// Ends everything at once. Nothing is written any more, and nobody waits any longer.
     pub(super) fn end(&self, why: &FsError) {
         self.session.close(why);
+        self.fail_log(why);
+        self.fail_space(why);
         let files: Vec<_> = self.files().drain().map(|(_, inode)| inode).collect();
         for inode in files {
             let mut out = Out::default();
@@ -257,9 +276,8 @@ impl Core {
 
 impl Holder for Core {
     fn holdings(&self) -> Holdings {
-        let files: Vec<_> = self.files().values().cloned().collect();
         let mut holdings = Holdings::default();
-        for inode in files {
+        for inode in self.all_files() {
             let (claim, open) = inode.holding();
             holdings.claims.extend(claim);
             holdings.opens.extend(open);

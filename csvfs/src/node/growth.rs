@@ -54,6 +54,14 @@ impl Growth {
         want.max(need)
     }
 
+    /// How far to reach beyond `need` bytes at `offset` with blocks of the pool. They cost no message, so only what grows in
+    /// order gets room ahead: there it keeps the file in one piece.
+    pub(super) fn reach(&mut self, offset: u64, need: u64, beyond_end: bool) -> u64 {
+        let sequential = offset == self.last_end && offset > 0;
+        let want = if beyond_end || sequential { self.next_grow(sequential) } else { need };
+        want.max(need)
+    }
+
     fn next_grow(&mut self, sequential: bool) -> u64 {
         if !sequential {
             self.grow_bytes = GROW_BYTES_MIN;

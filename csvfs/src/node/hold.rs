@@ -101,6 +101,8 @@ impl Inode {
             return self.attr();
         }
         let _hold = self.hold(Mode::Exclusive, false)?;
+        // A record that is merged later must not undo what is set now.
+        self.merge_blocking()?;
         if set.mtime.is_some() {
             // What the caller sets counts, not when something was written before.
             self.lock().pending.mtime = false;
@@ -137,12 +139,9 @@ impl Inode {
             state.touched();
             return Ok(());
         }
-        let unsaved = state.pending.size || !state.pending.written.is_empty();
         drop(state);
-        if unsaved {
-            // The coordinator cuts off what it knows of.
-            self.sync_blocking()?;
-        }
+        // The coordinator cuts off what it knows of.
+        self.settle()?;
         self.zero_tail(size)?;
         let set = SetAttr { size_bytes: Some(size), mtime: Some(attr::now()), ..SetAttr::default() };
         self.lock().pending.mtime = false;
@@ -151,6 +150,29 @@ impl Inode {
         state.map.cut(block_ceil(size));
         state.pending.written.cut(block_ceil(size));
         Ok(())
+    }
+
+    /// Brings all that only this node, or its log, knows of the file to the coordinator. Alone with the file.
+    fn settle(self: &Arc<Self>) -> Result<(), FsError> {
+        let mut state = self.lock();
+        state.give_up_ahead(&self.core);
+        let unsaved = state.pending.size || !state.pending.written.is_empty();
+        drop(state);
+        if unsaved {
+            self.sync_blocking()?;
+        }
+        self.merge_blocking()
+    }
+
+    /// Waits until the coordinator has what the log says of the file.
+    fn merge_blocking(self: &Arc<Self>) -> Result<(), FsError> {
+        let logged = self.lock().logged;
+        if self.core.log.is_merged(logged) {
+            return Ok(());
+        }
+        let (tell, told) = mpsc::sync_channel(1);
+        self.core.when_merged(logged, Box::new(move |outcome| drop(tell.send(outcome))));
+        told.recv().unwrap_or(Err(FsError::Detached))
     }
 
     fn sync_blocking(self: &Arc<Self>) -> Result<(), FsError> {
@@ -204,7 +226,9 @@ impl Inode {
         let blocks = Self::blocks_of(offset, len)
             .filter(|_| len > 0)
             .ok_or_else(|| FsError::invalid(libc::EINVAL, "a range that no file can have"))?;
-        let _hold = self.hold(Mode::Exclusive, false)?;
+        // Alone, so that no write places blocks where the coordinator is asked to.
+        let _hold = self.hold(Mode::Exclusive, true)?;
+        self.settle()?;
         let mut at = blocks.start;
         while at < blocks.end {
             let need = blocks.end - at;

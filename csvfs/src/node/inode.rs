@@ -25,6 +25,7 @@ use super::grants::Grant;
 use super::growth::Growth;
 use super::io::{DataOp, Done, Effect, Plan, What, Writes};
 use super::map::{BLOCK_BYTES, ExtentMap, FILE_BYTES_MAX, block_ceil, block_floor};
+use super::ranges::RangeSet;
 use super::rank::{self, Ranked};
 use super::sync::{Pending, Rounds};
 use super::transfer::Transfer;
@@ -67,6 +68,10 @@ pub(super) struct State {
     /// A GetMap or Allocate is under way.
     pub(super) mapping: bool,
     pub(super) growth: Growth,
+    /// Where blocks of this client's pool lie of which the coordinator was not told, and the log neither.
+    pub(super) own: RangeSet,
+    /// The last record of the intent log that is about this file.
+    pub(super) logged: u64,
     pub(super) writes: Writes,
     /// Blocks that one write has for itself.
     pub(super) alone: BTreeSet<u64>,
@@ -177,6 +182,7 @@ impl Inode {
             _ => false,
         };
         drop(state);
+        self.core.refill_ahead();
         if kick {
             self.advance_soon();
         }
@@ -193,7 +199,7 @@ impl Inode {
             return Offer::Parked;
         }
         state.in_flight += 1;
-        match state.plan(&mut op, self.core.lun_unit) {
+        match self.plan(state, &mut op) {
             Plan::Go { pieces, effect, outcome } => {
                 Offer::Go(Transfer { pieces, effect, outcome, done: op.done })
             }

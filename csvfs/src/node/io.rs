@@ -321,6 +321,11 @@ impl Writes {
         self.free.push(slot);
     }
 
+    /// Whether there are any.
+    pub(super) fn any(&self) -> bool {
+        self.slots.len() > self.free.len()
+    }
+
     fn overlap(&self, range: Range<u64>) -> bool {
         self.slots.iter().any(|slot| slot.start < range.end && range.start < slot.end)
     }

@@ -190,6 +190,37 @@ impl ExtentMap {
         fresh.iter().map(|part| part.start..part.start + part.len).collect()
     }
 
+    /// The known holes of `range`, in order.
+    pub(super) fn holes(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        let hole = |part: Part| (part.place == Place::Hole).then(|| part.start..part.start + part.len);
+        if range.is_empty() { Vec::new() } else { self.parts(range).filter_map(hole).collect() }
+    }
+
+    /// Fills a part of a known hole with fresh blocks at `lun`.
+    pub(super) fn place(&mut self, start: u64, len: u64, lun: u64) {
+        debug_assert_eq!(self.part(start, start + len), Part { start, len, place: Place::Hole });
+        self.put(start, Run { len, lun, state: ExtentState::Fresh });
+    }
+
+    /// Makes the fresh blocks of `range` a hole again: gives where they lay, with their lengths.
+    pub(super) fn take_fresh(&mut self, range: Range<u64>) -> Vec<(u64, u64)> {
+        let fresh = |part: Part| match part.place {
+            Place::Fresh(lun) => Some((part.start, part.len, lun)),
+            _ => None,
+        };
+        let taken: Vec<(u64, u64, u64)> = self.parts(range).filter_map(fresh).collect();
+        for (start, len, _) in &taken {
+            self.carve(*start, *len);
+        }
+        taken.into_iter().map(|(_, len, lun)| (lun, len)).collect()
+    }
+
+    /// Where on the LUN the run ends that ends at `at`: what is placed there continues it.
+    pub(super) fn goal(&self, at: u64) -> Option<u64> {
+        let (start, run) = self.runs.range(..at).next_back()?;
+        (start + run.len == at).then_some(run.lun + run.len)
+    }
+
     /// Takes `[start, start + len)` out of the run that contains it.
     fn carve(&mut self, start: u64, len: u64) {
         let Some((&at, &run)) = self.runs.range(..=start).next_back() else { return };

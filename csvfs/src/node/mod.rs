@@ -3,12 +3,12 @@
 //!
 //! ```text
 //!   names (lookup, create, ..)      File: read, write, fsync
-//!            |                        |  resolve: interval map, under a grant
+//!            |                        |  resolve: interval map, under a grant; holes filled from the pool
 //!            |                        |  submit the pieces                     no message, no thread, no copy
 //!            |                        v
 //!            |                     blockio::BlockDevice (the LUN)
-//!            v                        ^
-//!         session  <--- what the map does not know: Acquire, GetMap, Allocate, Commit, recalls
+//!            v                        ^  fsync: flush, then the intent log
+//!         session  <--- what the map does not know: Acquire, GetMap, recalls; later: Merge of the log, TakePool
 //!            |
 //!      CoordinatorLink ---> coordinator (here or on another node)
 //! ```
@@ -29,10 +29,13 @@ mod hold;
 mod inode;
 mod io;
 mod link;
+mod log;
 mod map;
 mod names;
+mod pool;
 mod ranges;
 mod rank;
+mod refill;
 mod session;
 mod space;
 mod sync;
@@ -92,6 +95,10 @@ pub struct NodeStats {
     pub files: u64,
     /// Flushes of the LUN.
     pub flushes: u64,
+    /// Writes of the intent log.
+    pub log_writes: u64,
+    /// Bytes in the pool: free, and this client's to place.
+    pub pool_bytes: u64,
 }
 
 /// A client of a volume. Dropping it without [`Node::detach`] leaves what it holds to the coordinator, as a crash would.
@@ -136,8 +143,9 @@ impl Node {
         let workers = Arc::new(Workers::new());
         let volume = Bytes::copy_from_slice(params.volume.0.as_bytes());
         let who = (params.client.into(), volume, params.name);
+        let identity = (params.client, params.volume);
         let session = Session::new(params.link, who, params.term.0, workers.clone());
-        let core = Core::new(params.device, session, workers);
+        let core = Core::new(params.device, session, workers, identity);
         let node = Arc::new(Self { core, volume: params.volume });
         let (tell, told) = mpsc::sync_channel(1);
         let holder: Weak<dyn Holder> = Arc::downgrade(&node.core) as Weak<dyn Holder>;
@@ -157,6 +165,10 @@ impl Node {
                 let core = self.core.clone();
                 let to = recall.to().into();
                 self.core.workers.run(move || core.recalled(recall.ino, to, (term, recall.seq)));
+            }
+            Some(pb::push::What::PoolRecall(_)) => {
+                let core = self.core.clone();
+                self.core.workers.run(move || core.pool_recalled());
             }
             None => {}
         }
@@ -245,6 +257,8 @@ impl Node {
             recalls: self.core.recalls.load(Ordering::Relaxed),
             files: self.core.files_count() as u64,
             flushes: self.core.flushes.load(Ordering::Relaxed),
+            log_writes: self.core.log.writes(),
+            pool_bytes: self.core.space.bytes(),
         }
     }
 

@@ -202,7 +202,11 @@ impl Node {
     /// When the coordinator refuses.
     pub fn statfs(&self) -> Result<pb::VolumeStat, FsError> {
         match self.ask(Op::StatFs(pb::StatFs {}))? {
-            Answer::VolumeStat(stat) => Ok(stat),
+            Answer::VolumeStat(stat) => {
+                // Of this node's pool the coordinator does not know what files have by now.
+                let used = stat.pooled.saturating_sub(self.core.space.bytes() / super::map::BLOCK_BYTES);
+                Ok(pb::VolumeStat { blocks_free: stat.blocks_free.saturating_sub(used), ..stat })
+            }
             other => Err(unexpected("StatFs", &other)),
         }
     }

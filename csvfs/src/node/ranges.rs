@@ -41,6 +41,35 @@ impl RangeSet {
         self.ends.insert(start, end);
     }
 
+    /// Takes out `range`.
+    pub(super) fn remove(&mut self, range: Range<u64>) {
+        for (start, end) in self.touching(&range) {
+            self.ends.remove(&start);
+            self.add(start..range.start.min(end));
+            self.add(range.end.max(start)..end);
+        }
+    }
+
+    /// The parts of the set that lie in `range`, in order.
+    pub(super) fn parts_in(&self, range: &Range<u64>) -> Vec<Range<u64>> {
+        let cut = |(start, end): (u64, u64)| start.max(range.start)..end.min(range.end);
+        self.touching(range).into_iter().map(cut).collect()
+    }
+
+    /// All parts, in order.
+    pub(super) fn all(&self) -> Vec<Range<u64>> {
+        self.ends.iter().map(|(start, end)| *start..*end).collect()
+    }
+
+    fn touching(&self, range: &Range<u64>) -> Vec<(u64, u64)> {
+        if range.is_empty() {
+            return Vec::new();
+        }
+        let before = self.ends.range(..range.start).next_back().filter(|(_, end)| **end > range.start);
+        let inside = self.ends.range(range.clone());
+        before.into_iter().chain(inside).map(|(start, end)| (*start, *end)).collect()
+    }
+
     /// Takes out everything from `from` on.
     pub(super) fn cut(&mut self, from: u64) {
         self.ends.split_off(&from);
@@ -89,6 +118,15 @@ mod tests {
             let mut set = RangeSet::default();
             let mut flags = vec![false; 64];
             for (start, len, kind) in steps {
+                if kind == 1 {
+                    let end = (start + len).min(64);
+                    let inside: u64 = set.parts_in(&(start..end)).iter().map(|part| part.end - part.start).sum();
+                    set.remove(start..end);
+                    let flags = &mut flags[usize::try_from(start).expect("small")..usize::try_from(end).expect("small")];
+                    prop_assert_eq!(inside, flags.iter().filter(|flag| **flag).count() as u64);
+                    flags.fill(false);
+                    continue;
+                }
                 if kind == 0 {
                     set.cut(start);
                     for flag in flags.iter_mut().skip(usize::try_from(start).expect("small")) {

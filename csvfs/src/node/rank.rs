@@ -4,8 +4,10 @@
 //! |---|---|
 //! | 1 | table of files |
 //! | 2 | one file |
+//! | 3 | pool |
 //! | 4 | flusher |
 //! | 5 | session |
+//! | 6 | intent log |
 //! | 9 | workers' queue |
 //!
 //! **Invariant:** a thread takes locks with growing ranks, one of each rank at most.
@@ -16,10 +18,14 @@ use std::ops::{Deref, DerefMut};
 pub(super) const FILES: u8 = 1;
 /// One file.
 pub(super) const FILE: u8 = 2;
+/// Pool.
+pub(super) const POOL: u8 = 3;
 /// Flusher.
 pub(super) const FLUSHER: u8 = 4;
 /// Session.
 pub(super) const SESSION: u8 = 5;
+/// Intent log.
+pub(super) const LOG: u8 = 6;
 /// Workers' queue.
 pub(super) const WORKERS: u8 = 9;
 

@@ -1,4 +1,7 @@
-//! Asking the coordinator for the map and for space.
+//! Holes to be written: filled from the pool, or, without one, by the coordinator; and asking for the map.
+//!
+//! What is placed from the pool is known here only, until a commit or a record of the log tells it: `own` says where.
+//! **Invariant:** the coordinator is never asked to fill a hole in which this client may place blocks itself.
 
 use std::sync::Arc;
 
@@ -7,8 +10,12 @@ use pb::request::Op;
 
 use super::FsError;
 use super::advance::Out;
+use super::core::Core;
 use super::inode::{Inode, State};
+use super::io::{DataOp, Need, Plan};
+use super::map::FILE_BYTES_MAX;
 use super::names::unexpected;
+use super::pool::LunRun;
 use super::session::Answered;
 use crate::proto as pb;
 
@@ -16,6 +23,45 @@ use crate::proto as pb;
 pub(super) const EXTENTS_MAX: u32 = 4096;
 
 impl Inode {
+    /// Resolves `op`, filling holes from the pool as far as it goes.
+    pub(super) fn plan(&self, state: &mut State, op: &mut DataOp) -> Plan {
+        loop {
+            match state.plan(op, self.core.lun_unit) {
+                Plan::Wait(Need::Space { from, to, beyond_end })
+                    if state.place(&self.core, (from, to), beyond_end) => {}
+                plan => return plan,
+            }
+        }
+    }
+
+    /// Waits for the pool to be filled.
+    pub(super) fn want_space(
+        self: &Arc<Self>,
+        state: &mut State,
+        (from, to, _): (u64, u64, bool),
+        out: &mut Out,
+    ) {
+        state.mapping = true;
+        let inode = self.clone();
+        let done = Box::new(move |outcome| inode.space_came((from, to), outcome));
+        out.space = Some((to - from, done));
+    }
+
+    fn space_came(self: &Arc<Self>, (from, to): (u64, u64), outcome: Result<(), FsError>) {
+        let mut out = Out::default();
+        let mut state = self.lock();
+        state.mapping = false;
+        match outcome {
+            // Without a pool the coordinator allocates.
+            Ok(()) => {}
+            Err(_) if !self.core.space.may_come() => {}
+            Err(why) => state.fail_writes(&why, (from, to), &mut out),
+        }
+        self.step(&mut state, &mut out);
+        drop(state);
+        out.carry_out(self);
+    }
+
     pub(super) fn get_map(self: &Arc<Self>, state: &mut State, at: u64, out: &mut Out) {
         state.mapping = true;
         let op = Op::GetMap(pb::GetMap { ino: self.ino, offset: at, max_extents: EXTENTS_MAX });
@@ -59,10 +105,7 @@ impl Inode {
                 let end = end.min(state.map.end());
                 state.growth.allocated_to(end);
             }
-            // The volume is full, or the like: it ends those who wanted something there. Others may fit elsewhere.
-            Err(why) => state.fail_stalled(&why, &mut out, |op| {
-                !op.is_read() && op.offset < to && op.offset + op.buf.len() as u64 > from
-            }),
+            Err(why) => state.fail_writes(&why, (from, to), &mut out),
         }
         self.step(&mut state, &mut out);
         drop(state);
@@ -97,4 +140,70 @@ impl Inode {
         }
         Ok(end)
     }
+}
+
+impl State {
+    /// Fills the holes of `from..to`, and some of what follows, from the pool. `false` when it cannot.
+    fn place(&mut self, core: &Core, (from, to): (u64, u64), beyond_end: bool) -> bool {
+        // An answer of the coordinator may be on its way, and fill the same holes.
+        if self.mapping || self.grant.mode != Mode::Exclusive {
+            return false;
+        }
+        let reach = from + self.growth.reach(from, to - from, beyond_end);
+        let needed = bytes_of(&self.map.holes(from..to));
+        let holes = self.map.holes(from..reach.clamp(to, FILE_BYTES_MAX));
+        let Some(runs) = core.space.take(self.map.goal(from), needed, bytes_of(&holes)) else { return false };
+        let unused = self.fill(&holes, runs);
+        core.space.put(unused);
+        true
+    }
+
+    /// Puts runs into holes, in order; gives what is left of them.
+    fn fill(&mut self, holes: &[std::ops::Range<u64>], runs: Vec<LunRun>) -> Vec<LunRun> {
+        let mut runs: std::collections::VecDeque<LunRun> = runs.into();
+        for hole in holes {
+            let mut at = hole.start;
+            while at < hole.end
+                && let Some((lun, len)) = runs.pop_front()
+            {
+                let here = len.min(hole.end - at);
+                self.map.place(at, here, lun);
+                self.own.add(at..at + here);
+                at += here;
+                self.growth.allocated_to(at);
+                if here < len {
+                    runs.push_front((lun + here, len - here));
+                }
+            }
+        }
+        runs.into()
+    }
+
+    /// Gives blocks that were placed ahead and not written back to the pool, unless a write to them may be under way.
+    pub(super) fn give_up_ahead(&mut self, core: &Core) {
+        if self.own.is_empty() || self.writes.any() {
+            return;
+        }
+        for range in self.own.all() {
+            let fresh = self.map.take_fresh(range.clone());
+            if fresh.is_empty() {
+                continue;
+            }
+            core.space.put(fresh);
+            for hole in self.map.holes(range) {
+                self.own.remove(hole);
+            }
+        }
+    }
+
+    /// The volume is full, or the like: it ends those who wanted something there. Others may fit elsewhere.
+    fn fail_writes(&mut self, why: &FsError, (from, to): (u64, u64), out: &mut Out) {
+        self.fail_stalled(why, out, |op| {
+            !op.is_read() && op.offset < to && op.offset + op.buf.len() as u64 > from
+        });
+    }
+}
+
+fn bytes_of(ranges: &[std::ops::Range<u64>]) -> u64 {
+    ranges.iter().map(|range| range.end - range.start).sum()
 }

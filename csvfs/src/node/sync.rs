@@ -7,6 +7,8 @@
 //! The snapshot is taken before the flush and holds only completed writes, so what a commit names is on stable media
 //! when it is sent (C2), and it is one message (C4). Callers that come while a round is under way share the next one.
 //!
+//! A client with a log writes the snapshot there, and tells the coordinator later: an fsync of new blocks needs no message.
+//!
 //! **Invariant:** an fsync is acknowledged when both the data and what is needed to find it are durable (C5); after a
 //! failed flush nothing is (D6).
 
@@ -19,6 +21,8 @@ use pb::request::Op;
 use super::advance::Out;
 use super::grants::Seq;
 use super::inode::{Inode, State};
+use super::log::APPEND_ENTRIES_MAX;
+use super::map::Place;
 use super::names::unexpected;
 use super::ranges::RangeSet;
 use super::session::Answered;
@@ -59,10 +63,21 @@ pub(super) struct SyncWaiter {
     pub(super) done: FlushDone,
 }
 
+/// A part of the file that was written to blocks of the pool.
+#[derive(Clone, Copy, Debug)]
+struct Placed {
+    file: u64,
+    len: u64,
+    lun: u64,
+}
+
 /// What one commit carries.
 #[derive(Clone, Debug, Default)]
 struct Snapshot {
+    /// Blocks that the coordinator allocated.
     written: Vec<Range<u64>>,
+    /// Blocks of the pool.
+    placed: Vec<Placed>,
     size: Option<u64>,
     mtime: Option<pb::Timestamp>,
     trim_from: Option<u64>,
@@ -70,9 +85,23 @@ struct Snapshot {
     more: bool,
 }
 
+/// What made a round durable.
+enum Durable {
+    /// There was nothing to tell.
+    Nothing,
+    /// This record of the log.
+    Logged(u64),
+    /// The coordinator, who says what the attributes are now.
+    Committed(Attr),
+}
+
 impl Snapshot {
+    fn entries(&self) -> usize {
+        self.written.len() + self.placed.len()
+    }
+
     fn needs_flush(&self) -> bool {
-        !self.written.is_empty() || self.size.is_some()
+        self.entries() > 0 || self.size.is_some()
     }
 
     fn is_empty(&self) -> bool {
@@ -82,6 +111,12 @@ impl Snapshot {
     fn commit(&self, ino: u64) -> pb::Commit {
         let range =
             |range: &Range<u64>| pb::ByteRange { offset: range.start, length: range.end - range.start };
+        let extent = |placed: &Placed| pb::Extent {
+            file_offset: placed.file,
+            length: placed.len,
+            lun_offset: placed.lun,
+            state: pb::ExtentState::Data.into(),
+        };
         pb::Commit {
             ino,
             written: self.written.iter().map(range).collect(),
@@ -89,19 +124,25 @@ impl Snapshot {
             mtime: self.mtime,
             trim_from: self.trim_from,
             atime: None,
+            placed: self.placed.iter().map(extent).collect(),
         }
     }
 }
 
 impl State {
-    fn snapshot(&mut self, times: bool) -> Snapshot {
+    /// What is pending, as far as `most` entries hold it.
+    fn snapshot(&mut self, times: bool, most: usize) -> Snapshot {
         if self.grant.mode != Mode::Exclusive {
             return Snapshot::default();
         }
-        let written = self.pending.written.take(COMMIT_RANGES_MAX);
-        let more = !self.pending.written.is_empty();
-        let mut snapshot = Snapshot { written, more, ..Snapshot::default() };
-        if !more && std::mem::take(&mut self.pending.size) {
+        let mut snapshot = Snapshot::default();
+        while snapshot.entries() < most
+            && let Some(range) = self.pending.written.take(1).pop()
+        {
+            self.add_written(&mut snapshot, range, most);
+        }
+        snapshot.more = !self.pending.written.is_empty();
+        if !snapshot.more && std::mem::take(&mut self.pending.size) {
             snapshot.size = Some(self.size());
         }
         let with_times = times || snapshot.needs_flush();
@@ -111,12 +152,41 @@ impl State {
         snapshot
     }
 
+    /// Adds a written range, told apart by whose blocks carry it. What does not fit is pending again.
+    fn add_written(&mut self, snapshot: &mut Snapshot, range: Range<u64>, most: usize) {
+        let mut at = range.start;
+        for own in self.own.parts_in(&range).into_iter().chain(std::iter::once(range.end..range.end)) {
+            if at < own.start && snapshot.entries() < most {
+                snapshot.written.push(at..own.start);
+                at = own.start;
+            }
+            for part in self.map.parts(own) {
+                if at != part.start || snapshot.entries() == most {
+                    break;
+                }
+                if let Place::Data(lun) = part.place {
+                    snapshot.placed.push(Placed { file: part.start, len: part.len, lun });
+                }
+                at += part.len;
+            }
+        }
+        self.pending.written.add(at..range.end);
+    }
+
     /// A commit was refused: what it named is pending again.
     fn snapshot_failed(&mut self, snapshot: Snapshot) {
         self.pending.size |= snapshot.size.is_some();
         self.pending.mtime |= snapshot.mtime.is_some();
-        for range in snapshot.written {
+        let placed = snapshot.placed.iter().map(|placed| placed.file..placed.file + placed.len);
+        for range in placed.chain(snapshot.written) {
             self.pending.written.add(range);
+        }
+    }
+
+    /// What a snapshot says is known elsewhere now.
+    fn snapshot_told(&mut self, snapshot: &Snapshot) {
+        for placed in &snapshot.placed {
+            self.own.remove(placed.file..placed.file + placed.len);
         }
     }
 }
@@ -150,7 +220,8 @@ impl Inode {
     fn run_sync(self: &Arc<Self>, state: &mut State, out: &mut Out) {
         state.sync.running = true;
         let waiters = std::mem::take(&mut state.sync.waiters);
-        let snapshot = state.snapshot(waiters.iter().any(|waiter| waiter.times));
+        let most = if self.core.log.is_open() { APPEND_ENTRIES_MAX } else { COMMIT_RANGES_MAX };
+        let snapshot = state.snapshot(waiters.iter().any(|waiter| waiter.times), most);
         let inode = self.clone();
         out.flush = Some(Box::new(move |flushed| inode.sync_flushed(snapshot, waiters, flushed)));
     }
@@ -162,12 +233,19 @@ impl Inode {
         flushed: Result<(), FsError>,
     ) {
         if flushed.is_err() || snapshot.is_empty() {
-            return self.sync_ended(snapshot, waiters, flushed.map(|()| None));
+            return self.sync_ended(snapshot, waiters, flushed.map(|()| Durable::Nothing));
+        }
+        let commit = snapshot.commit(self.ino);
+        let inode = self.clone();
+        if self.core.log.is_open() && snapshot.entries() <= APPEND_ENTRIES_MAX {
+            let logged = move |outcome: Result<u64, FsError>| {
+                inode.sync_ended(snapshot, waiters, outcome.map(Durable::Logged));
+            };
+            return self.core.append_log(commit, Box::new(logged));
         }
         let mut out = Out::default();
-        let op = Op::Commit(snapshot.commit(self.ino));
-        self.ask(op, &mut out, move |inode, outcome| {
-            inode.sync_ended(snapshot, waiters, checked_commit(outcome).map(Some));
+        self.ask(Op::Commit(commit), &mut out, move |inode, outcome| {
+            inode.sync_ended(snapshot, waiters, checked_commit(outcome).map(Durable::Committed));
         });
         out.carry_out(self);
     }
@@ -176,17 +254,22 @@ impl Inode {
         self: &Arc<Self>,
         snapshot: Snapshot,
         waiters: Vec<SyncWaiter>,
-        outcome: Result<Option<Attr>, FsError>,
+        outcome: Result<Durable, FsError>,
     ) {
         let mut out = Out::default();
         let mut state = self.lock();
         state.sync.running = false;
         match outcome {
-            Ok(attr) => {
-                if let Some(attr) = attr {
-                    // Links may have changed since it was asked for.
-                    let asked_at = state.attr_asked_at;
-                    state.merge_attr(attr, asked_at);
+            Ok(durable) => {
+                state.snapshot_told(&snapshot);
+                match durable {
+                    Durable::Nothing => {}
+                    Durable::Logged(lsn) => state.logged = lsn,
+                    Durable::Committed(attr) => {
+                        // Links may have changed since it was asked for.
+                        let asked_at = state.attr_asked_at;
+                        state.merge_attr(attr, asked_at);
+                    }
                 }
                 if snapshot.more {
                     state.sync.waiters.extend(waiters);
@@ -209,10 +292,15 @@ impl Inode {
         if state.pending.written.len() > COMMIT_RANGES_MAX {
             return self.run_sync(state, out);
         }
+        if !self.core.log.is_merged(state.logged) {
+            return self.wait_for_merge(state, out);
+        }
+        state.give_up_ahead(&self.core);
         let to = state.grant.lowered(to);
         let exclusive = state.grant.mode == Mode::Exclusive;
         state.grant.recall = None;
-        let mut snapshot = state.snapshot(true);
+        let mut snapshot = state.snapshot(true, usize::MAX);
+        state.own.clear();
         if exclusive {
             snapshot.trim_from = state.growth.trim_from(state.size(), state.map.end());
         }
@@ -232,6 +320,19 @@ impl Inode {
         } else {
             self.send_release(state, (number, to, at), snapshot, out);
         }
+    }
+
+    /// What the log says of the file is with the coordinator before the grant goes: the next holder sees it, and a
+    /// replay never finds a record older than what others did.
+    fn wait_for_merge(self: &Arc<Self>, state: &mut State, out: &mut Out) {
+        let inode = self.clone();
+        // After a failure the node has stopped, and the recall stays without an answer (E3).
+        let merged = move |outcome: Result<(), FsError>| {
+            if outcome.is_ok() {
+                inode.kick();
+            }
+        };
+        out.merge = Some((state.logged, Box::new(merged)));
     }
 
     fn send_release(
