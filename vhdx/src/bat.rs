@@ -6,9 +6,10 @@
 //! entry:  bits 0-2 state, 3-19 zero, 20-63 file offset in MiB
 //! ```
 //! In memory an entry is one atomic word, so that reads and writes of allocated blocks take no lock. Bit 3, always zero on
-//! disk, marks a block whose first write is in flight: the rest of the word is still the old meaning.
+//! disk, marks a block whose first write is in flight, bit 4 one whose content is being moved: the rest of the word is still
+//! the old meaning.
 //!
-//! **Invariant:** the word of an allocated block, as long as bit 3 is clear, is what the disk says or will say with the next
+//! **Invariant:** the word of an allocated block, as long as bits 3 and 4 are clear, is what the disk says or will say with the next
 //! log entry.
 
 use std::fmt;
@@ -25,6 +26,8 @@ use crate::view::View;
 pub(crate) const ENTRIES_PER_PAGE: u64 = PAGE / 8;
 /// In memory only: the block's first write is in flight.
 const IN_TRANSITION: u64 = 1 << 3;
+/// In memory only: the block's content is being moved, writers wait.
+const HELD: u64 = 1 << 4;
 /// Overlaps reported one by one.
 const OVERLAPS_NAMED_MAX: usize = 16;
 const STATE_BITS: u64 = 0b111;
@@ -94,9 +97,29 @@ impl Entry {
         Self(self.0 | IN_TRANSITION)
     }
 
-    /// The same without.
+    /// The same without any mark that is in memory only.
     pub(crate) fn settled(self) -> Self {
-        Self(self.0 & !IN_TRANSITION)
+        Self(self.0 & !(IN_TRANSITION | HELD))
+    }
+
+    /// Whether its content is being moved.
+    pub(crate) fn is_held(self) -> bool {
+        self.0 & HELD != 0
+    }
+
+    /// The same with its content being moved.
+    pub(crate) fn held(self) -> Self {
+        Self(self.0 | HELD)
+    }
+
+    /// Where the block lies, in whole or in part.
+    pub(crate) fn place(self) -> Option<u64> {
+        self.owned_offset().filter(|_| matches!(self.state(), BlockState::Present | BlockState::Partial))
+    }
+
+    /// The same block at another place.
+    pub(crate) fn at(self, offset: u64) -> Self {
+        Self(self.0 & STATE_BITS | offset)
     }
 
     /// The entry as it lies on disk.

@@ -317,7 +317,8 @@ fn runs_of(content: &[u8]) -> Vec<Range<usize>> {
     runs
 }
 
-fn is_zero(piece: &[u8]) -> bool {
+/// Whether all bytes are zero.
+pub(crate) fn is_zero(piece: &[u8]) -> bool {
     let (words, rest) = piece.as_chunks::<64>();
     words.iter().all(|word| *word == [0; 64]) && rest.iter().all(|byte| *byte == 0)
 }

@@ -17,9 +17,10 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use blockio::{Geometry, ImageFile, IoError};
+use blockio::{Geometry, ImageFile, IoError, IoRequest};
 
 use crate::bat::Bat;
+use crate::disk::submit_modifying;
 use crate::error::VhdxError;
 use crate::flush::FlushJob;
 use crate::format::{PAGE, index};
@@ -81,7 +82,7 @@ impl Busy {
         self.slot(block).fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Whether no I/O that could know the former place of `block` is left.
+    /// Whether no counted I/O is left that could know the place that `block` had.
     pub(crate) fn is_idle(&self, block: u64) -> bool {
         self.slot(block).load(Ordering::SeqCst) == 0
     }
@@ -129,11 +130,15 @@ pub(crate) struct Core {
     pub(crate) params: DiskParams,
     pub(crate) bat: Bat,
     pub(crate) busy: Busy,
+    /// The same for writes alone.
+    pub(crate) writing: Busy,
     /// Rank 1. Protects free space, pending blocks, dirty pages, and every change of a BAT entry.
     pub(crate) space: Mutex<Space>,
-    /// Signalled when growth ends.
+    /// Rank 0. One compaction at a time.
+    pub(crate) compaction: Mutex<()>,
+    /// Signalled when growth ends, and when moves end.
     pub(crate) space_changed: Condvar,
-    /// The session has begun: headers name a live log.
+    /// The session has begun: headers name a live log, and the id that says that the guest's data changed.
     pub(crate) session: AtomicBool,
     /// Something was written since the last flush began.
     pub(crate) written: AtomicBool,
@@ -160,7 +165,9 @@ impl Core {
             params,
             bat,
             busy: Busy::new(),
+            writing: Busy::new(),
             space: Mutex::new(space),
+            compaction: Mutex::new(()),
             space_changed: Condvar::new(),
             session: AtomicBool::new(false),
             written: AtomicBool::new(false),
@@ -218,6 +225,27 @@ impl Core {
         let ticket = Ticket::new(self);
         self.check_usable()?;
         Ok(ticket)
+    }
+
+    /// Keeps a request until the moves in progress end.
+    pub(crate) fn park(ticket: Ticket, request: IoRequest) {
+        let core = Arc::clone(ticket.core());
+        let mut space = lock(&core.space);
+        // They may have ended since the request met one.
+        if space.held > 0 {
+            space.parked.push((ticket, request));
+            return;
+        }
+        drop(space);
+        submit_modifying(ticket, request);
+    }
+
+    /// Waits until no block is being moved.
+    pub(crate) fn wait_for_moves(&self) {
+        let mut space = lock(&self.space);
+        while space.held > 0 {
+            space = self.space_changed.wait(space).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// The pages that the next log entries must carry, as they are now.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp, IoRequest};
 
-use crate::core::Ticket;
+use crate::core::{Core, Ticket};
 use crate::error::VhdxError;
 use crate::exchange::{Admitted, Exchange};
 use crate::flush::{Closed, FlushJob};
@@ -76,6 +76,16 @@ impl Disk {
         self.exchange(|_| Ok(()))
     }
 
+    /// Admits work of the crate's own.
+    pub(crate) fn enter(&self) -> Result<Ticket, IoError> {
+        self.behind.enter()
+    }
+
+    /// The core as it is when no exchange runs.
+    pub(crate) fn core(&self) -> Arc<Core> {
+        self.behind.core()
+    }
+
     /// Changes the closed file while requests wait.
     pub(crate) fn exchange<T>(
         &self,
@@ -87,7 +97,7 @@ impl Disk {
     /// Blocks that have their place in the file.
     #[must_use]
     pub fn allocated_blocks(&self) -> u64 {
-        let core = self.behind.core();
+        let core = self.core();
         bytes((0..core.bat.shape.blocks).filter(|block| core.bat.get(*block).data_offset().is_some()).count())
     }
 }
@@ -166,6 +176,9 @@ fn write(ticket: Ticket, offset: u64, buf: IoBuf, fua: bool, done: Completion) {
         Resolved::Ready(guard) => guard,
         Resolved::Wait { blocks, ticket } => {
             return defer(ticket, blocks, IoOp::Write { offset, buf, fua }, done);
+        }
+        Resolved::Held(ticket) => {
+            return Core::park(ticket, IoRequest { op: IoOp::Write { offset, buf, fua }, done });
         }
     };
     let direct_fua = fua && guard.mapping_is_durable();

@@ -33,11 +33,20 @@ pub(crate) enum FlushJob {
     /// Make what is complete durable.
     Flush(Completion),
     /// Begin the session, then tell.
-    Begin(SyncSender<Result<(), VhdxError>>),
+    Begin(For, SyncSender<Result<(), VhdxError>>),
     /// Leave a clean file behind, then tell.
     Close(SyncSender<Result<Closed, VhdxError>>),
     /// End without touching the file.
     Stop,
+}
+
+/// For whom a session begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum For {
+    /// The guest will see changes: the id that children refer to changes too.
+    TheGuest,
+    /// Blocks move; the guest sees nothing of it.
+    Housekeeping,
 }
 
 /// What a closed disk left behind.
@@ -87,7 +96,7 @@ impl Session {
             for job in self.core.flushes.take_all() {
                 match job {
                     FlushJob::Flush(done) => flushes.push(done),
-                    FlushJob::Begin(tell) => drop(tell.send(self.begin())),
+                    FlushJob::Begin(whom, tell) => drop(tell.send(self.begin(whom))),
                     FlushJob::Close(tell) => drop(tell.send(self.close())),
                     FlushJob::Stop => stop = true,
                 }
@@ -116,14 +125,19 @@ impl Session {
         &*self.core.file
     }
 
-    fn begin(&mut self) -> Result<(), VhdxError> {
-        if self.log.is_some() {
-            return Ok(());
+    fn begin(&mut self, whom: For) -> Result<(), VhdxError> {
+        if self.log.is_none() {
+            self.guarded(|session| session.begin_session(whom))?;
+        } else if whom == For::TheGuest && !self.core.session.load(Ordering::SeqCst) {
+            self.guarded(Self::announce_changes)?;
         }
-        self.guarded(Self::begin_session)
+        if whom == For::TheGuest {
+            self.core.session.store(true, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
-    fn begin_session(&mut self) -> Result<(), VhdxError> {
+    fn begin_session(&mut self, whom: For) -> Result<(), VhdxError> {
         let (ring_offset, ring_bytes) = self.header.log_area();
         self.header.update(&*self.core.file, |header| header.file_write_id = Uuid::new_v4().to_bytes_le())?;
         let fresh = self.cut_and_grow()?;
@@ -133,14 +147,23 @@ impl Session {
         self.flush_file("the first log entry")?;
         let id = log.id;
         self.header.update(&*self.core.file, |header| {
-            header.data_write_id = Uuid::new_v4().to_bytes_le();
+            if whom == For::TheGuest {
+                header.data_write_id = Uuid::new_v4().to_bytes_le();
+            }
             header.log_id = id.to_bytes_le();
             header.log_version = 0.into();
         })?;
         self.flush_file("the header")?;
         (self.log, self.header_behind) = (Some(log), true);
         self.publish(fresh);
-        self.core.session.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// The session began for housekeeping, and now the guest writes.
+    fn announce_changes(&mut self) -> Result<(), VhdxError> {
+        self.header.update(&*self.core.file, |header| header.data_write_id = Uuid::new_v4().to_bytes_le())?;
+        self.flush_file("the header")?;
+        self.header_behind = true;
         Ok(())
     }
 

@@ -13,7 +13,7 @@ use blockio::{IoError, IoOp, IoRequest};
 use crate::core::{Core, Ticket, lock};
 use crate::disk::submit_modifying;
 use crate::error::{VhdxError, doing};
-use crate::flush::FlushJob;
+use crate::flush::{FlushJob, For};
 use crate::format::MIB;
 use crate::space::{Extent, Space};
 
@@ -71,7 +71,7 @@ fn reserve(core: &Arc<Core>, blocks: u64) -> Result<(), IoError> {
     }
     if !core.session.load(Ordering::SeqCst) {
         let (tell, told) = sync_channel(1);
-        core.flushes.push(FlushJob::Begin(tell));
+        core.flushes.push(FlushJob::Begin(For::TheGuest, tell));
         told.recv().unwrap_or(Ok(())).map_err(VhdxError::into_io)?;
     }
     while lock(&core.space).fresh_blocks() < blocks {

@@ -22,17 +22,21 @@ use crate::resolve::{BlockPart, ReadSegment, WriteSegment, push_read, push_write
 struct Pin {
     ticket: Ticket,
     blocks: Range<u64>,
+    writes: bool,
 }
 
 impl Pin {
-    fn new(ticket: Ticket, offset: u64, len: u64) -> Self {
+    fn new(ticket: Ticket, offset: u64, len: u64, writes: bool) -> Self {
         let core = ticket.core();
         let block_bytes = core.bat.shape.block_bytes;
         let blocks = offset / block_bytes..(offset + len).div_ceil(block_bytes);
         for block in blocks.clone() {
             core.busy.enter(block);
+            if writes {
+                core.writing.enter(block);
+            }
         }
-        Self { ticket, blocks }
+        Self { ticket, blocks, writes }
     }
 
     fn core(&self) -> &Core {
@@ -44,6 +48,9 @@ impl Drop for Pin {
     fn drop(&mut self) {
         for block in self.blocks.clone() {
             self.core().busy.leave(block);
+            if self.writes {
+                self.core().writing.leave(block);
+            }
         }
     }
 }
@@ -106,7 +113,7 @@ impl WriteGuard {
         for (block, offset) in first_writes {
             if space.settle(block, offset) {
                 if let Some(anchor) = core.bat.get(block).owned_offset() {
-                    space.free_anchor(block, anchor);
+                    space.free_former(block, anchor);
                 }
                 core.bat.set(block, Entry::present(offset));
                 space.mark_dirty(core.bat.page_of(block));
@@ -134,7 +141,7 @@ impl Drop for WriteGuard {
 
 /// Resolves a read. Takes no lock.
 pub(crate) fn resolve_read(ticket: Ticket, offset: u64, len: u64) -> ReadGuard {
-    let pin = Pin::new(ticket, offset, len);
+    let pin = Pin::new(ticket, offset, len, false);
     let core = pin.core();
     let file_bytes = core.file_bytes.load(Ordering::SeqCst);
     let mut segments = Vec::new();
@@ -166,6 +173,8 @@ pub(crate) enum Resolved {
         /// The request goes on with it.
         ticket: Ticket,
     },
+    /// A block of the range is being moved: see [`Core::park`].
+    Held(Ticket),
 }
 
 /// Resolves a write, without waiting. Takes no lock when every block has its place.
@@ -173,11 +182,13 @@ pub(crate) fn try_resolve_write(ticket: Ticket, offset: u64, len: u64) -> Resolv
     if !ticket.core().session.load(Ordering::SeqCst) {
         return Resolved::Wait { blocks: 0, ticket };
     }
-    let pin = Pin::new(ticket, offset, len);
+    let pin = Pin::new(ticket, offset, len, true);
     let mut guard = WriteGuard { pin, segments: Vec::new(), first_writes: Vec::new() };
     let bat = &guard.pin.core().bat;
     for part in bat.shape.parts(offset, len) {
-        match bat.get(part.block).data_offset() {
+        let entry = bat.get(part.block);
+        match entry.data_offset() {
+            Some(_) if entry.is_held() => return Resolved::Held(guard.pin.ticket.clone()),
             Some(place) => push_write(&mut guard.segments, place + part.within, part.len),
             None => return place_blocks(guard, offset, len),
         }
@@ -191,6 +202,10 @@ fn place_blocks(mut guard: WriteGuard, offset: u64, len: u64) -> Resolved {
     let core = guard.pin.ticket.core();
     let mut space = lock(&core.space);
     let shape = core.bat.shape;
+    if shape.parts(offset, len).any(|part| core.bat.get(part.block).is_held()) {
+        drop(space);
+        return Resolved::Held(guard.pin.ticket.clone());
+    }
     let lacks_place = |entry: Entry| entry.data_offset().is_none() && !entry.in_transition();
     let lacking = shape.parts(offset, len).filter(|part| lacks_place(core.bat.get(part.block))).count();
     let blocks = crate::format::bytes(lacking);
@@ -233,6 +248,10 @@ pub(crate) fn resolve_write(mut ticket: Ticket, offset: u64, len: u64) -> Result
                 let (tell, told) = std::sync::mpsc::sync_channel(1);
                 core.growth.push(GrowthJob::Reserve { blocks, tell });
                 told.recv().unwrap_or(Err(IoError::Closed))?;
+            }
+            Resolved::Held(same) => {
+                ticket = same;
+                core.wait_for_moves();
             }
         }
     }

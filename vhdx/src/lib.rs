@@ -78,6 +78,7 @@
 mod amend;
 mod bat;
 mod check;
+mod compact;
 mod convert;
 mod core;
 mod create;
@@ -95,6 +96,7 @@ mod info;
 mod load;
 mod log;
 mod metadata;
+mod moves;
 mod open;
 mod pieces;
 mod recover;
@@ -109,6 +111,7 @@ mod trim;
 mod view;
 
 pub use check::{Report, check};
+pub use compact::{CompactProgress, CompactWatch, Compacted};
 pub use convert::{DataMap, Progress, from_raw, to_raw};
 pub use create::{Spec, create};
 pub use disk::Disk;

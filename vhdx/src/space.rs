@@ -12,6 +12,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use blockio::IoRequest;
+
+use crate::core::Ticket;
 use crate::format::MIB;
 
 /// A free part of the file.
@@ -32,8 +35,11 @@ struct Pending {
 }
 
 /// Free space and unlogged changes.
-#[derive(Debug)]
 pub(crate) struct Space {
+    /// Blocks whose content is being moved.
+    pub(crate) held: usize,
+    /// Requests that wait for the end of a move.
+    pub(crate) parked: Vec<(Ticket, IoRequest)>,
     block_bytes: u64,
     fresh: VecDeque<Extent>,
     stale: Vec<Extent>,
@@ -69,6 +75,8 @@ impl Space {
     /// Space of an image in which `unplaced` blocks have no place yet, with `gaps` of unknown content.
     pub(crate) fn new(block_bytes: u64, unplaced: u64, gaps: Vec<Extent>, step: u64) -> Self {
         Self {
+            held: 0,
+            parked: Vec::new(),
             block_bytes,
             fresh: VecDeque::new(),
             stale: gaps,
@@ -149,6 +157,35 @@ impl Space {
         self.stale.extend(extents);
     }
 
+    /// Takes the lowest free place for a whole block that ends at `limit` or before, whatever bytes lie there, as far as
+    /// `idle` says that no I/O is left.
+    pub(crate) fn take_lowest(&mut self, limit: u64, idle: impl Fn(u64) -> bool) -> Option<u64> {
+        let block_bytes = self.block_bytes;
+        let usable = |extent: &&mut Extent| {
+            extent.len >= block_bytes
+                && extent.offset + block_bytes <= limit
+                && extent.former_block.is_none_or(&idle)
+        };
+        let free = self.stale.iter_mut().chain(self.fresh.iter_mut());
+        let lowest = free.filter(usable).min_by_key(|extent| extent.offset)?;
+        let place = lowest.offset;
+        lowest.offset += block_bytes;
+        lowest.len -= block_bytes;
+        self.stale.retain(|extent| extent.len > 0);
+        self.fresh.retain(|extent| extent.len > 0);
+        Some(place)
+    }
+
+    /// A block gave up the place at `offset` because it has, or will have, another: it was moved, or it was an anchor.
+    pub(crate) fn free_former(&mut self, block: u64, offset: u64) {
+        self.freed.push(Extent { offset, len: self.block_bytes, former_block: Some(block) });
+    }
+
+    /// A place that was taken and written, but became nobody's.
+    pub(crate) fn put_back(&mut self, offset: u64) {
+        self.stale.push(Extent { offset, len: self.block_bytes, former_block: None });
+    }
+
     /// The place of a block whose first write is in flight; the caller becomes one of its writers.
     pub(crate) fn join(&mut self, block: u64) -> u64 {
         let pending = self.pending.get_mut(&block).expect("a block in transition is pending");
@@ -206,11 +243,6 @@ impl Space {
     /// A block gave up its place; reusable when the log says so, durably.
     pub(crate) fn free(&mut self, block: u64, offset: u64) {
         self.unplaced += 1;
-        self.freed.push(Extent { offset, len: self.block_bytes, former_block: Some(block) });
-    }
-
-    /// An anchor gave up its place because its block gets a new one.
-    pub(crate) fn free_anchor(&mut self, block: u64, offset: u64) {
         self.freed.push(Extent { offset, len: self.block_bytes, former_block: Some(block) });
     }
 

@@ -14,14 +14,14 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use blockio::{Completion, IoError, IoOp};
+use blockio::{Completion, IoError, IoOp, IoRequest};
 
 use crate::bat::Entry;
 use crate::core::{Core, Ticket, lock};
 use crate::disk::defer;
 use crate::guard::{Resolved, WriteGuard, try_resolve_write};
 use crate::pieces::submit_all;
-use crate::resolve::{BlockPart, WriteSegment};
+use crate::resolve::WriteSegment;
 
 /// Gives whole blocks up. Parts of blocks stay: a discard is a hint.
 pub(crate) fn discard(ticket: Ticket, offset: u64, len: u64, done: Completion) {
@@ -71,7 +71,19 @@ pub(crate) fn write_zeroes(ticket: Ticket, offset: u64, len: u64, may_unmap: boo
         if unmapped || reads_zero(core.bat.get(part.block)) {
             continue;
         }
-        let Some(guard) = pin_part(&ticket, part, shape.block_bytes) else { continue };
+        let start = part.block * shape.block_bytes + part.within;
+        let guard = match try_resolve_write(ticket.clone(), start, part.len) {
+            Resolved::Ready(guard) => guard,
+            // It was given up in between, and reads as zeros.
+            Resolved::Wait { .. } => continue,
+            // All of it again later: what was given up so far stays so.
+            Resolved::Held(ticket) => {
+                return Core::park(
+                    ticket,
+                    IoRequest { op: IoOp::WriteZeroes { offset, len, may_unmap }, done },
+                );
+            }
+        };
         let segments = guard.segments().iter();
         ops.extend(segments.map(|WriteSegment::Data { file_offset, len }| IoOp::WriteZeroes {
             offset: *file_offset,
@@ -93,13 +105,4 @@ pub(crate) fn write_zeroes(ticket: Ticket, offset: u64, len: u64, may_unmap: boo
 
 fn reads_zero(entry: Entry) -> bool {
     entry.data_offset().is_none() && !entry.in_transition()
-}
-
-/// The block has its place or is about to: no space is needed, unless it was given up in between, and then it reads as zeros.
-fn pin_part(ticket: &Ticket, part: BlockPart, block_bytes: u64) -> Option<WriteGuard> {
-    let start = part.block * block_bytes + part.within;
-    match try_resolve_write(ticket.clone(), start, part.len) {
-        Resolved::Ready(guard) => Some(guard),
-        Resolved::Wait { .. } => None,
-    }
 }
