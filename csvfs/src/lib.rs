@@ -11,6 +11,7 @@
 //!
 //! **Invariant:** only the coordinator writes metadata; nodes write data blocks that a grant and a map gave them.
 
+mod acl;
 pub mod alloc;
 pub mod check;
 pub mod clock;
@@ -25,6 +26,7 @@ pub mod probe;
 pub mod proto;
 mod refusal;
 pub mod volume;
+mod xattrs;
 
 pub use coordinator::{Coordinator, OpenParams, PushTarget};
 pub use format::superblock::Superblock;

@@ -8,14 +8,15 @@
 //! directory: 2 and its subdirectories), every inode is reachable from the root or is an orphan.
 
 use crate::meta::{Dirent, Globals, InodeRecord, StoreError, Tables};
+use crate::node::without_set_ids;
 use crate::proto::{Create, FileKind, SetAttr, Timestamp};
 use crate::refusal::{OpError, errno};
+use crate::xattrs;
 
 /// Longest name in bytes.
 const NAME_BYTES_MAX: usize = 255;
 /// Longest target of a symlink in bytes.
 const TARGET_BYTES_MAX: usize = 4095;
-const SETUID: u32 = 0o4000;
 const SETGID: u32 = 0o2000;
 const MODE_BITS: u32 = 0o7777;
 /// Entries on the way to the root before the tree is taken to be damaged.
@@ -102,13 +103,31 @@ impl Names<'_, '_> {
         if kind == FileKind::Directory && dir.nlink == u32::MAX {
             return Err(errno(libc::EMLINK, "too many subdirectories"));
         }
-        let inode = self.new_inode(op, kind, &dir);
+        let (ino, inode) = self.store_new(op, kind, &dir)?;
+        self.add_entry(op.parent, &mut dir, &op.name, ino, kind)?;
+        self.tables.put_inode(op.parent, &dir)?;
+        Ok((ino, inode))
+    }
+
+    /// Makes a regular file without a name: an orphan from the start, kept by who has it open.
+    pub(crate) fn create_unnamed(&mut self, op: &Create) -> Result<Found, OpError> {
+        let dir = self.open_directory(op.parent)?;
+        let (ino, mut inode) = self.store_new(op, FileKind::Regular, &dir)?;
+        inode.nlink = 0;
+        inode.linkable = op.linkable;
+        self.tables.put_inode(ino, &inode)?;
+        self.tables.put_orphan(ino)?;
+        Ok((ino, inode))
+    }
+
+    /// Gives a new inode its number and what it inherits from its directory, and stores it.
+    fn store_new(&mut self, op: &Create, kind: FileKind, dir: &InodeRecord) -> Result<Found, OpError> {
+        let mut inode = self.new_inode(op, kind, dir);
         let ino = self.globals.next_ino;
+        xattrs::inherit(self.tables, (op.parent, dir), (ino, &mut inode), op.umask)?;
         self.globals.next_ino += 1;
         self.globals.inodes += 1;
         self.tables.put_inode(ino, &inode)?;
-        self.add_entry(op.parent, &mut dir, &op.name, ino, kind)?;
-        self.tables.put_inode(op.parent, &dir)?;
         Ok((ino, inode))
     }
 
@@ -178,7 +197,7 @@ impl Names<'_, '_> {
         if inode.is_dir() {
             return Err(errno(libc::EPERM, "a directory has one name"));
         }
-        if inode.nlink == 0 {
+        if inode.nlink == 0 && !inode.linkable {
             return Err(errno(libc::ENOENT, "the file was removed"));
         }
         if inode.nlink == u32::MAX {
@@ -188,6 +207,10 @@ impl Names<'_, '_> {
         if self.tables.dirent(parent, name)?.is_some() {
             return Err(exists(name));
         }
+        if inode.nlink == 0 {
+            self.tables.remove_orphan(ino)?;
+        }
+        inode.linkable = false;
         inode.nlink += 1;
         inode.ctime = self.now;
         let kind = inode.kind();
@@ -335,6 +358,7 @@ impl Names<'_, '_> {
         let new_owner = op.uid.is_some() || op.gid.is_some();
         inode.mode = match op.mode {
             Some(mode) => mode & MODE_BITS,
+            // A new owner does not get a program that runs as somebody else.
             None if new_owner && inode.is_regular() => without_set_ids(inode.mode),
             None => inode.mode,
         };
@@ -344,14 +368,6 @@ impl Names<'_, '_> {
         inode.mtime = op.mtime.unwrap_or(inode.mtime);
         inode.ctime = op.ctime.unwrap_or(self.now);
     }
-}
-
-/// A new owner does not get a program that runs as somebody else. Without group execution, the bit of the group means
-/// mandatory locking and stays.
-fn without_set_ids(mode: u32) -> u32 {
-    const GROUP_EXEC: u32 = 0o010;
-    let cleared = mode & !SETUID;
-    if mode & GROUP_EXEC != 0 { cleared & !SETGID } else { cleared }
 }
 
 fn check_target(kind: FileKind, target: &[u8]) -> Result<(), OpError> {

@@ -254,6 +254,16 @@ impl Superblock {
     }
 }
 
+/// Marks the volume as using a feature that a program must know to write. Only the coordinator may do this.
+pub(crate) fn add_ro_compat(device: &dyn BlockDevice, bits: u64) -> Result<(), VolumeError> {
+    let block = Superblock::read(device)?;
+    if block.ro_compat & bits == bits {
+        return Ok(());
+    }
+    let (ro_compat, generation) = (block.ro_compat | bits, block.generation + 1);
+    write_superblocks(device, &Superblock { ro_compat, generation, ..block })
+}
+
 type Copy = Result<Superblock, Damaged>;
 
 pub(crate) fn read_copies(device: &dyn BlockDevice) -> Result<[Copy; 2], VolumeError> {

@@ -26,7 +26,7 @@ type Failure = Box<dyn std::error::Error>;
 
 const LUN_BYTES: u64 = 3 << 30;
 const FILE_BYTES: u64 = 1 << 30;
-const CREATION: Creation = Creation { mode: 0o644, uid: 0, gid: 0 };
+const CREATION: Creation = Creation { mode: 0o644, umask: 0, uid: 0, gid: 0 };
 
 struct Arguments {
     seconds: f64,

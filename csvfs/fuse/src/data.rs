@@ -8,14 +8,16 @@ use std::sync::atomic::Ordering;
 
 use blockio::IoBuf;
 use csvfs::node::FsError;
-use fuser::{Errno, ReplyData, ReplyEmpty, ReplyWrite};
 
 use crate::attr::errno;
 use crate::buffers::Buffers;
 use crate::handles::OpenFile;
+use crate::pool::{Lane, Pool};
+use crate::wire::abi::{FSYNC_FDATASYNC, WRITE_KILL_SUIDGID, WriteIn};
+use crate::wire::reply::Reply;
 
 /// Reads up to `len` bytes at `offset` and replies.
-pub(crate) fn read(file: &OpenFile, buffers: &Arc<Buffers>, offset: u64, len: u32, reply: ReplyData) {
+pub(crate) fn read(file: &OpenFile, buffers: &Arc<Buffers>, offset: u64, len: u32, reply: Reply) {
     let whole = IoBuf::from(buffers.take(len as usize));
     let wanted = whole.slice(0..len as usize);
     let buffers = Arc::clone(buffers);
@@ -25,7 +27,7 @@ pub(crate) fn read(file: &OpenFile, buffers: &Arc<Buffers>, offset: u64, len: u3
     });
 }
 
-fn reply_with(whole: IoBuf, count: usize, buffers: &Buffers, reply: ReplyData) {
+fn reply_with(whole: IoBuf, count: usize, buffers: &Buffers, reply: Reply) {
     match whole.try_into_aligned() {
         Ok(buf) => {
             reply.data(&buf[..count]);
@@ -43,18 +45,23 @@ fn reply_with(whole: IoBuf, count: usize, buffers: &Buffers, reply: ReplyData) {
 pub(crate) fn write(
     file: &Arc<OpenFile>,
     buffers: &Arc<Buffers>,
-    offset: u64,
+    pool: &Pool,
+    args: &WriteIn,
     data: &[u8],
-    reply: ReplyWrite,
+    reply: Reply,
 ) {
     let mut buf = buffers.take(data.len());
     buf[..data.len()].copy_from_slice(data);
     let whole = IoBuf::from(buf);
     let part = whole.slice(0..data.len());
-    let (buffers, opened) = (Arc::clone(buffers), Arc::clone(file));
+    let (buffers, opened, closing) = (Arc::clone(buffers), Arc::clone(file), pool.clone());
+    let kill_set_ids = args.write_flags & WRITE_KILL_SUIDGID != 0;
     let answer = move |outcome: Result<usize, FsError>| {
         match outcome {
-            Ok(count) => reply.written(u32::try_from(count).expect("at most what was written")),
+            Ok(count) if kill_set_ids && opened.file.may_have_set_ids() => {
+                closing.run(Lane::Names, move || without_set_ids(&opened, count, reply));
+            }
+            Ok(count) => written(count, reply),
             Err(error) => {
                 opened.may_be_cut.store(opened.direct, Ordering::Release);
                 reply.error(errno(&error));
@@ -66,17 +73,29 @@ pub(crate) fn write(
         let len = data.len();
         file.file.append(part, move |outcome| answer(outcome.map(|_offset| len)));
     } else {
-        file.file.write(offset, part, answer);
+        file.file.write(args.offset, part, answer);
+    }
+}
+
+fn written(count: usize, reply: Reply) {
+    reply.written(u32::try_from(count).expect("at most what was written"));
+}
+
+/// Whoever writes to a program that runs as somebody else must not change what it does then.
+fn without_set_ids(opened: &OpenFile, count: usize, reply: Reply) {
+    match opened.file.clear_set_ids() {
+        Ok(()) => written(count, reply),
+        Err(error) => reply.error(errno(&error)),
     }
 }
 
 /// Makes what was written durable and replies.
-pub(crate) fn fsync(file: &OpenFile, data_only: bool, reply: ReplyEmpty) {
+pub(crate) fn fsync(file: &OpenFile, flags: u32, reply: Reply) {
     let answer = move |outcome: Result<(), FsError>| match outcome {
         Ok(()) => reply.ok(),
         Err(error) => reply.error(errno(&error)),
     };
-    if data_only {
+    if flags & FSYNC_FDATASYNC != 0 {
         file.file.datasync(answer);
     } else {
         file.file.fsync(answer);
@@ -84,4 +103,4 @@ pub(crate) fn fsync(file: &OpenFile, data_only: bool, reply: ReplyEmpty) {
 }
 
 /// What a request on a handle that does not exist gets.
-pub(crate) const BAD_HANDLE: Errno = Errno::EBADF;
+pub(crate) const BAD_HANDLE: i32 = libc::EBADF;

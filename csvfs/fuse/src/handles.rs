@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use csvfs::node::{DirEntry, File};
-use fuser::FileHandle;
 
 /// An open file.
 pub(crate) struct OpenFile {
@@ -50,18 +49,23 @@ impl<T> Default for Handles<T> {
 }
 
 impl<T> Handles<T> {
-    pub(crate) fn insert(&self, opened: T) -> FileHandle {
+    pub(crate) fn insert(&self, opened: T) -> u64 {
         let handle = self.next.fetch_add(1, Ordering::Relaxed);
         self.open.write().unwrap_or_else(PoisonError::into_inner).insert(handle, Arc::new(opened));
-        FileHandle(handle)
+        handle
     }
 
-    pub(crate) fn get(&self, handle: FileHandle) -> Option<Arc<T>> {
-        self.open.read().unwrap_or_else(PoisonError::into_inner).get(&handle.0).cloned()
+    pub(crate) fn get(&self, handle: u64) -> Option<Arc<T>> {
+        self.open.read().unwrap_or_else(PoisonError::into_inner).get(&handle).cloned()
     }
 
-    pub(crate) fn remove(&self, handle: FileHandle) -> Option<Arc<T>> {
-        self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&handle.0)
+    pub(crate) fn remove(&self, handle: u64) -> Option<Arc<T>> {
+        self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&handle)
+    }
+
+    /// Everything that is open now.
+    pub(crate) fn all(&self) -> Vec<Arc<T>> {
+        self.open.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
     /// Forgets all, at the end of the mount.

@@ -1,7 +1,7 @@
 //! The FUSE mount of a cluster volume: POSIX calls of any program, through the node library.
 //!
 //! ```text
-//!   kernel --/dev/fuse--> 2 reader threads --+-- read, write, fsync: submitted to the node, no thread waits
+//!   kernel --/dev/fuse--> 2 readers (`wire`) --+-- read, write, fsync: submitted to the node, no thread waits
 //!                                            |         completion on the device's I/O thread replies
 //!                                            +-- names, attributes: a pool of workers, one waits per call
 //! ```
@@ -22,5 +22,6 @@ mod mount;
 mod ops;
 mod pool;
 mod shared;
+mod wire;
 
 pub use mount::{Mount, MountError, MountOptions, mount};

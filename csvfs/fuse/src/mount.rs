@@ -5,19 +5,22 @@
 //!   unmount:  umount(2) -- busy --> detach (no new users; those with open files go on) -> wait -> abort the connection
 //! ```
 
+use std::ffi::CString;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use csvfs::node::Node;
-use fuser::{Config, MountOption, Session, SessionACL};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags};
 
 use crate::ops::Ops;
+use crate::wire::channel::Channel;
+use crate::wire::session;
 
 /// Threads that read requests of one mount.
 const READERS: usize = 2;
@@ -99,11 +102,12 @@ pub fn mount(
     let mountpoint = usable(mountpoint.as_ref())?;
     let refused =
         |source: io::Error| MountError::Mount { mountpoint: mountpoint.clone(), hint: hint(&source), source };
-    let session = Session::new(Ops::new(node), &mountpoint, &config(options)).map_err(refused)?;
+    let channel = Channel::open().map_err(refused)?;
+    attach(&channel, &mountpoint, options).map_err(refused)?;
     let (tell, ended) = mpsc::sync_channel(1);
     let (name, at) = (format!("fuse:{}", options.volume), mountpoint.clone());
     let serve = move || {
-        if let Err(error) = session.run() {
+        if let Err(error) = session::serve(channel, Ops::new(node), READERS) {
             tracing::warn!(mountpoint = %at.display(), %error, "the mount ended");
         }
         // Nobody listens when the mount was left to end by itself.
@@ -115,23 +119,19 @@ pub fn mount(
     Ok(Mount { mountpoint, minor, patience: options.patience, serving: Some(serving), ended })
 }
 
-fn config(options: &MountOptions) -> Config {
-    let mut config = Config::default();
-    config.mount_options = vec![
-        MountOption::FSName(options.volume.clone()),
-        MountOption::Subtype("csvfs".to_owned()),
-        MountOption::DefaultPermissions,
-        // Times of access are not kept: every read would be a write of metadata.
-        MountOption::NoAtime,
-        // A volume is shared by machines: what one root put there must not raise rights on another.
-        MountOption::NoDev,
-        MountOption::NoSuid,
-        if options.read_only { MountOption::RO } else { MountOption::RW },
-    ];
-    config.acl = if options.allow_other { SessionACL::All } else { SessionACL::Owner };
-    config.n_threads = Some(READERS);
-    config.clone_fd = true;
-    config
+/// Mounts the connection.
+fn attach(channel: &Channel, mountpoint: &Path, options: &MountOptions) -> io::Result<()> {
+    // A volume is shared by machines: what one root put there must not raise rights on another.
+    let mut flags = MountFlags::NODEV | MountFlags::NOSUID;
+    if options.read_only {
+        flags |= MountFlags::RDONLY;
+    }
+    let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let fd = channel.as_fd().as_raw_fd();
+    let others = if options.allow_other { ",allow_other" } else { "" };
+    let data = format!("fd={fd},rootmode=40000,user_id={user},group_id={group},default_permissions{others}");
+    let data = CString::new(data).map_err(io::Error::other)?;
+    Ok(rustix::mount::mount(options.volume.as_str(), mountpoint, "fuse.csvfs", flags, data.as_c_str())?)
 }
 
 /// The mountpoint as an absolute path, after a look at what is there.

@@ -34,6 +34,7 @@ const IDLE: Duration = Duration::from_secs(10);
 type Job = Box<dyn FnOnce() + Send>;
 
 /// The threads of a mount.
+#[derive(Clone)]
 pub(crate) struct Pool {
     names: Arc<Crew>,
     closing: Arc<Crew>,
@@ -78,12 +79,6 @@ impl Pool {
     pub(crate) fn close(&self) {
         self.names.close();
         self.closing.close();
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        self.close();
     }
 }
 

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use csvfs::node::{Attr, File, FsError, Node, SetAttr};
-use fuser::FileHandle;
 
 use crate::buffers::Buffers;
 use crate::handles::{Handles, OpenDirectory, OpenFile};
+use crate::ops::appends;
 
 /// The node and what is open on the mount.
 pub(crate) struct Shared {
@@ -23,11 +23,11 @@ impl Shared {
     }
 
     /// A handle for a file that was just opened with `flags`.
-    pub(crate) fn opened(&self, file: Arc<File>, flags: i32) -> FileHandle {
+    pub(crate) fn opened(&self, file: Arc<File>, flags: u32) -> u64 {
         self.files.insert(OpenFile {
             file,
-            append: flags & libc::O_APPEND != 0,
-            direct: flags & libc::O_DIRECT != 0,
+            append: appends(flags),
+            direct: flags & libc::O_DIRECT.cast_unsigned() != 0,
             may_be_cut: AtomicBool::new(false),
         })
     }
@@ -42,7 +42,7 @@ impl Shared {
         &self,
         ino: u64,
         set: &SetAttr,
-        handle: Option<FileHandle>,
+        handle: Option<u64>,
     ) -> Result<Attr, FsError> {
         let opened = handle.and_then(|handle| self.files.get(handle));
         if let (Some(size), Some(opened)) = (set.size_bytes, opened)

@@ -3,6 +3,7 @@
 //! ```text
 //!   fixed areas   superblocks, owner block, intent logs, metadata slots       read from the LUN
 //!   tables        inodes <-> entries <-> cookies, links, tree, orphans        from one committed moment of the store
+//!   attributes    each has an inode, lists agree with modes                   "
 //!   space         every block of the data area has exactly one owner          files, metadata chunks, pools, free
 //! ```
 //! In use, the tables are read from a snapshot beside the running coordinator. Offline, the store is opened on an
@@ -13,6 +14,7 @@
 mod overlay;
 mod space;
 mod tree;
+mod xattrs;
 
 use std::sync::Arc;
 
@@ -64,6 +66,7 @@ pub fn check_device(device: &Arc<dyn BlockDevice>) -> Result<CheckReport, Volume
     let overlay = Arc::new(overlay::Overlay::new(device.clone()));
     let store = Store::open_verified(overlay, block.volume, block.lun_bytes)?;
     let report = guarded("a page that cannot be read", || {
+        store.make_tables()?;
         check_tables(&store.snapshot()?, block.lun_bytes, &store.chunks())
     })??;
     Ok(with_fixed_areas(report, device.as_ref(), block.volume))

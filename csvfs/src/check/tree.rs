@@ -27,11 +27,16 @@ pub(super) type Nodes = BTreeMap<u64, Node>;
 
 pub(super) fn check(snapshot: &Snapshot, findings: &mut Findings) -> Result<Nodes, StoreError> {
     let mut nodes = Nodes::new();
+    let mut with_xattrs = super::xattrs::Expected::new();
     snapshot.each_inode(|ino, inode| {
         check_inode(ino, &inode, findings);
+        if inode.xattrs > 0 {
+            with_xattrs.insert(ino, (inode.kind(), inode.mode, inode.xattrs));
+        }
         nodes.insert(ino, node_of(&inode));
         Ok(())
     })?;
+    super::xattrs::check(snapshot, &with_xattrs, findings)?;
     check_counters(snapshot, &nodes, findings)?;
     check_entries(snapshot, &mut nodes, findings)?;
     check_cookies(snapshot, findings)?;

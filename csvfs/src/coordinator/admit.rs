@@ -245,9 +245,18 @@ fn kept(op: Option<&Op>) -> bool {
     match op {
         Some(Op::ReleaseGrant(release)) => release.commit.is_some(),
         Some(
-            Op::SetAttr(_) | Op::Create(_) | Op::Link(_) | Op::Unlink(_) | Op::Rename(_) | Op::Commit(_),
-        )
-        | Some(Op::TakePool(_) | Op::ReturnPool(_) | Op::Merge(_)) => true,
+            Op::SetAttr(_)
+            | Op::Create(_)
+            | Op::Link(_)
+            | Op::Unlink(_)
+            | Op::Rename(_)
+            | Op::Commit(_)
+            | Op::SetXattr(_)
+            | Op::RemoveXattr(_)
+            | Op::TakePool(_)
+            | Op::ReturnPool(_)
+            | Op::Merge(_),
+        ) => true,
         _ => false,
     }
 }

@@ -26,6 +26,8 @@ pub(super) struct Core {
     pub(super) volume: VolumeId,
     pub(super) term: Term,
     pub(super) lun_bytes: u64,
+    /// Features of the superblock that a program must know to write.
+    pub(super) ro_compat: u64,
     pub(super) device: Arc<dyn BlockDevice>,
     pub(super) pushes: Arc<dyn PushTarget>,
     pub(super) clock: Arc<dyn Clock>,

@@ -36,6 +36,10 @@ impl Core {
             Op::Merge(op) => self.merge(tables, client, op),
             Op::StatFs(_) => Ok(self.stat_fs(client)),
             Op::ListGrants(op) => Ok(self.list_grants(op.ino)),
+            Op::GetXattr(op) => Self::get_xattr(tables, op),
+            Op::ListXattrs(op) => Self::list_xattrs(tables, op.ino),
+            Op::SetXattr(op) => self.set_xattr(tables, op),
+            Op::RemoveXattr(op) => self.remove_xattr(tables, op),
             Op::Detach(_) => Ok(self.detach(tables, client)?),
             Op::Attach(_) | Op::Acquire(_) | Op::Check(_) => {
                 Err(refused(FailureKind::Unsupported, "these requests take another way"))

@@ -28,6 +28,7 @@ mod scarcity;
 mod sessions;
 mod space;
 mod stat;
+mod xattrs;
 
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;

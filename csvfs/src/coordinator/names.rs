@@ -13,6 +13,7 @@ use crate::proto::{
     reply,
 };
 use crate::refusal::{OpError, errno};
+use crate::xattrs;
 
 /// Most entries of a page of a directory.
 const PAGE_ENTRIES_MAX: u32 = 1024;
@@ -71,10 +72,16 @@ impl Core {
         request_id: u64,
         op: &Create,
     ) -> Result<reply::Result, OpError> {
-        if lookup(tables, op.parent, &op.name)?.is_none() {
+        if op.unnamed || lookup(tables, op.parent, &op.name)?.is_none() {
             self.room_for_metadata()?;
         }
-        let (ino, inode) = self.names(tables).create(op)?;
+        let (ino, inode) = if op.unnamed {
+            let unnamed = self.names(tables).create_unnamed(op)?;
+            self.orphaned(Some(unnamed.0));
+            unnamed
+        } else {
+            self.names(tables).create(op)?
+        };
         if op.open {
             self.count_open(client, ino, request_id);
         }
@@ -84,6 +91,8 @@ impl Core {
     pub(super) fn link(&mut self, tables: &mut Tables<'_>, op: &Link) -> Result<reply::Result, OpError> {
         self.room_for_metadata()?;
         let (ino, inode) = self.names(tables).link(op.ino, op.parent, &op.name)?;
+        self.orphans.remove(&ino);
+        self.reclaimable.remove(&ino);
         Ok(reply::Result::Attr(inode.attr(ino)))
     }
 
@@ -113,6 +122,9 @@ impl Core {
         self.names(tables).set_attr(&mut inode, op);
         if op.size_bytes.is_some() && op.mtime.is_none() {
             inode.mtime = self.wall;
+        }
+        if op.mode.is_some() {
+            xattrs::follow_mode(tables, op.ino, &inode)?;
         }
         tables.put_inode(op.ino, &inode)?;
         Ok(reply::Result::Attr(inode.attr(op.ino)))

@@ -84,6 +84,7 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         volume: params.volume,
         term: params.term,
         lun_bytes: block.lun_bytes,
+        ro_compat: block.ro_compat,
         device: params.device,
         pushes: params.pushes,
         clock: params.clock.clone(),

@@ -140,6 +140,10 @@ fn wishes(tables: &Tables<'_>, op: &Op) -> Result<Wishes, OpError> {
         Op::SetAttr(op) => {
             Wishes { change: vec![op.ino], alone: op.size_bytes.is_some(), ..Wishes::default() }
         }
+        Op::SetXattr(op) => changes(vec![op.ino]),
+        Op::RemoveXattr(op) => changes(vec![op.ino]),
+        // It gets no name: the directory gives only what it inherits.
+        Op::Create(op) if op.unnamed => Wishes::default(),
         Op::Create(op) => {
             let found = child(op.parent, &op.name)?;
             Wishes { read: found.into_iter().collect(), change: vec![op.parent], alone: false }

@@ -21,8 +21,11 @@ pub const SUPERBLOCK_BYTES: usize = 4096;
 
 /// Features that a program may ignore.
 pub const COMPAT_KNOWN: u64 = 0;
-/// Features that a program must know to write.
-pub const RO_COMPAT_KNOWN: u64 = 0;
+/// Features that a program must know to write. Bit 0: inodes have extended attributes and access control lists, in a
+/// table that goes with them.
+pub const RO_COMPAT_KNOWN: u64 = RO_COMPAT_XATTRS;
+/// See [`RO_COMPAT_KNOWN`].
+pub const RO_COMPAT_XATTRS: u64 = 1;
 /// Features that a program must know to do anything. Bit 0: the metadata store is redb, file format 3, at the chunks of
 /// the metadata slot. Bit 1: pools and intent logs: blocks and records that an older program would take for lost ones.
 pub const INCOMPAT_KNOWN: u64 = INCOMPAT_REDB3 | INCOMPAT_POOLS;

@@ -48,6 +48,12 @@ pub(crate) struct InodeRecord {
     /// Of a directory: number of entries.
     #[prost(uint64, tag = "17")]
     pub(crate) entries: u64,
+    /// Number of extended attributes.
+    #[prost(uint64, tag = "30")]
+    pub(crate) xattrs: u64,
+    /// Made without a name (`O_TMPFILE`), and may get one.
+    #[prost(bool, tag = "31")]
+    pub(crate) linkable: bool,
 }
 
 impl InodeRecord {
@@ -75,6 +81,7 @@ impl InodeRecord {
             ctime: Some(self.ctime),
             btime: Some(self.btime),
             generation: self.generation,
+            xattrs: self.xattrs,
         }
     }
 }

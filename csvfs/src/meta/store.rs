@@ -138,6 +138,13 @@ impl Store {
         Ok(Transaction { inner })
     }
 
+    /// Makes tables that this version has and the one that made the volume had not.
+    pub(crate) fn make_tables(&self) -> Result<(), StoreError> {
+        let transaction = self.begin()?;
+        drop(transaction.tables()?);
+        transaction.commit()
+    }
+
     /// All tables as they were committed last; later commits do not show.
     pub(crate) fn snapshot(&self) -> Result<Snapshot, StoreError> {
         let inner = self.db.begin_read().map_err(engine("begin reading the metadata"))?;

@@ -14,8 +14,9 @@
 //! | globals | name | number |
 //! | pools | LUN block | blocks, number of the log that goes with the pool |
 //! | logs | client | `LogRow` |
+//! | xattrs | inode, name | bytes of the attribute |
 //!
-//! Reserved for later versions: `xattrs`, `refcounts`.
+//! Reserved for later versions: `refcounts`.
 //!
 //! **Invariant:** a value that does not decode is `Damaged`, never a default.
 
@@ -53,6 +54,7 @@ pub(crate) struct View<T> {
     globals: T,
     pools: T,
     logs: T,
+    xattrs: T,
     changed: bool,
 }
 
@@ -74,6 +76,7 @@ macro_rules! open_all {
             globals: open("globals")?,
             pools: open("pools")?,
             logs: open("logs")?,
+            xattrs: open("xattrs")?,
             changed: false,
         })
     }};
@@ -399,6 +402,33 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         Ok(ids)
     }
 
+    pub(crate) fn xattr(&self, ino: u64, name: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        get(&self.xattrs, &keys::name(ino, name))
+    }
+
+    /// Names of all extended attributes of an inode, in order.
+    pub(crate) fn xattr_names(&self, ino: u64) -> Result<Vec<Vec<u8>>, StoreError> {
+        let (from, to) = (keys::number(ino), keys::number(ino.saturating_add(1)));
+        let mut names = Vec::new();
+        scan(&self.xattrs, &from[..]..&to[..], |key, _| {
+            let (_, name) = keys::read_name(key).ok_or_else(|| damaged("a key of the attributes"))?;
+            names.push(name.to_vec());
+            Ok(true)
+        })?;
+        Ok(names)
+    }
+
+    /// Visits all extended attributes of all inodes.
+    pub(crate) fn each_xattr(
+        &self,
+        mut visit: impl FnMut(u64, &[u8], &[u8]) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        scan(&self.xattrs, .., |key, value| {
+            let (ino, name) = keys::read_name(key).ok_or_else(|| damaged("a key of the attributes"))?;
+            visit(ino, name, value).map(|()| true)
+        })
+    }
+
     pub(crate) fn globals(&self) -> Result<Globals, StoreError> {
         let read = |name: &str| -> Result<u64, StoreError> {
             let value = get(&self.globals, name.as_bytes())?;
@@ -419,9 +449,23 @@ impl Tables<'_> {
         put(&mut self.inodes, &keys::number(ino), &inode.encode_to_vec())
     }
 
+    /// Removes an inode and its extended attributes.
     pub(crate) fn remove_inode(&mut self, ino: u64) -> Result<(), StoreError> {
         self.changed = true;
+        for name in self.xattr_names(ino)? {
+            self.remove_xattr(ino, &name)?;
+        }
         remove(&mut self.inodes, &keys::number(ino))
+    }
+
+    pub(crate) fn put_xattr(&mut self, ino: u64, name: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.xattrs, &keys::name(ino, name), value)
+    }
+
+    pub(crate) fn remove_xattr(&mut self, ino: u64, name: &[u8]) -> Result<(), StoreError> {
+        self.changed = true;
+        remove(&mut self.xattrs, &keys::name(ino, name))
     }
 
     pub(crate) fn put_dirent(&mut self, parent: u64, name: &[u8], dirent: Dirent) -> Result<(), StoreError> {

@@ -84,6 +84,8 @@ pub struct Attr {
     pub ctime: Timestamp,
     /// Creation.
     pub btime: Timestamp,
+    /// Number of extended attributes.
+    pub xattrs: u64,
 }
 
 impl Attr {
@@ -107,6 +109,7 @@ impl Attr {
             mtime: time(attr.mtime),
             ctime: time(attr.ctime),
             btime: time(attr.btime),
+            xattrs: attr.xattrs,
         })
     }
 }
@@ -142,8 +145,10 @@ pub struct SetAttr {
 /// Attributes of something new.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Creation {
-    /// Permission bits, after the umask.
+    /// Permission bits.
     pub mode: u32,
+    /// Bits that the mode loses, unless the directory has a default access control list.
+    pub umask: u32,
     /// Owner.
     pub uid: u32,
     /// Group.
@@ -170,6 +175,16 @@ pub struct DirPage {
     pub end: bool,
     /// The directory's parent, for `..`.
     pub parent: u64,
+}
+
+/// A mode without the bits that make a program run as somebody else. Without group execution, the bit of the group means
+/// mandatory locking and stays.
+pub(crate) fn without_set_ids(mode: u32) -> u32 {
+    const SETUID: u32 = 0o4000;
+    const SETGID: u32 = 0o2000;
+    const GROUP_EXEC: u32 = 0o010;
+    let cleared = mode & !SETUID;
+    if mode & GROUP_EXEC != 0 { cleared & !SETGID } else { cleared }
 }
 
 /// The wall clock, for times of files that this node changes.

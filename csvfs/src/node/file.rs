@@ -7,7 +7,7 @@ use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp
 use super::core::Pin;
 use super::inode::Inode;
 use super::io::{self, DataOp, What};
-use super::{Attr, FsError, Node};
+use super::{Attr, FsError, Node, SetAttr, attr};
 
 /// State of a run of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -94,6 +94,25 @@ impl File {
     /// Like [`File::fsync`], without what is not needed to find the data again: the times.
     pub fn datasync(&self, done: impl FnOnce(Result<(), FsError>) + Send + 'static) {
         self.pin.inode.sync(false, Box::new(done));
+    }
+
+    /// Whether the file may run as somebody else, as far as is known without asking.
+    #[must_use]
+    pub fn may_have_set_ids(&self) -> bool {
+        self.pin.inode.lock().attr.is_none_or(|attr| attr.mode != attr::without_set_ids(attr.mode))
+    }
+
+    /// Takes the set-user-id and set-group-id bits away, as a write by somebody without the right to keep them must.
+    ///
+    /// # Errors
+    /// When the coordinator refuses.
+    pub fn clear_set_ids(&self) -> Result<(), FsError> {
+        let mode = self.attr()?.mode;
+        let cleared = attr::without_set_ids(mode);
+        if cleared == mode {
+            return Ok(());
+        }
+        self.pin.inode.set_attr(&SetAttr { mode: Some(cleared), ..SetAttr::default() }).map(drop)
     }
 
     /// Attributes now.

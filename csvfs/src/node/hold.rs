@@ -70,6 +70,11 @@ impl Inode {
         Ok(self.lock().size())
     }
 
+    /// Attributes, if they are known here without a message.
+    pub(super) fn attr_at_hand(&self) -> Option<Attr> {
+        self.cached_attr(&self.lock())
+    }
+
     fn cached_attr(&self, state: &State) -> Option<Attr> {
         let valid = state.grant.permits(Mode::ProtectedRead) && state.attr_asked_at >= self.core.names_now();
         state.attr.filter(|_| valid)

@@ -41,6 +41,7 @@ mod space;
 mod sync;
 mod transfer;
 mod workers;
+mod xattrs;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak, mpsc};
@@ -56,11 +57,13 @@ use workers::Workers;
 
 use crate::proto as pb;
 
+pub(crate) use attr::without_set_ids;
 pub use attr::{Attr, Creation, DirEntry, DirPage, FileKind, SetAttr};
 pub use error::FsError;
 pub use file::{Extent, ExtentState, File, SeekFrom};
 pub use link::{CoordinatorLink, LinkError, ReplyTo};
 pub use names::{NAME_BYTES_MAX, ROOT_INO};
+pub use xattrs::XattrFlags;
 
 /// How long the first attach waits for a coordinator.
 const ATTACH_PATIENCE: Duration = Duration::from_secs(30);

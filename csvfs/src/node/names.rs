@@ -66,6 +66,24 @@ impl Node {
         Ok((self.with_local_changes(attr), self.opened(attr)))
     }
 
+    /// Creates a regular file without a name, and opens it: it goes with its last close, unless it is `linkable` and
+    /// [`Node::link`] gives it a name.
+    ///
+    /// # Errors
+    /// `ENOSPC` and the like.
+    pub fn create_unnamed(
+        self: &Arc<Self>,
+        parent: u64,
+        creation: &Creation,
+        linkable: bool,
+    ) -> Result<(Attr, Arc<File>), FsError> {
+        let mut request = new_inode(parent, b"unnamed", FileKind::Regular, creation)?;
+        request.name = Bytes::new();
+        (request.open, request.unnamed, request.linkable) = (true, true, linkable);
+        let attr = self.ask_attr(Op::Create(request))?;
+        Ok((attr, self.opened(attr)))
+    }
+
     /// Creates a directory.
     ///
     /// # Errors
@@ -280,6 +298,9 @@ fn new_inode(parent: u64, name: &[u8], kind: FileKind, creation: &Creation) -> R
         target: Bytes::new(),
         exclusive: false,
         open: false,
+        umask: creation.umask & 0o777,
+        unnamed: false,
+        linkable: false,
     })
 }
 

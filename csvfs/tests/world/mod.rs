@@ -16,7 +16,7 @@ use csvfs::{Coordinator, CreateParams, OpenParams, Volume};
 use lockmgr::{ClientId, ClusterId, Epoch, NodeId, Term, VolumeId};
 
 /// Permissions of whatever a test creates.
-pub const PLAIN: Creation = Creation { mode: 0o644, uid: 1000, gid: 1000 };
+pub const PLAIN: Creation = Creation { mode: 0o644, umask: 0, uid: 1000, gid: 1000 };
 
 /// Large enough for metadata and some files.
 pub const LUN_BYTES: u64 = 1 << 30;

@@ -17,8 +17,8 @@ use crate::link::{NodeLink, VolumeLink};
 /// Requests of one VM in flight on one LUN.
 const QUEUE_DEPTH: u32 = 128;
 /// Directories and files that this process makes belong to root alone.
-const DIRECTORY: Creation = Creation { mode: 0o700, uid: 0, gid: 0 };
-const FILE: Creation = Creation { mode: 0o600, uid: 0, gid: 0 };
+const DIRECTORY: Creation = Creation { mode: 0o700, umask: 0, uid: 0, gid: 0 };
+const FILE: Creation = Creation { mode: 0o600, umask: 0, uid: 0, gid: 0 };
 
 /// The LUN as the VM's I/O reaches it.
 pub(crate) type Gate = GatedDevice<Arc<dyn BlockDevice>>;

@@ -173,7 +173,7 @@ impl World {
     }
 
     pub(crate) fn create(&self, name: &str) -> Arc<dyn ImageFile> {
-        let creation = Creation { mode: 0o600, uid: 0, gid: 0 };
+        let creation = Creation { mode: 0o600, umask: 0, uid: 0, gid: 0 };
         self.node.create(ROOT_INO, name.as_bytes(), &creation, true).unwrap().1
     }
 

@@ -1,8 +1,6 @@
 //! POSIX calls of ordinary programs on mounted volumes.
 #![expect(clippy::cast_possible_truncation, reason = "the sizes in these tests are small")]
 
-mod world;
-
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
@@ -10,8 +8,8 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, symli
 use std::path::Path;
 use std::thread;
 
+use crate::world::{World, can_mount};
 use rustix::fs::{CWD, FallocateFlags, RenameFlags};
-use world::{World, can_mount};
 
 const MIB: usize = 1 << 20;
 

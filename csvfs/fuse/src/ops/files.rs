@@ -1,0 +1,137 @@
+//! Open files: opening, data, space, closing.
+
+use std::sync::Arc;
+
+use csvfs::node::{Attr, File, FsError, SeekFrom};
+
+use super::{Ops, creation};
+use crate::attr::{errno, to_kernel};
+use crate::data::{self, BAD_HANDLE};
+use crate::pool::Lane;
+use crate::shared::Shared;
+use crate::wire::abi::{
+    CreateIn, FallocateIn, FlushIn, FsyncIn, LseekIn, OpenIn, ReadIn, ReleaseIn, WriteIn, fopen,
+};
+use crate::wire::reply::Reply;
+use crate::wire::request::Header;
+
+/// How the kernel treats each file: no page cache, and writes in parallel.
+const FILE_FLAGS: u32 = fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES;
+const O_APPEND: u32 = libc::O_APPEND.cast_unsigned();
+const O_EXCL: u32 = libc::O_EXCL.cast_unsigned();
+
+impl Ops {
+    /// `O_TRUNC` arrives as a `setattr` of its own.
+    pub(super) fn open(&self, header: Header, args: OpenIn, reply: Reply) {
+        self.wait(move |shared| match shared.node.open(header.ino) {
+            Ok(file) => reply.opened(shared.opened(file, args.flags), FILE_FLAGS),
+            Err(error) => reply.error(errno(&error)),
+        });
+    }
+
+    pub(super) fn create(&self, header: Header, args: CreateIn, name: &[u8], reply: Reply) {
+        let (name, creation) = (name.to_vec(), creation(&header, args.mode, args.umask));
+        let exclusive = args.flags & O_EXCL != 0;
+        self.wait(move |shared| {
+            created(shared, args.flags, shared.node.create(header.ino, &name, &creation, exclusive), reply);
+        });
+    }
+
+    /// With `O_EXCL` the file can never get a name.
+    pub(super) fn tmpfile(&self, header: Header, args: CreateIn, reply: Reply) {
+        let creation = creation(&header, args.mode, args.umask);
+        let linkable = args.flags & O_EXCL == 0;
+        self.wait(move |shared| {
+            created(shared, args.flags, shared.node.create_unnamed(header.ino, &creation, linkable), reply);
+        });
+    }
+
+    pub(super) fn read(&self, args: ReadIn, reply: Reply) {
+        match self.shared.files.get(args.fh) {
+            Some(file) => data::read(&file, &self.shared.buffers, args.offset, args.size, reply),
+            None => reply.error(BAD_HANDLE),
+        }
+    }
+
+    pub(super) fn write(&self, args: WriteIn, data: &[u8], reply: Reply) {
+        match self.shared.files.get(args.fh) {
+            Some(file) => data::write(&file, &self.shared.buffers, &self.pool, &args, data, reply),
+            None => reply.error(BAD_HANDLE),
+        }
+    }
+
+    /// Nothing is buffered that closing could lose.
+    pub(super) fn flush(&self, _header: Header, _args: FlushIn, reply: Reply) {
+        reply.ok();
+    }
+
+    pub(super) fn fsync(&self, args: FsyncIn, reply: Reply) {
+        match self.shared.files.get(args.fh) {
+            Some(file) => data::fsync(&file, args.flags, reply),
+            None => reply.error(BAD_HANDLE),
+        }
+    }
+
+    /// The node's last handle gives grants back, which may wait for the coordinator.
+    pub(super) fn release(&self, _header: Header, args: ReleaseIn, reply: Reply) {
+        let closed = self.shared.files.remove(args.fh);
+        self.pool.run(Lane::Closing, move || {
+            drop(closed);
+            reply.ok();
+        });
+    }
+
+    pub(super) fn fallocate(&self, args: FallocateIn, reply: Reply) {
+        const KEEP_SIZE: u32 = libc::FALLOC_FL_KEEP_SIZE.cast_unsigned();
+        if args.mode & !KEEP_SIZE != 0 {
+            return reply.error(libc::EOPNOTSUPP);
+        }
+        let Some(open) = self.shared.files.get(args.fh) else { return reply.error(BAD_HANDLE) };
+        let keep_size = args.mode & KEEP_SIZE != 0;
+        self.done(reply, move |_| open.file.allocate(args.offset, args.length, keep_size));
+    }
+
+    pub(super) fn lseek(&self, args: LseekIn, reply: Reply) {
+        const DATA: u32 = libc::SEEK_DATA.cast_unsigned();
+        const HOLE: u32 = libc::SEEK_HOLE.cast_unsigned();
+        let Some(open) = self.shared.files.get(args.fh) else { return reply.error(BAD_HANDLE) };
+        let from = match args.whence {
+            // Before the start, as the kernel's signed offset, there is nothing.
+            DATA | HOLE if i64::try_from(args.offset).is_err() => return reply.error(libc::ENXIO),
+            DATA => SeekFrom::Data(args.offset),
+            HOLE => SeekFrom::Hole(args.offset),
+            // The kernel handles the other kinds by itself.
+            _ => return reply.error(libc::EINVAL),
+        };
+        self.wait(move |_| match open.file.seek(from) {
+            Ok(found) => reply.offset(found),
+            Err(error) => reply.error(errno(&error)),
+        });
+    }
+
+    /// Everything that was written on this mount, as `sync` wants it.
+    pub(super) fn syncfs(&self, reply: Reply) {
+        self.done(reply, |shared| {
+            shared.files.all().into_iter().try_for_each(|open| {
+                let (tell, told) = std::sync::mpsc::sync_channel(1);
+                open.file.fsync(move |outcome| drop(tell.send(outcome)));
+                told.recv().unwrap_or(Err(FsError::Detached))
+            })
+        });
+    }
+}
+
+fn created(shared: &Shared, flags: u32, outcome: Result<(Attr, Arc<File>), FsError>, reply: Reply) {
+    match outcome {
+        Ok((attr, file)) => {
+            let handle = shared.opened(file, flags);
+            reply.created(&to_kernel(&attr), attr.generation, handle, FILE_FLAGS);
+        }
+        Err(error) => reply.error(errno(&error)),
+    }
+}
+
+/// Whether the flags of an open file want all writes at its end.
+pub(crate) fn appends(flags: u32) -> bool {
+    flags & O_APPEND != 0
+}

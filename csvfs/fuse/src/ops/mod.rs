@@ -1,0 +1,132 @@
+//! The requests of the kernel, one call of the node library each.
+//!
+//! ```text
+//!   request --+-- data (read, write, fsync): submitted, answered from the completion
+//!             +-- what may wait for the coordinator: a worker of the pool, which answers
+//! ```
+//! Permissions are checked by the kernel (`default_permissions`), with supplementary groups and access control lists. Not
+//! offered, so that the kernel does it by itself or refuses: ioctl, poll, bmap, `copy_file_range` (the kernel copies).
+
+mod attributes;
+mod directories;
+mod files;
+mod names;
+mod xattrs;
+
+pub(crate) use files::appends;
+
+use std::sync::Arc;
+
+use csvfs::node::{Attr, Creation, FsError, Node};
+
+use crate::attr::{errno, to_kernel};
+use crate::pool::{Lane, Pool};
+use crate::shared::Shared;
+use crate::wire::reply::Reply;
+use crate::wire::request::{Header, Op};
+use crate::wire::session::Filesystem;
+
+/// The filesystem of one mount.
+pub(crate) struct Ops {
+    shared: Arc<Shared>,
+    pool: Pool,
+}
+
+impl Ops {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { shared: Arc::new(Shared::new(node)), pool: Pool::new() }
+    }
+
+    /// Runs a call that may wait, on a worker.
+    fn wait(&self, job: impl FnOnce(&Shared) + Send + 'static) {
+        let shared = Arc::clone(&self.shared);
+        self.pool.run(Lane::Names, move || job(&shared));
+    }
+
+    /// A call whose answer is a name and what it stands for.
+    fn entry(&self, reply: Reply, call: impl FnOnce(&Node) -> Result<Attr, FsError> + Send + 'static) {
+        self.wait(move |shared| match call(&shared.node) {
+            Ok(attr) => reply.entry(&to_kernel(&attr), attr.generation),
+            Err(error) => reply.error(errno(&error)),
+        });
+    }
+
+    /// A call without an answer but its outcome.
+    fn done(&self, reply: Reply, call: impl FnOnce(&Shared) -> Result<(), FsError> + Send + 'static) {
+        self.wait(move |shared| reply.done(call(shared).map_err(|error| errno(&error))));
+    }
+}
+
+/// What a new inode begins with.
+fn creation(header: &Header, mode: u32, umask: u32) -> Creation {
+    Creation { mode: mode & 0o7777, umask, uid: header.uid, gid: header.gid }
+}
+
+impl Filesystem for Ops {
+    fn request(&self, header: Header, op: Op<'_>, reply: Reply) {
+        match op {
+            Op::Read(args) => self.read(args, reply),
+            Op::Write { args, data } => self.write(args, data, reply),
+            Op::Flush(args) => self.flush(header, args, reply),
+            Op::Fsync(args) => self.fsync(args, reply),
+            Op::Open(args) => self.open(header, args, reply),
+            Op::Create { args, name } => self.create(header, args, name, reply),
+            Op::TmpFile(args) => self.tmpfile(header, args, reply),
+            Op::Release(args) => self.release(header, args, reply),
+            Op::Fallocate(args) => self.fallocate(args, reply),
+            Op::Lseek(args) => self.lseek(args, reply),
+            Op::SyncFs => self.syncfs(reply),
+            op => self.about_names(header, op, reply),
+        }
+    }
+
+    fn interrupt(&self, _unique: u64) {}
+
+    fn end(&self) {
+        // Answers what still runs, then closes what programs left open.
+        self.pool.close();
+        self.shared.files.clear();
+    }
+}
+
+impl Ops {
+    fn about_names(&self, header: Header, op: Op<'_>, reply: Reply) {
+        match op {
+            Op::Lookup { name } => self.lookup(header, name, reply),
+            Op::ReadLink => self.readlink(header, reply),
+            Op::Symlink { name, target } => self.symlink(header, name, target, reply),
+            Op::MkNod { args, name } => self.mknod(header, args, name, reply),
+            Op::MkDir { args, name } => self.mkdir(header, args, name, reply),
+            Op::Unlink { name } => self.unlink(header, name, reply),
+            Op::RmDir { name } => self.rmdir(header, name, reply),
+            Op::Rename { name, new_dir, new_name, flags } => {
+                self.rename(header, name, (new_dir, new_name), flags, reply);
+            }
+            Op::Link { old, name } => self.link(header, old, name, reply),
+            Op::OpenDir => self.opendir(reply),
+            Op::ReadDir(args) => self.readdir(header, args, false, reply),
+            Op::ReadDirPlus(args) => self.readdir(header, args, true, reply),
+            Op::ReleaseDir(args) => self.releasedir(args, reply),
+            // An acknowledged change of a name is durable already.
+            Op::FsyncDir => reply.ok(),
+            op => self.about_attributes(header, op, reply),
+        }
+    }
+
+    fn about_attributes(&self, header: Header, op: Op<'_>, reply: Reply) {
+        match op {
+            Op::GetAttr => self.getattr(header, reply),
+            Op::Statx => self.statx(header, reply),
+            Op::SetAttr(args) => self.setattr(header, args, reply),
+            Op::StatFs => self.statfs(reply),
+            Op::SetXattr { args, name, value } => self.setxattr(header, args, name, value, reply),
+            Op::GetXattr { size, name } => self.getxattr(header, size, name, reply),
+            Op::ListXattr { size } => self.listxattr(header, size, reply),
+            Op::RemoveXattr { name } => self.removexattr(header, name, reply),
+            // No command is known.
+            Op::Ioctl => reply.error(libc::ENOTTY),
+            // The kernel does without from now on.
+            _ => reply.error(libc::ENOSYS),
+        }
+    }
+}

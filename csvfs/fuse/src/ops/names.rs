@@ -1,0 +1,66 @@
+//! Names: finding, making, moving and removing them.
+
+use super::{Ops, creation};
+use crate::attr::{errno, kind_of_mode};
+use crate::wire::abi::{MkdirIn, MknodIn};
+use crate::wire::reply::Reply;
+use crate::wire::request::Header;
+
+impl Ops {
+    /// A name that is not there is not remembered by the kernel (F6): the error leaves no entry behind.
+    pub(super) fn lookup(&self, header: Header, name: &[u8], reply: Reply) {
+        let name = name.to_vec();
+        self.entry(reply, move |node| node.lookup(header.ino, &name));
+    }
+
+    pub(super) fn readlink(&self, header: Header, reply: Reply) {
+        self.wait(move |shared| match shared.node.readlink(header.ino) {
+            Ok(target) => reply.data(&target),
+            Err(error) => reply.error(errno(&error)),
+        });
+    }
+
+    pub(super) fn symlink(&self, header: Header, name: &[u8], target: &[u8], reply: Reply) {
+        let (name, target) = (name.to_vec(), target.to_vec());
+        let creation = creation(&header, 0o777, 0);
+        self.entry(reply, move |node| node.symlink(header.ino, &name, &target, &creation));
+    }
+
+    pub(super) fn mknod(&self, header: Header, args: MknodIn, name: &[u8], reply: Reply) {
+        let Some(kind) = kind_of_mode(args.mode) else { return reply.error(libc::EINVAL) };
+        let (name, creation) = (name.to_vec(), creation(&header, args.mode, args.umask));
+        self.entry(reply, move |node| node.mknod(header.ino, &name, kind, args.rdev, &creation));
+    }
+
+    pub(super) fn mkdir(&self, header: Header, args: MkdirIn, name: &[u8], reply: Reply) {
+        let (name, creation) = (name.to_vec(), creation(&header, args.mode, args.umask));
+        self.entry(reply, move |node| node.mkdir(header.ino, &name, &creation));
+    }
+
+    pub(super) fn unlink(&self, header: Header, name: &[u8], reply: Reply) {
+        let name = name.to_vec();
+        self.done(reply, move |shared| shared.node.unlink(header.ino, &name));
+    }
+
+    pub(super) fn rmdir(&self, header: Header, name: &[u8], reply: Reply) {
+        let name = name.to_vec();
+        self.done(reply, move |shared| shared.node.rmdir(header.ino, &name));
+    }
+
+    pub(super) fn rename(
+        &self,
+        header: Header,
+        name: &[u8],
+        (new_dir, new_name): (u64, &[u8]),
+        flags: u32,
+        reply: Reply,
+    ) {
+        let (name, new_name) = (name.to_vec(), new_name.to_vec());
+        self.done(reply, move |shared| shared.node.rename(header.ino, &name, new_dir, &new_name, flags));
+    }
+
+    pub(super) fn link(&self, header: Header, old: u64, name: &[u8], reply: Reply) {
+        let name = name.to_vec();
+        self.entry(reply, move |node| node.link(old, header.ino, &name));
+    }
+}

@@ -1,0 +1,281 @@
+//! Requests of the kernel: bytes to types.
+//!
+//! ```text
+//!   header | fixed arguments | name, NUL | second name, NUL, or data | extensions (unread)
+//! ```
+//! **Invariant:** bytes that are no request are an error number, never a panic: the kernel is trusted, but a mount must not
+//! end by a request of a kind that did not exist when this was written.
+
+use zerocopy::FromBytes;
+
+use super::abi::{
+    CreateIn, FallocateIn, FlushIn, FsyncIn, GetxattrIn, InHeader, InitIn, InterruptIn, LinkIn, LseekIn,
+    MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn, SetxattrIn, StatxIn,
+    WriteIn, opcode,
+};
+
+/// Who asks, about which inode.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Header {
+    /// Names the request in its reply.
+    pub(crate) unique: u64,
+    pub(crate) ino: u64,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+}
+
+/// A request and its arguments. Names are without their NUL.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Op<'a> {
+    Init(InitIn),
+    Lookup {
+        name: &'a [u8],
+    },
+    /// Without a reply.
+    Forget,
+    GetAttr,
+    Statx,
+    SetAttr(SetattrIn),
+    ReadLink,
+    Symlink {
+        name: &'a [u8],
+        target: &'a [u8],
+    },
+    MkNod {
+        args: MknodIn,
+        name: &'a [u8],
+    },
+    MkDir {
+        args: MkdirIn,
+        name: &'a [u8],
+    },
+    Unlink {
+        name: &'a [u8],
+    },
+    RmDir {
+        name: &'a [u8],
+    },
+    Rename {
+        name: &'a [u8],
+        new_dir: u64,
+        new_name: &'a [u8],
+        flags: u32,
+    },
+    Link {
+        old: u64,
+        name: &'a [u8],
+    },
+    Open(OpenIn),
+    Create {
+        args: CreateIn,
+        name: &'a [u8],
+    },
+    TmpFile(CreateIn),
+    Read(ReadIn),
+    Write {
+        args: WriteIn,
+        data: &'a [u8],
+    },
+    Flush(FlushIn),
+    Release(ReleaseIn),
+    Fsync(FsyncIn),
+    Fallocate(FallocateIn),
+    Lseek(LseekIn),
+    OpenDir,
+    ReadDir(ReadIn),
+    ReadDirPlus(ReadIn),
+    ReleaseDir(ReleaseIn),
+    FsyncDir,
+    StatFs,
+    SyncFs,
+    SetXattr {
+        args: SetxattrIn,
+        name: &'a [u8],
+        value: &'a [u8],
+    },
+    GetXattr {
+        size: u32,
+        name: &'a [u8],
+    },
+    ListXattr {
+        size: u32,
+    },
+    RemoveXattr {
+        name: &'a [u8],
+    },
+    /// Of another request, which is named.
+    Interrupt {
+        unique: u64,
+    },
+    Ioctl,
+    Destroy,
+    /// Not offered.
+    Other,
+}
+
+/// What is left of the arguments.
+struct Args<'a>(&'a [u8]);
+
+impl<'a> Args<'a> {
+    fn take<T: FromBytes>(&mut self) -> Option<T> {
+        let (value, rest) = T::read_from_prefix(self.0).ok()?;
+        self.0 = rest;
+        Some(value)
+    }
+
+    fn name(&mut self) -> Option<&'a [u8]> {
+        let end = self.0.iter().position(|byte| *byte == 0)?;
+        let (name, rest) = self.0.split_at(end);
+        self.0 = &rest[1..];
+        Some(name)
+    }
+
+    fn data(&mut self, len: u32) -> Option<&'a [u8]> {
+        self.0.get(..usize::try_from(len).ok()?)
+    }
+}
+
+/// The request in `bytes`. Of one that is damaged, only whom to tell is known, if that.
+pub(crate) fn parse(bytes: &[u8]) -> Result<(Header, Op<'_>), Option<Header>> {
+    let (raw, rest) = InHeader::read_from_prefix(bytes).map_err(|_| None)?;
+    let header = Header { unique: raw.unique, ino: raw.node, uid: raw.uid, gid: raw.gid };
+    let after = usize::from(raw.extensions) * 8;
+    let whole = usize::try_from(raw.len).is_ok_and(|len| len == bytes.len()) && after <= rest.len();
+    if !whole {
+        return Err(Some(header));
+    }
+    let args = Args(&rest[..rest.len() - after]);
+    arguments(raw.opcode, args).map(|op| (header, op)).ok_or(Some(header))
+}
+
+fn arguments(code: u32, mut args: Args<'_>) -> Option<Op<'_>> {
+    Some(match code {
+        opcode::INIT => Op::Init(args.take()?),
+        opcode::DESTROY => Op::Destroy,
+        opcode::INTERRUPT => Op::Interrupt { unique: args.take::<InterruptIn>()?.unique },
+        opcode::STATFS => Op::StatFs,
+        opcode::SYNCFS => Op::SyncFs,
+        opcode::IOCTL => Op::Ioctl,
+        _ => return names(code, args),
+    })
+}
+
+/// Requests about names and attributes.
+fn names(code: u32, mut args: Args<'_>) -> Option<Op<'_>> {
+    Some(match code {
+        opcode::LOOKUP => Op::Lookup { name: args.name()? },
+        opcode::FORGET | opcode::BATCH_FORGET => Op::Forget,
+        opcode::GETATTR => Op::GetAttr,
+        opcode::STATX => args.take::<StatxIn>().map(|_| Op::Statx)?,
+        opcode::SETATTR => Op::SetAttr(args.take()?),
+        opcode::READLINK => Op::ReadLink,
+        opcode::SYMLINK => Op::Symlink { name: args.name()?, target: args.name()? },
+        opcode::MKNOD => Op::MkNod { args: args.take()?, name: args.name()? },
+        opcode::MKDIR => Op::MkDir { args: args.take()?, name: args.name()? },
+        opcode::UNLINK => Op::Unlink { name: args.name()? },
+        opcode::RMDIR => Op::RmDir { name: args.name()? },
+        opcode::RENAME => {
+            let new_dir = args.take::<RenameIn>()?.new_dir;
+            Op::Rename { name: args.name()?, new_dir, new_name: args.name()?, flags: 0 }
+        }
+        opcode::RENAME2 => {
+            let Rename2In { new_dir, flags, .. } = args.take()?;
+            Op::Rename { name: args.name()?, new_dir, new_name: args.name()?, flags }
+        }
+        opcode::LINK => Op::Link { old: args.take::<LinkIn>()?.old_node, name: args.name()? },
+        opcode::SETXATTR => {
+            let args_in: SetxattrIn = args.take()?;
+            Op::SetXattr { args: args_in, name: args.name()?, value: args.data(args_in.size)? }
+        }
+        opcode::GETXATTR => Op::GetXattr { size: args.take::<GetxattrIn>()?.size, name: args.name()? },
+        opcode::LISTXATTR => Op::ListXattr { size: args.take::<GetxattrIn>()?.size },
+        opcode::REMOVEXATTR => Op::RemoveXattr { name: args.name()? },
+        _ => return opened(code, args),
+    })
+}
+
+/// Requests about open files and directories.
+fn opened(code: u32, mut args: Args<'_>) -> Option<Op<'_>> {
+    Some(match code {
+        opcode::OPEN => Op::Open(args.take()?),
+        opcode::CREATE => Op::Create { args: args.take()?, name: args.name()? },
+        opcode::TMPFILE => Op::TmpFile(args.take()?),
+        opcode::READ => Op::Read(args.take()?),
+        opcode::WRITE => {
+            let args_in: WriteIn = args.take()?;
+            Op::Write { args: args_in, data: args.data(args_in.size)? }
+        }
+        opcode::FLUSH => Op::Flush(args.take()?),
+        opcode::RELEASE => Op::Release(args.take()?),
+        opcode::FSYNC => Op::Fsync(args.take()?),
+        opcode::FALLOCATE => Op::Fallocate(args.take()?),
+        opcode::LSEEK => Op::Lseek(args.take()?),
+        opcode::OPENDIR => Op::OpenDir,
+        opcode::READDIR => Op::ReadDir(args.take()?),
+        opcode::READDIRPLUS => Op::ReadDirPlus(args.take()?),
+        opcode::RELEASEDIR => Op::ReleaseDir(args.take()?),
+        opcode::FSYNCDIR => Op::FsyncDir,
+        _ => Op::Other,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use zerocopy::IntoBytes;
+
+    use super::*;
+
+    fn request(code: u32, args: &[u8]) -> Vec<u8> {
+        let len = u32::try_from(size_of::<InHeader>() + args.len()).expect("small");
+        let (unique, node, uid, gid, pid) = (7, 1, 10, 20, 30);
+        let header = InHeader { len, opcode: code, unique, node, uid, gid, pid, extensions: 0, _pad: 0 };
+        [header.as_bytes(), args].concat()
+    }
+
+    #[test]
+    fn names_and_arguments_are_found() {
+        let bytes = request(
+            opcode::RENAME2,
+            &[Rename2In { new_dir: 9, flags: 1, _pad: 0 }.as_bytes(), b"a\0bc\0"].concat(),
+        );
+        let (header, op) = parse(&bytes).expect("a request");
+        assert_eq!((header.unique, header.ino, header.uid, header.gid), (7, 1, 10, 20));
+        let Op::Rename { name, new_dir, new_name, flags } = op else { panic!("{op:?}") };
+        assert_eq!((name, new_dir, new_name, flags), (&b"a"[..], 9, &b"bc"[..], 1));
+    }
+
+    #[test]
+    fn a_request_that_is_cut_short_anywhere_is_refused_and_names_whom_to_tell() {
+        let args = WriteIn { fh: 1, offset: 2, size: 3, write_flags: 0, lock_owner: 0, flags: 0, _pad: 0 };
+        let bytes = request(opcode::WRITE, &[args.as_bytes(), b"xyz"].concat());
+        assert!(matches!(parse(&bytes), Ok((_, Op::Write { data: b"xyz", .. }))));
+        for len in 0..bytes.len() {
+            let header = parse(&bytes[..len]).expect_err("not whole");
+            assert_eq!(
+                header.map(|header| header.unique),
+                (len >= size_of::<InHeader>()).then_some(7),
+                "{len}"
+            );
+        }
+        // Also when its length agrees.
+        for (code, args) in
+            [(opcode::LOOKUP, &b"no end"[..]), (opcode::SETATTR, b"short"), (opcode::SYMLINK, b"one\0")]
+        {
+            assert!(parse(&request(code, args)).is_err());
+        }
+    }
+
+    #[test]
+    fn extensions_after_the_arguments_are_skipped() {
+        let mut bytes = request(opcode::LOOKUP, b"name\0xxxxxxxx");
+        bytes[36] = 1;
+        assert!(matches!(parse(&bytes), Ok((_, Op::Lookup { name: b"name" }))));
+        bytes[36] = 200;
+        assert!(parse(&bytes).is_err(), "longer than the request");
+    }
+
+    #[test]
+    fn a_request_that_nobody_knew_yet_is_no_error_of_the_connection() {
+        assert!(matches!(parse(&request(4000, b"whatever")), Ok((_, Op::Other))));
+    }
+}

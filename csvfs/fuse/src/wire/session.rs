@@ -1,0 +1,204 @@
+//! A connection with the kernel: handshake, readers, end.
+//!
+//! ```text
+//!   open /dev/fuse -> mount -> [ reader 1: INIT answered, then requests ] -> end of the connection
+//!                                  [ reader 2 .. n: requests on clones  ] -> the last one ends the filesystem
+//! ```
+//! Every reader reads, parses, and calls the filesystem, which must not block: it hands over what waits.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+
+use zerocopy::IntoBytes;
+
+use super::abi::{InitIn, InitOut, MAJOR, MINOR, MINOR_MIN, init};
+use super::channel::Channel;
+use super::reply::Reply;
+use super::request::{Header, Op, parse};
+
+/// Largest read or write of the kernel.
+pub(crate) const REQUEST_BYTES_MAX: u32 = 1 << 20;
+/// Room for a request: its data and, before that, headers and names.
+const BUFFER_BYTES: usize = REQUEST_BYTES_MAX as usize + (16 << 10);
+/// Asynchronous requests of one mount in flight; the kernel's default of 12 would hold deep queues back.
+const BACKGROUND_MAX: u16 = 512;
+const PAGE_BYTES: u32 = 4096;
+
+/// What is asked of the kernel.
+const WANTED: u64 = init::ASYNC_READ
+    | init::BIG_WRITES
+    | init::MAX_PAGES
+    | init::ASYNC_DIO
+    | init::PARALLEL_DIROPS
+    | init::DO_READDIRPLUS
+    | init::READDIRPLUS_AUTO
+    | init::POSIX_ACL
+    | init::DONT_MASK
+    | init::SETXATTR_EXT
+    | init::INIT_EXT;
+
+/// What a filesystem does with requests. Called by several readers at once; must not block.
+pub(crate) trait Filesystem: Send + Sync {
+    /// Does a request and answers it, now or later.
+    fn request(&self, header: Header, op: Op<'_>, reply: Reply);
+    /// Another request is to be given up, if it still waits. It is answered in any case.
+    fn interrupt(&self, unique: u64);
+    /// The connection has ended; no request follows.
+    fn end(&self);
+}
+
+/// Serves `filesystem` with `readers` threads until the connection ends.
+pub(crate) fn serve<F: Filesystem + 'static>(
+    channel: Channel,
+    filesystem: F,
+    readers: usize,
+) -> io::Result<()> {
+    let filesystem = Arc::new(filesystem);
+    let outcome = read_all(channel, &filesystem, readers);
+    filesystem.end();
+    outcome
+}
+
+fn read_all<F: Filesystem + 'static>(
+    channel: Channel,
+    filesystem: &Arc<F>,
+    readers: usize,
+) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER_BYTES];
+    if !shake_hands(&channel, &mut buffer)? {
+        return Ok(());
+    }
+    let mut others = Vec::new();
+    for number in 1..readers {
+        others.push(start_reader(number, channel.try_clone()?, Arc::clone(filesystem))?);
+    }
+    let mut outcome = read(&Arc::new(channel), filesystem.as_ref(), &mut buffer);
+    for reader in others {
+        let ended = reader.join().unwrap_or_else(|_| Err(io::Error::other("a reader of the mount panicked")));
+        outcome = outcome.and(ended);
+    }
+    outcome
+}
+
+fn start_reader<F: Filesystem + 'static>(
+    number: usize,
+    channel: Channel,
+    filesystem: Arc<F>,
+) -> io::Result<JoinHandle<io::Result<()>>> {
+    let work = move || read(&Arc::new(channel), filesystem.as_ref(), &mut vec![0; BUFFER_BYTES]);
+    Builder::new().name(format!("fuse-reader-{number}")).spawn(work)
+}
+
+/// The first request. `false`: the connection ended before it came.
+fn shake_hands(channel: &Channel, buffer: &mut [u8]) -> io::Result<bool> {
+    loop {
+        let Some(bytes) = channel.receive(buffer)? else { return Ok(false) };
+        let Ok((header, Op::Init(offer))) = parse(bytes) else {
+            return Err(io::Error::other("the kernel's first request is no handshake"));
+        };
+        let answer = negotiate(&offer);
+        let len = size_of::<super::abi::OutHeader>() + size_of::<InitOut>();
+        let error = if answer.is_ok() { 0 } else { -libc::EPROTO };
+        let len = u32::try_from(len).expect("small");
+        let out = super::abi::OutHeader { len, error, unique: header.unique };
+        let body = *answer.as_ref().unwrap_or(&offer_of(MINOR));
+        channel.send(&[io::IoSlice::new(out.as_bytes()), io::IoSlice::new(body.as_bytes())]);
+        // A kernel of a newer major version asks again, with ours.
+        if offer.major <= MAJOR {
+            return answer.map(|_| true).map_err(io::Error::other);
+        }
+    }
+}
+
+fn offer_of(minor: u32) -> InitOut {
+    InitOut {
+        major: MAJOR,
+        minor,
+        max_readahead: REQUEST_BYTES_MAX,
+        flags: 0,
+        max_background: BACKGROUND_MAX,
+        congestion_threshold: BACKGROUND_MAX / 4 * 3,
+        max_write: REQUEST_BYTES_MAX,
+        time_gran: 1,
+        max_pages: u16::try_from(REQUEST_BYTES_MAX / PAGE_BYTES).expect("256 pages"),
+        map_alignment: 0,
+        flags2: 0,
+        _unused: [0; 7],
+    }
+}
+
+fn negotiate(offer: &InitIn) -> Result<InitOut, String> {
+    if offer.major < MAJOR || (offer.major == MAJOR && offer.minor < MINOR_MIN) {
+        let (major, minor) = (offer.major, offer.minor);
+        return Err(format!(
+            "the kernel speaks FUSE {major}.{minor}; a mount needs {MAJOR}.{MINOR_MIN} (Linux 6.1)"
+        ));
+    }
+    let offered = u64::from(offer.flags) | u64::from(offer.flags2) << 32;
+    let (agreed, missing) = (offered & WANTED, WANTED & !offered);
+    if missing != 0 {
+        tracing::info!(missing = format!("{missing:#x}"), "the kernel's FUSE does not offer this");
+    }
+    let half = |bits: u64| u32::try_from(bits & u64::from(u32::MAX)).expect("32 bits");
+    let mut answer = offer_of(MINOR);
+    answer.max_readahead = offer.max_readahead.min(REQUEST_BYTES_MAX);
+    (answer.flags, answer.flags2) = (half(agreed), half(agreed >> 32));
+    Ok(answer)
+}
+
+fn read<F: Filesystem>(channel: &Arc<Channel>, filesystem: &F, buffer: &mut [u8]) -> io::Result<()> {
+    while let Some(bytes) = channel.receive(buffer)? {
+        match parse(bytes) {
+            Ok((header, op)) => dispatch(filesystem, channel, header, op),
+            Err(Some(header)) => {
+                tracing::error!(?header, "a request of the kernel makes no sense");
+                Reply::new(channel, &header).error(libc::EINVAL);
+            }
+            Err(None) => return Err(io::Error::other("the kernel sent less than a request's header")),
+        }
+    }
+    Ok(())
+}
+
+fn dispatch<F: Filesystem>(filesystem: &F, channel: &Arc<Channel>, header: Header, op: Op<'_>) {
+    let reply = Reply::new(channel, &header);
+    match op {
+        Op::Forget => reply.none(),
+        Op::Interrupt { unique } => {
+            reply.none();
+            filesystem.interrupt(unique);
+        }
+        Op::Destroy => reply.ok(),
+        op => filesystem.request(header, op, reply),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn offer(minor: u32, flags: u64) -> InitIn {
+        let half = |bits: u64| u32::try_from(bits & 0xffff_ffff).expect("32 bits");
+        InitIn {
+            major: 7,
+            minor,
+            max_readahead: 1 << 17,
+            flags: half(flags),
+            flags2: half(flags >> 32),
+            _unused: [0; 11],
+        }
+    }
+
+    #[test]
+    fn only_what_the_kernel_offers_is_agreed_on() {
+        let answer = negotiate(&offer(45, init::POSIX_ACL | init::ASYNC_DIO | 1 << 41)).expect("agreed");
+        assert_eq!(u64::from(answer.flags), init::POSIX_ACL | init::ASYNC_DIO);
+        assert_eq!((answer.flags2, answer.minor, answer.max_readahead), (0, MINOR, 1 << 17));
+    }
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_told_which_is_needed() {
+        assert!(negotiate(&offer(31, WANTED)).expect_err("too old").contains("Linux 6.1"));
+    }
+}

@@ -1,0 +1,5 @@
+//! Volumes mounted through the kernel, one or several times in one process.
+
+mod attributes;
+mod posix;
+mod world;
