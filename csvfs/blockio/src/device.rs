@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use crate::{AlignedBuf, IoBuf};
+use crate::{AlignedBuf, IoBuf, WriteRight};
 
 /// Size and granularity of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -177,6 +177,17 @@ pub trait BlockDevice: Send + Sync {
     /// Starts a request. Errors too come through the completion. Blocks only when the device's queue is full.
     fn submit(&self, request: IoRequest);
 
+    /// As `submit`, for a request that may start only under a right. The caller has just checked it. A device whose own
+    /// thread starts the request later asks again there, right before it does: the caller's thread, or the device's, may
+    /// have been stopped in between (B3).
+    fn submit_under(&self, request: IoRequest, right: &Arc<dyn WriteRight>) {
+        let _ = right;
+        self.submit(request);
+    }
+
+    /// Rights have changed: what waits for one is looked at again.
+    fn rights_changed(&self) {}
+
     /// Submits and waits.
     ///
     /// # Errors
@@ -235,6 +246,12 @@ impl<T: BlockDevice + ?Sized> BlockDevice for Arc<T> {
     }
     fn submit(&self, request: IoRequest) {
         (**self).submit(request);
+    }
+    fn submit_under(&self, request: IoRequest, right: &Arc<dyn WriteRight>) {
+        (**self).submit_under(request, right);
+    }
+    fn rights_changed(&self) {
+        (**self).rights_changed();
     }
 }
 

@@ -16,11 +16,12 @@ use std::sync::{Arc, Once};
 
 use rustix::fs::{AtFlags, SeekFrom, StatxFlags};
 
+use crate::held::Held;
 use crate::job::Job;
 use crate::poison::Poison;
 use crate::queue::Workers;
 use crate::uring::Uring;
-use crate::{BlockDevice, Geometry, IO_ALIGN, ImageFile, IoError, IoOp, IoRequest, pool};
+use crate::{BlockDevice, Geometry, IO_ALIGN, ImageFile, IoError, IoOp, IoRequest, WriteRight, pool};
 
 /// Threads of the engine without io_uring.
 const POOL_THREADS: usize = 8;
@@ -66,6 +67,8 @@ pub(crate) struct Target {
     pub(crate) memory_align: usize,
     pub(crate) can_discard: AtomicBool,
     pub(crate) poison: Poison,
+    /// What the blocking threads may not do yet.
+    pub(crate) held: Held,
     size_bytes: AtomicU64,
     writable: bool,
 }
@@ -156,12 +159,35 @@ impl BlockDevice for FileDevice {
     }
 
     fn submit(&self, request: IoRequest) {
-        let slow = self.target.is_block && matches!(request.op, IoOp::Discard { .. });
-        let job = Job::plan(request, &self.target);
+        self.push(Job::plan(request, &self.target));
+    }
+
+    fn submit_under(&self, request: IoRequest, right: &Arc<dyn WriteRight>) {
+        self.push(Job::plan(request, &self.target).under(right));
+    }
+
+    fn rights_changed(&self) {
+        if let Engine::Uring(uring) = &self.engine {
+            uring.rights_changed();
+        }
+        self.target.held.take().into_iter().for_each(|job| self.push(job));
+    }
+}
+
+impl FileDevice {
+    fn push(&self, job: Job) {
         match &self.engine {
-            _ if slow => self.slow.push(job),
+            _ if job.is_slow() => self.slow.push(job),
             Engine::Uring(uring) => uring.push(job),
             Engine::Pool(pool) => pool.push(job),
+        }
+    }
+}
+
+impl Drop for FileDevice {
+    fn drop(&mut self) {
+        for job in self.target.held.take() {
+            job.finish(&self.target, Err(IoError::Closed));
         }
     }
 }
@@ -205,6 +231,7 @@ impl Target {
             memory_align,
             can_discard: AtomicBool::new(can_discard && options.writable),
             poison: Poison::default(),
+            held: Held::default(),
             size_bytes: AtomicU64::new(0),
             writable: options.writable,
         };

@@ -1,12 +1,14 @@
-//! The right to do I/O, asked right before each request goes to the device.
+//! The right to do I/O, asked when a request goes to the device, and again by the device right before it starts it.
 //!
 //! ```text
-//!   submit -> WriteRight::check -- Granted ------> device
+//!   submit -> WriteRight::check -- Granted ------> device: queue -> WriteRight::check -> system call
 //!                               -- Wait ---------> held until reconsider()
 //!                               -- Revoked ------> NotPermitted
 //! ```
 //!
 //! Reads are asked for too: a node whose lease is over may read blocks that already belong to another file.
+//!
+//! The second check is what counts: between the two a thread may have been stopped for longer than the lease.
 //!
 //! **Invariant:** nothing reaches the device unless a check that was made after its submission granted it.
 
@@ -57,6 +59,7 @@ impl<D: BlockDevice> GatedDevice<D> {
         for request in held {
             self.submit(request);
         }
+        self.inner.rights_changed();
     }
 
     /// Number of requests that wait for the right.
@@ -78,7 +81,7 @@ impl<D: BlockDevice> GatedDevice<D> {
             Permission::Wait => held.push(request),
             Permission::Granted => {
                 drop(held);
-                self.inner.submit(request);
+                self.inner.submit_under(request, &self.right);
             }
             Permission::Revoked(reason) => {
                 drop(held);
@@ -99,7 +102,7 @@ impl<D: BlockDevice> BlockDevice for GatedDevice<D> {
 
     fn submit(&self, request: IoRequest) {
         match self.right.check() {
-            Permission::Granted => self.inner.submit(request),
+            Permission::Granted => self.inner.submit_under(request, &self.right),
             Permission::Wait => self.hold(request),
             Permission::Revoked(reason) => self.refuse(request, reason),
         }

@@ -9,11 +9,11 @@
 //!
 //! **Invariant:** a job reports success only after all its bytes were transferred.
 
-use std::sync::LazyLock;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, LazyLock};
 
 use crate::file::Target;
-use crate::{Completion, IoBuf, IoError, IoOp, IoRequest};
+use crate::{Completion, IoBuf, IoError, IoOp, IoRequest, Permission, WriteRight};
 
 /// Longest single transfer; the kernel takes a little less than 2 GiB.
 const CALL_BYTES_MAX: u64 = 1 << 30;
@@ -55,6 +55,8 @@ pub(crate) struct Job {
     done: Completion,
     /// Found unfit before any call.
     refused: Option<IoError>,
+    /// Must be granted when a call is made.
+    right: Option<Arc<dyn WriteRight>>,
 }
 
 impl Job {
@@ -83,13 +85,45 @@ impl Job {
         job
     }
 
+    /// The same job, whose calls may be made only under `right`.
+    pub(crate) fn under(self, right: &Arc<dyn WriteRight>) -> Self {
+        Self { right: Some(Arc::clone(right)), ..self }
+    }
+
+    /// Whether its next call may be made now.
+    pub(crate) fn permission(&self) -> Permission {
+        self.right.as_ref().map_or(Permission::Granted, |right| right.check())
+    }
+
     fn transfer(kind: Kind, name: &'static str, offset: u64, buf: IoBuf, done: Completion) -> Self {
         let left = buf.len() as u64;
-        Self { kind, name, offset, left, memory: Some(buf), filled: 0, bounced: None, done, refused: None }
+        Self {
+            kind,
+            name,
+            offset,
+            left,
+            memory: Some(buf),
+            filled: 0,
+            bounced: None,
+            done,
+            refused: None,
+            right: None,
+        }
     }
 
     fn ranged(kind: Kind, name: &'static str, offset: u64, len: u64, done: Completion) -> Self {
-        Self { kind, name, offset, left: len, memory: None, filled: 0, bounced: None, done, refused: None }
+        Self {
+            kind,
+            name,
+            offset,
+            left: len,
+            memory: None,
+            filled: 0,
+            bounced: None,
+            done,
+            refused: None,
+            right: None,
+        }
     }
 
     /// Replaces memory that the device cannot reach by an aligned copy.
@@ -102,6 +136,11 @@ impl Job {
             copy_between(&given, &copy);
         }
         self.memory = Some(copy);
+    }
+
+    /// Whether io_uring does not know its call.
+    pub(crate) fn is_slow(&self) -> bool {
+        self.kind == Kind::DiscardBlocks
     }
 
     /// The next call, or how the job ended without one.

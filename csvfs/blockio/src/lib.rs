@@ -15,6 +15,7 @@ mod device;
 mod fault;
 mod file;
 mod gate;
+mod held;
 mod job;
 mod memory;
 mod nbd;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use crate::file::Target;
 use crate::job::{Call, Job};
 use crate::queue::Workers;
+use crate::{IoError, Permission};
 
 /// `BLKDISCARD` of `linux/fs.h`.
 const BLKDISCARD: libc::c_ulong = 0x1277;
@@ -23,6 +24,18 @@ pub(crate) fn start(name: &str, threads: usize, target: Arc<Target>) -> Workers<
 
 fn carry_out(mut job: Job, target: &Target) {
     let outcome = loop {
+        // Right before the call, whatever this thread was stopped for (B3).
+        match job.permission() {
+            Permission::Granted => {}
+            Permission::Revoked(reason) => break Err(IoError::NotPermitted { reason }),
+            Permission::Wait => match target.held.hold(job) {
+                None => return,
+                Some(back) => {
+                    job = back;
+                    continue;
+                }
+            },
+        }
         let call = match job.call() {
             Ok(call) => call,
             Err(ended) => break ended,

@@ -7,21 +7,24 @@
 //! One `io_uring_enter` submits all that waits and sleeps for the next completion, so the calls per request fall as the
 //! load grows. Requests that completions submit are found without any wake-up.
 //!
+//! Calls are collected and put into the ring as the last thing before the system call, after their right was asked (B3).
+//!
 //! **Invariant:** an entry's memory is held in its slot until its completion was reaped.
 #![expect(unsafe_code, reason = "the ring takes raw pointers; the slots keep the memory behind them alive")]
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use crate::IoError;
 use crate::file::Target;
 use crate::job::{Call, Job};
 use crate::queue::{Intake, Pushed};
+use crate::{IoError, Permission};
 
 /// User data of the poll on the eventfd; slots count from 0.
 const WAKE: u64 = u64::MAX;
@@ -34,6 +37,8 @@ const BELL: types::Fixed = types::Fixed(1);
 pub(crate) struct Uring {
     intake: Arc<Intake<Job>>,
     bell: Arc<OwnedFd>,
+    /// Jobs wait for their right: a change of it must wake the thread.
+    waiting: Arc<AtomicBool>,
     target: Arc<Target>,
     thread: Option<JoinHandle<()>>,
 }
@@ -44,20 +49,22 @@ impl Uring {
         let intake = Intake::new();
         let flags = rustix::event::EventfdFlags::CLOEXEC | rustix::event::EventfdFlags::NONBLOCK;
         let bell = Arc::new(rustix::event::eventfd(0, flags)?);
+        let waiting = Arc::new(AtomicBool::new(false));
         let (tell, told) = mpsc::sync_channel(1);
         let thread = {
             let (intake, bell, target) = (Arc::clone(&intake), Arc::clone(&bell), Arc::clone(target));
+            let waiting = Arc::clone(&waiting);
             // The ring belongs to the thread that made it (SINGLE_ISSUER), so it is made there.
             Builder::new().name(name.to_owned()).spawn(move || match open_ring(depth, &target, &bell) {
                 Ok(ring) => {
                     drop(tell.send(Ok(())));
-                    Engine::new(ring, intake, target).run();
+                    Engine::new(ring, intake, target, waiting).run();
                 }
                 Err(error) => drop(tell.send(Err(error))),
             })?
         };
         let opened = told.recv().unwrap_or_else(|_| Err(io::Error::other("the I/O thread ended")));
-        opened.map(|()| Self { intake, bell, target: Arc::clone(target), thread: Some(thread) })
+        opened.map(|()| Self { intake, bell, waiting, target: Arc::clone(target), thread: Some(thread) })
     }
 
     pub(crate) fn push(&self, job: Job) {
@@ -65,6 +72,13 @@ impl Uring {
             Ok(Pushed::Seen) => {}
             Ok(Pushed::Wake) => self.ring_bell(),
             Err(job) => job.finish(&self.target, Err(IoError::Closed)),
+        }
+    }
+
+    /// Wakes the thread if it has jobs that wait for their right.
+    pub(crate) fn rights_changed(&self) {
+        if self.waiting.load(Ordering::SeqCst) {
+            self.ring_bell();
         }
     }
 
@@ -115,12 +129,15 @@ struct Engine {
     free: Vec<usize>,
     /// Slots whose job needs a further call.
     again: Vec<usize>,
+    /// Calls to be made next, with their slots.
+    staged: Vec<(usize, Call)>,
+    waiting: Arc<AtomicBool>,
     reaped: Vec<(u64, i32, u32)>,
     bell_armed: bool,
 }
 
 impl Engine {
-    fn new(ring: IoUring, intake: Arc<Intake<Job>>, target: Arc<Target>) -> Self {
+    fn new(ring: IoUring, intake: Arc<Intake<Job>>, target: Arc<Target>, waiting: Arc<AtomicBool>) -> Self {
         // One entry of the submission queue stays free for the poll on the bell.
         let slots = ring.params().sq_entries() as usize - 1;
         Self {
@@ -131,6 +148,8 @@ impl Engine {
             slots: std::iter::repeat_with(|| None).take(slots).collect(),
             free: (0..slots).rev().collect(),
             again: Vec::new(),
+            staged: Vec::new(),
+            waiting,
             reaped: Vec::new(),
             bell_armed: false,
         }
@@ -145,6 +164,7 @@ impl Engine {
             let room = self.free.len();
             let closed = self.intake.take(&mut self.ready, room, room > 0 && !progressed);
             progressed |= self.issue();
+            progressed |= self.submit_staged(closed);
             let idle = self.free.len() == self.slots.len() && self.ready.is_empty();
             if closed && idle {
                 return;
@@ -192,14 +212,56 @@ impl Engine {
         match job.call() {
             Ok(call) => {
                 self.slots[slot] = Some(job);
-                self.enqueue(&entry(call).user_data(slot as u64));
+                self.staged.push((slot, call));
                 false
             }
-            Err(outcome) => {
-                self.free.push(slot);
-                job.finish(&self.target, outcome);
-                true
+            Err(outcome) => self.end(job, slot, outcome),
+        }
+    }
+
+    fn end(&mut self, job: Job, slot: usize, outcome: Result<(), IoError>) -> bool {
+        self.free.push(slot);
+        job.finish(&self.target, outcome);
+        true
+    }
+
+    /// Puts into the ring whose right is granted at this moment: nothing but the system call comes after it. Tells as
+    /// [`Self::go_on`].
+    fn submit_staged(&mut self, closed: bool) -> bool {
+        let (mut ended, mut waits) = (false, false);
+        let staged = std::mem::take(&mut self.staged);
+        for (slot, call) in staged {
+            let job = self.slots[slot].take().expect("a staged job has its slot");
+            match self.permission(&job) {
+                Permission::Granted => {
+                    self.slots[slot] = Some(job);
+                    self.enqueue(&entry(call).user_data(slot as u64));
+                }
+                Permission::Wait if closed => ended |= self.end(job, slot, Err(IoError::Closed)),
+                Permission::Wait => {
+                    self.slots[slot] = Some(job);
+                    self.staged.push((slot, call));
+                    waits = true;
+                }
+                Permission::Revoked(reason) => {
+                    ended |= self.end(job, slot, Err(IoError::NotPermitted { reason }));
+                }
             }
+        }
+        if !waits {
+            self.waiting.store(false, Ordering::Relaxed);
+        }
+        ended
+    }
+
+    /// A job that waits is asked a second time, after whoever changes the right can see that it must wake this thread.
+    fn permission(&self, job: &Job) -> Permission {
+        match job.permission() {
+            Permission::Wait => {
+                self.waiting.store(true, Ordering::SeqCst);
+                job.permission()
+            }
+            known => known,
         }
     }
 

@@ -3,7 +3,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
 use blockio::{
-    BlockDevice, GatedDevice, IoBuf, IoError, IoOp, IoRequest, MemoryDevice, Permission, WriteRight,
+    BlockDevice, FileDevice, GatedDevice, IoBuf, IoError, IoOp, IoRequest, MemoryDevice, Permission,
+    WriteRight,
 };
 
 struct Right {
@@ -116,4 +117,83 @@ fn renewals_that_race_with_submissions_lose_no_request() {
         device.reconsider();
         assert!(answers.iter().all(|told| told.recv().expect("an answer").is_ok()));
     });
+}
+
+/// A device whose I/O thread stands still until it is let go: in the completion of a request.
+fn stopped_thread(device: &impl BlockDevice) -> mpsc::SyncSender<()> {
+    let (let_go, told_to) = mpsc::sync_channel(1);
+    let (tell, stopped) = mpsc::channel();
+    let done = Box::new(move |_| {
+        let _ = tell.send(());
+        let _ = told_to.recv();
+    });
+    device.submit(IoRequest { op: IoOp::Flush, done });
+    stopped.recv().expect("the thread has come to the completion");
+    let_go
+}
+
+fn file_device(folder: &tempfile::TempDir) -> FileDevice {
+    FileDevice::create(folder.path().join("lun"), 1 << 20).expect("a file")
+}
+
+fn first_byte(device: &impl BlockDevice) -> u8 {
+    let mut block = vec![0; 4096];
+    device.read_at(0, &mut block).expect("a read");
+    block[0]
+}
+
+fn block() -> IoOp {
+    let buf = IoBuf::zeroed(4096);
+    buf.copy_from(&[7; 4096]);
+    IoOp::Write { offset: 0, buf, fua: false }
+}
+
+// Invariant B3: what was granted and queued is asked again when it is submitted, however long that took.
+#[test]
+fn a_right_that_ends_between_queueing_and_submit_stops_the_request() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let right = Right::new(Permission::Granted);
+    let device = GatedDevice::new(file_device(&folder), Arc::clone(&right) as Arc<dyn WriteRight>);
+    let let_go = stopped_thread(&device);
+    let queued = submit(&device, block());
+    assert_eq!(device.held(), 0, "the gate has let it through");
+    right.becomes(Permission::Revoked("the lease ran out while the thread stood still".to_owned()));
+    let_go.send(()).expect("the thread waits");
+    let error = queued.recv().expect("an answer").expect_err("it is over");
+    assert!(matches!(error, IoError::NotPermitted { .. }), "{error}");
+    right.becomes(Permission::Granted);
+    assert_eq!(first_byte(&device), 0, "nothing was written");
+}
+
+// Invariant B3: and one that must wait for the renewal of a lease is written after it, not before.
+#[test]
+fn a_right_that_waits_between_queueing_and_submit_holds_the_request() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let right = Right::new(Permission::Granted);
+    let device = GatedDevice::new(file_device(&folder), Arc::clone(&right) as Arc<dyn WriteRight>);
+    let let_go = stopped_thread(&device);
+    let queued = submit(&device, block());
+    right.becomes(Permission::Wait);
+    let_go.send(()).expect("the thread waits");
+    // Without the gate: shows that the thread has looked at what waits, and what is on the device.
+    assert_eq!(first_byte(device.inner()), 0);
+    assert!(queued.try_recv().is_err());
+    right.becomes(Permission::Granted);
+    device.reconsider();
+    queued.recv().expect("an answer").expect("a write");
+    assert_eq!(first_byte(&device), 7);
+}
+
+#[test]
+fn a_device_that_is_closed_answers_what_waits_for_a_right() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let right = Right::new(Permission::Granted);
+    let device = GatedDevice::new(file_device(&folder), Arc::clone(&right) as Arc<dyn WriteRight>);
+    let let_go = stopped_thread(&device);
+    let queued = submit(&device, block());
+    right.becomes(Permission::Wait);
+    let_go.send(()).expect("the thread waits");
+    assert_eq!(first_byte(device.inner()), 0);
+    drop(device);
+    assert!(matches!(queued.recv().expect("an answer"), Err(IoError::Closed)));
 }
