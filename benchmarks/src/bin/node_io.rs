@@ -104,43 +104,44 @@ struct Workload {
     write: bool,
     bytes: usize,
     depth: usize,
-    random: bool,
+    order: Order,
     goal: f64,
 }
 
-const WORKLOADS: [Workload; 4] = [
-    Workload {
-        name: "4 KiB random read QD32 (IOPS)",
-        write: false,
-        bytes: 4096,
-        depth: 32,
-        random: true,
-        goal: 0.85,
-    },
-    Workload {
-        name: "4 KiB random write QD32 (IOPS)",
-        write: true,
-        bytes: 4096,
-        depth: 32,
-        random: true,
-        goal: 0.85,
-    },
-    Workload {
-        name: "1 MiB seq read QD4 (MiB/s)",
-        write: false,
-        bytes: 1 << 20,
-        depth: 4,
-        random: false,
-        goal: 0.9,
-    },
-    Workload {
-        name: "1 MiB seq write QD4 (MiB/s)",
-        write: true,
-        bytes: 1 << 20,
-        depth: 4,
-        random: false,
-        goal: 0.9,
-    },
+/// In which order a file is visited.
+#[derive(Clone, Copy, PartialEq)]
+enum Order {
+    Sequential,
+    Random,
+    /// As random, each place once.
+    Scattered,
+}
+
+const fn load(
+    name: &'static str,
+    write: bool,
+    bytes: usize,
+    depth: usize,
+    order: Order,
+    goal: f64,
+) -> Workload {
+    Workload { name, write, bytes, depth, order, goal }
+}
+
+const WORKLOADS: [Workload; 6] = [
+    load("4 KiB random read QD1 (IOPS)", false, 4096, 1, Order::Random, 0.92),
+    load("4 KiB random write QD1 (IOPS)", true, 4096, 1, Order::Random, 0.92),
+    load("4 KiB random read QD32 (IOPS)", false, 4096, 32, Order::Random, 0.95),
+    load("4 KiB random write QD32 (IOPS)", true, 4096, 32, Order::Random, 0.95),
+    load("1 MiB seq read QD4 (MiB/s)", false, 1 << 20, 4, Order::Sequential, 0.95),
+    load("1 MiB seq write QD4 (MiB/s)", true, 1 << 20, 4, Order::Sequential, 0.95),
+];
+
+/// Every write goes to a hole of a new file: blocks come from the node's pool.
+const GROWTH: [Workload; 3] = [
+    load("4 KiB write, new space QD1 (IOPS)", true, 4096, 1, Order::Scattered, 0.7),
+    load("4 KiB write, new space QD32", true, 4096, 32, Order::Scattered, 0.7),
+    load("1 MiB write, new space QD4", true, 1 << 20, 4, Order::Sequential, 0.7),
 ];
 
 /// Offsets of a workload, the same for both sides.
@@ -152,61 +153,142 @@ struct Offsets {
 impl Offsets {
     fn next(&mut self, load: &Workload) -> u64 {
         let slots = FILE_BYTES / load.bytes as u64;
-        let slot = if load.random {
-            self.state ^= self.state << 13;
-            self.state ^= self.state >> 7;
-            self.state ^= self.state << 17;
-            self.state % slots
-        } else {
-            self.next += 1;
-            (self.next - 1) % slots
+        self.next += 1;
+        let slot = match load.order {
+            Order::Random => {
+                self.state ^= self.state << 13;
+                self.state ^= self.state >> 7;
+                self.state ^= self.state << 17;
+                self.state % slots
+            }
+            Order::Sequential => (self.next - 1) % slots,
+            // An odd factor visits each of a power of two slots once.
+            Order::Scattered => self.next.wrapping_mul(0x9E37_79B1) % slots,
         };
         slot * load.bytes as u64
     }
+
+    /// Whether every place was visited once.
+    fn round_is_over(&self, load: &Workload) -> bool {
+        self.next >= FILE_BYTES / load.bytes as u64
+    }
 }
 
-/// Keeps `depth` requests in flight for a while; gives requests per second.
-fn drive(device: &dyn BlockDevice, load: &Workload, length: Duration) -> Result<f64, Failure> {
+/// What one side did in one turn.
+struct Turn {
+    per_second: f64,
+    /// Processor time of the whole process, in microseconds.
+    cpu_us_per_io: f64,
+}
+
+fn cpu_us() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    let nanos = time.tv_sec * 1_000_000_000 + time.tv_nsec;
+    Duration::from_nanos(u64::try_from(nanos).unwrap_or(0)).as_secs_f64() * 1e6
+}
+
+/// Keeps `depth` requests in flight for a while, or until each place of the file was visited once if `once`.
+fn drive(device: &dyn BlockDevice, load: &Workload, length: Duration, once: bool) -> Result<Turn, Failure> {
     let (tell, told) = mpsc::channel();
     let bufs: Vec<IoBuf> = (0..load.depth).map(|_| IoBuf::zeroed(load.bytes)).collect();
     let mut offsets = Offsets { state: 0x9E37_79B9, next: 0 };
-    let mut submit = |slot: usize| {
+    let submit = |offsets: &mut Offsets, slot: usize| {
         let (tell, buf, offset) = (tell.clone(), bufs[slot].clone(), offsets.next(load));
         let op =
             if load.write { IoOp::Write { offset, buf, fua: false } } else { IoOp::Read { offset, buf } };
         device.submit(IoRequest { op, done: Box::new(move |outcome| drop(tell.send((slot, outcome)))) });
     };
-    (0..load.depth).for_each(&mut submit);
-    let (start, mut ended, mut in_flight) = (Instant::now(), 0u32, load.depth);
+    let (start, cpu) = (Instant::now(), cpu_us());
+    (0..load.depth).for_each(|slot| submit(&mut offsets, slot));
+    let (mut ended, mut in_flight) = (0u32, load.depth);
     while in_flight > 0 {
         let (slot, outcome) = told.recv()?;
         outcome?;
-        if start.elapsed() < length {
-            ended += 1;
-            submit(slot);
+        ended += 1;
+        if start.elapsed() < length && !(once && offsets.round_is_over(load)) {
+            submit(&mut offsets, slot);
         } else {
             in_flight -= 1;
         }
     }
-    Ok(f64::from(ended) / length.as_secs_f64())
+    let per_second = f64::from(ended) / start.elapsed().as_secs_f64();
+    Ok(Turn { per_second, cpu_us_per_io: (cpu_us() - cpu) / f64::from(ended) })
 }
 
-fn compare(load: &Workload, raw: &Raw, file: &File, arguments: &Arguments) -> Result<Row, Failure> {
+/// The turns of both sides.
+#[derive(Default)]
+struct Sides {
+    base: Vec<Turn>,
+    ours: Vec<Turn>,
+}
+
+impl Sides {
+    fn row(&self, load: &Workload) -> Row {
+        let middle = |turns: &[Turn]| median(&mut turns.iter().map(|t| t.per_second).collect::<Vec<_>>());
+        Row { name: load.name.into(), base: middle(&self.base), ours: middle(&self.ours), goal: load.goal }
+    }
+
+    /// How much more processor time one of our requests takes.
+    fn print_cpu(&self, load: &Workload) {
+        let middle = |turns: &[Turn]| median(&mut turns.iter().map(|t| t.cpu_us_per_io).collect::<Vec<_>>());
+        let (base, ours) = (middle(&self.base), middle(&self.ours));
+        println!("  {:34} {base:6.2} us {ours:6.2} us, {:+.2} us more", load.name, ours - base);
+    }
+}
+
+fn compare(load: &Workload, raw: &Raw, file: &File, arguments: &Arguments) -> Result<Sides, Failure> {
     let length = Duration::from_secs_f64(arguments.seconds);
-    let (mut base, mut ours) = (Vec::new(), Vec::new());
-    drive(raw, load, length / 4)?;
+    let mut sides = Sides::default();
+    drive(raw, load, length / 4, false)?;
     for round in 0..arguments.rounds {
         // Who goes first changes, so that neither gains from the other's wake.
-        let sides: [bool; 2] = if round % 2 == 0 { [false, true] } else { [true, false] };
-        for node in sides {
+        for node in [round % 2 == 1, round % 2 == 0] {
             if node {
-                ours.push(drive(file, load, length)?);
+                sides.ours.push(drive(file, load, length, false)?);
             } else {
-                base.push(drive(raw, load, length)?);
+                sides.base.push(drive(raw, load, length, false)?);
             }
         }
     }
-    Ok(Row { name: load.name.into(), base: median(&mut base), ours: median(&mut ours), goal: load.goal })
+    Ok(sides)
+}
+
+/// The same, where our side writes to holes of a new file each time.
+fn compare_growth(
+    load: &Workload,
+    raw: &Raw,
+    world: &World,
+    arguments: &Arguments,
+) -> Result<Sides, Failure> {
+    let length = Duration::from_secs_f64(arguments.seconds);
+    let mut sides = Sides::default();
+    for _ in 0..arguments.rounds {
+        sides.base.push(drive(raw, load, length, true)?);
+        let free = world.node.statfs()?.blocks_free;
+        let file = world.node.create(ROOT_INO, b"growing", &CREATION, true)?.1;
+        blockio::ImageFile::set_len(&*file, FILE_BYTES)?;
+        sides.ours.push(drive(&*file, load, length, true)?);
+        drop(file);
+        world.node.unlink(ROOT_INO, b"growing")?;
+        while world.node.statfs()?.blocks_free < free {
+            thread::yield_now();
+        }
+    }
+    Ok(sides)
+}
+
+/// Has every block of the LUN's free space written once: a sparse file below would make new space slower for us alone.
+fn fill_free_space(world: &World) -> Result<(), Failure> {
+    let file = world.node.create(ROOT_INO, b"filler", &CREATION, true)?.1;
+    let bytes = world.node.statfs()?.blocks_free / 10 * 9 * 4096 / (4 << 20) * (4 << 20);
+    blockio::ImageFile::set_len(&*file, bytes)?;
+    let chunk = IoBuf::zeroed(4 << 20);
+    for offset in (0..bytes).step_by(chunk.len()) {
+        file.run(IoOp::Write { offset, buf: chunk.clone(), fua: false })?;
+    }
+    BlockDevice::flush(&*file)?;
+    drop(file);
+    Ok(world.node.unlink(ROOT_INO, b"filler")?)
 }
 
 /// Durable creates per second in one directory by `clients` threads.
@@ -272,13 +354,18 @@ fn main() -> Result<(), Failure> {
     let start = fill(&file)?;
     let raw = Raw { device: world.device.clone(), start };
     let before = world.node.stats().requests_sent;
-    let mut rows = Vec::new();
-    for load in &WORKLOADS {
-        rows.push(compare(load, &raw, &file, &arguments)?);
-    }
+    let mapped: Vec<Sides> =
+        WORKLOADS.iter().map(|load| compare(load, &raw, &file, &arguments)).collect::<Result<_, _>>()?;
     let messages = world.node.stats().requests_sent - before;
+    fill_free_space(&world)?;
+    let grown: Vec<Sides> =
+        GROWTH.iter().map(|load| compare_growth(load, &raw, &world, &arguments)).collect::<Result<_, _>>()?;
+    let all = || WORKLOADS.iter().chain(&GROWTH).zip(mapped.iter().chain(&grown));
+    let rows: Vec<Row> = all().map(|(load, sides)| sides.row(load)).collect();
     print_table("node library and raw LUN", "raw", "node", &rows);
-    println!("  messages to the coordinator during all of this: {messages}");
+    println!("  messages to the coordinator during the first {}: {messages}", WORKLOADS.len());
+    println!("processor time of a request, raw and node (goal: at most 2 us more)");
+    all().for_each(|(load, sides)| sides.print_cpu(load));
     let creates = compare_creates(&world.node, &arguments)?;
     print_table("grouped commits", "1 client", "32 clients", &[creates]);
     drop(file);
