@@ -5,6 +5,7 @@
 mod bad_input;
 mod coherence;
 mod faults;
+mod members;
 mod moves;
 mod nodes;
 mod refusals;

@@ -8,10 +8,12 @@ mod bins;
 mod cluster;
 mod ctl;
 mod guest;
+mod hosts;
 mod image;
 
 pub use bins::binary;
 pub use cluster::Cluster;
 pub use ctl::{Ctl, CtlError};
 pub use guest::Guest;
+pub use hosts::Host;
 pub use image::{ExtImage, run_tool, sha256_of};

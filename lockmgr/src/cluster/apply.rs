@@ -20,13 +20,13 @@ pub(crate) struct Position {
 }
 
 /// Line of the events for a change.
-struct Line {
-    kind: &'static str,
-    subject: String,
-    text: String,
+pub(super) struct Line {
+    pub(super) kind: &'static str,
+    pub(super) subject: String,
+    pub(super) text: String,
 }
 
-type Applied = Result<(Given, Line), Rejection>;
+pub(super) type Applied = Result<(Given, Line), Rejection>;
 
 impl ClusterState {
     /// Applies a command, or refuses it and changes nothing.
@@ -34,6 +34,9 @@ impl ClusterState {
         check_sizes(&command)?;
         let (given, line) = match command {
             Command::CreateCluster { cluster, name, members } => self.create_cluster(cluster, name, members),
+            Command::AddTicket { digest, expires_ms } => self.add_ticket(digest, expires_ms, at),
+            Command::AddMember { digest, name, address } => self.add_member(digest, name, address, at),
+            Command::RemoveMember { node, expect } => self.remove_member(node, expect),
             Command::BeginEpoch { node, expect } => self.begin_epoch(node, expect, at),
             Command::MarkNode { node, epoch, state } => self.mark_node(node, epoch, state),
             Command::CreateVolume { name, id, lun_uri, owner, owner_epoch, fence_kind } => {
@@ -88,6 +91,7 @@ impl ClusterState {
         for (id, name, address) in members {
             let member =
                 Member { id, name, address, epoch: Epoch(0), state: MemberState::Down, joined_ms: 0 };
+            self.nodes_given = self.nodes_given.max(id.0);
             self.members.insert(id, member);
         }
         self.cluster = Some(cluster);
@@ -268,7 +272,7 @@ impl ClusterState {
         Ok((Given::Nothing, Line { kind: "vm.deleted", subject: name, text }))
     }
 
-    fn member(&self, node: NodeId) -> Result<&Member, Rejection> {
+    pub(super) fn member(&self, node: NodeId) -> Result<&Member, Rejection> {
         self.members.get(&node).ok_or_else(|| conflict(format!("node {node}"), "a member", "none"))
     }
 
@@ -350,6 +354,10 @@ fn check_sizes(command: &Command) -> Result<(), Rejection> {
                 check_text("address", address)
             })
         }
+        Command::AddMember { name, address, .. } => {
+            check_name("node", name)?;
+            check_text("address", address)
+        }
         Command::CreateVolume { name, lun_uri, .. } => {
             check_name("volume", name)?;
             check_text("LUN", lun_uri)
@@ -370,6 +378,8 @@ fn check_sizes(command: &Command) -> Result<(), Rejection> {
             check_text("event", text)
         }
         Command::BeginEpoch { .. }
+        | Command::AddTicket { .. }
+        | Command::RemoveMember { .. }
         | Command::MarkNode { .. }
         | Command::RemoveVolume { .. }
         | Command::MoveVolume { .. }
@@ -407,10 +417,10 @@ fn next(number: u64) -> Result<u64, Rejection> {
     number.checked_add(1).ok_or_else(|| invalid("the number cannot grow any more".to_owned()))
 }
 
-fn conflict(what: impl Into<String>, expected: impl ToString, found: impl ToString) -> Rejection {
+pub(super) fn conflict(what: impl Into<String>, expected: impl ToString, found: impl ToString) -> Rejection {
     Rejection::Conflict { what: what.into(), expected: expected.to_string(), found: found.to_string() }
 }
 
-fn invalid(what: String) -> Rejection {
+pub(super) fn invalid(what: String) -> Rejection {
     Rejection::Invalid { what }
 }

@@ -94,6 +94,13 @@ fn command() -> impl Strategy<Value = Command> {
                 Command::UpdateVm(VmUpdate { expect_epoch, expect_owner, expect_state, to })
             }
         ),
+        (0u8..3).prop_map(|secret| Command::AddTicket { digest: [secret; 32], expires_ms: 9 }),
+        (0u8..3, name("n")).prop_map(|(secret, name)| Command::AddMember {
+            digest: [secret; 32],
+            address: format!("{name}:1"),
+            name,
+        }),
+        (node(), number.clone()).prop_map(|(node, e)| Command::RemoveMember { node, expect: Epoch(e) }),
         (name("m"), number).prop_map(|(name, expect_epoch)| Command::DeleteVm { name, expect_epoch }),
         Just(Command::Event { kind: "k".into(), subject: "s".into(), text: "t".into() }),
     ]
@@ -115,7 +122,13 @@ fn proposal(command: Command, basis: u64) -> Proposal {
 /// What no command may break, whatever it was.
 fn check_step(before: &ClusterState, after: &ClusterState) {
     for (id, old) in &before.members {
-        let new = &after.members[id];
+        let Some(new) = after.members.get(id) else {
+            assert!(
+                matches!(old.state, MemberState::Down | MemberState::Fenced),
+                "forgotten, and may be alive"
+            );
+            continue;
+        };
         assert!(new.epoch >= old.epoch, "epochs never go back");
         if matches!(old.state, MemberState::Fencing | MemberState::FenceFailed) {
             assert_eq!(new.epoch, old.epoch, "no successor before the end is certain");

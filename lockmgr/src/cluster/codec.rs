@@ -65,6 +65,10 @@ pub(crate) fn uuid(bytes: &[u8]) -> Result<Uuid, CodecError> {
     Uuid::from_slice(bytes).map_err(|_| malformed("id"))
 }
 
+fn ticket_digest(bytes: &[u8]) -> Result<[u8; 32], CodecError> {
+    bytes.try_into().map_err(|_| malformed("digest of a join ticket"))
+}
+
 pub(crate) fn uuid_bytes(id: Uuid) -> Bytes {
     Bytes::copy_from_slice(id.as_bytes())
 }
@@ -294,6 +298,15 @@ impl From<&Command> for PbCommand {
                 let members = members.into_iter().map(first).collect();
                 Self::CreateCluster(pb::CreateCluster { cluster: uuid_bytes(cluster.0), name, members })
             }
+            Command::AddTicket { digest, expires_ms } => {
+                Self::AddTicket(pb::AddTicket { digest: Bytes::copy_from_slice(&digest), expires_ms })
+            }
+            Command::AddMember { digest, name, address } => {
+                Self::AddMember(pb::AddMember { digest: Bytes::copy_from_slice(&digest), name, address })
+            }
+            Command::RemoveMember { node, expect } => {
+                Self::RemoveMember(pb::RemoveMember { node: node.0.into(), expect: expect.0 })
+            }
             Command::BeginEpoch { node, expect } => {
                 Self::BeginEpoch(pb::BeginEpoch { node: node.0.into(), expect: expect.0 })
             }
@@ -354,6 +367,15 @@ impl TryFrom<PbCommand> for Command {
                 let members = create.members.into_iter().map(first).collect::<Result<_, CodecError>>()?;
                 Self::CreateCluster { cluster: ClusterId(uuid(&create.cluster)?), name: create.name, members }
             }
+            PbCommand::AddTicket(add) => {
+                Self::AddTicket { digest: ticket_digest(&add.digest)?, expires_ms: add.expires_ms }
+            }
+            PbCommand::AddMember(add) => {
+                Self::AddMember { digest: ticket_digest(&add.digest)?, name: add.name, address: add.address }
+            }
+            PbCommand::RemoveMember(remove) => {
+                Self::RemoveMember { node: node_id(remove.node)?, expect: Epoch(remove.expect) }
+            }
             PbCommand::BeginEpoch(begin) => {
                 Self::BeginEpoch { node: node_id(begin.node)?, expect: Epoch(begin.expect) }
             }
@@ -413,6 +435,7 @@ impl From<&End> for pb::End {
         use pb::end::End as Kind;
         let kind = match end.result.clone() {
             Ok(Given::Nothing) => Kind::Nothing(pb::Nothing {}),
+            Ok(Given::Node(node)) => Kind::Node(node.0.into()),
             Ok(Given::Epoch(epoch)) => Kind::Epoch(epoch.0),
             Ok(Given::Term(term)) => Kind::Term(term.0),
             Ok(Given::VmEpoch(epoch)) => Kind::VmEpoch(epoch),
@@ -433,6 +456,7 @@ impl TryFrom<pb::End> for End {
         use pb::end::End as Kind;
         let result = match end.end.ok_or_else(|| malformed("end of a proposal"))? {
             Kind::Nothing(_) => Ok(Given::Nothing),
+            Kind::Node(node) => Ok(Given::Node(node_id(node)?)),
             Kind::Epoch(epoch) => Ok(Given::Epoch(Epoch(epoch))),
             Kind::Term(term) => Ok(Given::Term(Term(term))),
             Kind::VmEpoch(epoch) => Ok(Given::VmEpoch(epoch)),
@@ -458,13 +482,23 @@ pub(crate) fn state_to_pb(state: &ClusterState) -> pb::Snapshot {
         events: state.events.iter().map(|event| event.as_ref().into()).collect(),
         remembered: Vec::new(),
         applied: state.applied,
+        tickets: state.tickets.iter().map(|(digest, expires_ms)| ticket_to_pb(digest, *expires_ms)).collect(),
+        nodes_given: state.nodes_given.into(),
     }
+}
+
+fn ticket_to_pb(digest: &[u8; 32], expires_ms: u64) -> pb::JoinTicket {
+    pb::JoinTicket { digest: Bytes::copy_from_slice(digest), expires_ms }
 }
 
 pub(crate) fn state_from_pb(snapshot: pb::Snapshot) -> Result<ClusterState, CodecError> {
     let cluster = if snapshot.cluster.is_empty() { None } else { Some(ClusterId(uuid(&snapshot.cluster)?)) };
     let mut state =
         ClusterState { cluster, name: snapshot.name, applied: snapshot.applied, ..Default::default() };
+    state.nodes_given = node_id(snapshot.nodes_given)?.0;
+    for ticket in snapshot.tickets {
+        state.tickets.insert(ticket_digest(&ticket.digest)?, ticket.expires_ms);
+    }
     for member in snapshot.members {
         let member = Member::try_from(member)?;
         state.members.insert(member.id, member);

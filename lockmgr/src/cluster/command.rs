@@ -14,6 +14,8 @@ pub const SPEC_BYTES_MAX: usize = 64 << 10;
 pub const TEXT_BYTES_MAX: usize = 4096;
 /// Volumes of a cluster.
 pub const VOLUMES_MAX: usize = 256;
+/// Join tickets that are open at once.
+pub(super) const TICKETS_MAX: usize = 64;
 /// Virtual machines of a cluster.
 pub const VMS_MAX: usize = 4096;
 
@@ -28,6 +30,30 @@ pub enum Command {
         name: String,
         /// The first members: id, name, address.
         members: Vec<(NodeId, String, String)>,
+    },
+    /// Somebody may join with the secret behind this digest, once.
+    AddTicket {
+        /// SHA-256 of the secret.
+        digest: [u8; 32],
+        /// When it is over, by the proposer's clock, in ms since 1970. Security only: no safety rests on it.
+        expires_ms: u64,
+    },
+    /// A new member, not heard of before. Uses the ticket up, and gives the member its number.
+    AddMember {
+        /// SHA-256 of the secret that it has shown.
+        digest: [u8; 32],
+        /// Its name; no other member has it.
+        name: String,
+        /// Where it listens; no other member does.
+        address: String,
+    },
+    /// Forgets a member that is certainly off, owns no volume, and has no VM. Its number is not given out again as long as
+    /// there are others.
+    RemoveMember {
+        /// The member.
+        node: NodeId,
+        /// Its last epoch.
+        expect: Epoch,
     },
     /// A node joins anew: its epoch grows by one and it is up. Refused while it is being fenced or in quarantine.
     BeginEpoch {
@@ -151,6 +177,8 @@ pub struct Outcome {
 pub enum Given {
     /// None.
     Nothing,
+    /// A new member's number.
+    Node(NodeId),
     /// A node's new epoch.
     Epoch(Epoch),
     /// A volume's term.

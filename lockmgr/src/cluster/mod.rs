@@ -10,6 +10,7 @@
 //! the disks of a majority. What lies on disk and on the wire is our own encoding (`proto/cluster.proto`).
 
 mod apply;
+mod apply_members;
 #[cfg(test)]
 mod apply_tests;
 mod codec;
@@ -24,6 +25,7 @@ mod raft_codec;
 mod raft_types;
 mod records;
 mod store;
+mod voters;
 
 pub use command::{
     Command, Given, NAME_BYTES_MAX, Outcome, ProposeError, Rejection, SPEC_BYTES_MAX, TEXT_BYTES_MAX,

@@ -74,6 +74,10 @@ impl Cluster {
         for member in &config.members {
             mesh.set_peer(member.id.0, &member.address);
         }
+        // Members that joined later are in the records only, and what they say of an address is newer.
+        for member in state.borrow().members.values() {
+            mesh.set_peer(member.id.0, &member.address);
+        }
         let network = Network { node, mesh: Arc::clone(&mesh) };
         let raft = Raft::new(node.0.into(), Arc::new(raft_config(&config)?), network, log, machine)
             .await
@@ -99,6 +103,10 @@ impl Cluster {
     #[must_use]
     pub fn node(&self) -> NodeId {
         self.node
+    }
+
+    pub(super) fn raft(&self) -> &Raft {
+        &self.raft
     }
 
     /// Proposes a change and waits until it was applied, here too, or refused. Goes through the leader, wherever it is, and

@@ -25,6 +25,10 @@ pub struct ClusterState {
     pub name: String,
     /// Members by id.
     pub members: BTreeMap<NodeId, Member>,
+    /// Join tickets that are open: digest of the secret, and when it expires in ms since 1970.
+    pub tickets: BTreeMap<[u8; 32], u64>,
+    /// Highest node number that was ever given out.
+    pub nodes_given: u16,
     /// Volumes by name.
     pub volumes: BTreeMap<String, VolumeRecord>,
     /// Virtual machines by name.

@@ -18,6 +18,7 @@ mod agent;
 mod group;
 mod ledger;
 mod local;
+mod operator;
 mod process;
 
 use std::collections::BTreeMap;
@@ -29,6 +30,7 @@ pub use agent::AgentFence;
 pub use group::{GroupError, ProcessGroup};
 pub use ledger::{Ledger, Quarantined};
 pub use local::LocalKill;
+pub use operator::OperatorFence;
 
 pub use crate::cluster::FenceKind;
 use crate::{Epoch, NodeId};

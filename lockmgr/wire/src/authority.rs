@@ -4,9 +4,10 @@
 //! and DNS name are `node-<id>`: peers check the name against the node that they expect.
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData,
 };
+use rustls_pki_types::CertificateSigningRequestDer;
 
 use crate::WireError;
 
@@ -42,8 +43,30 @@ pub fn create_ca(cluster_name: &str) -> Result<Issued, WireError> {
     Ok(Issued { cert_pem: cert.pem(), key_pem: key.serialize_pem() })
 }
 
-/// Issues the certificate of one node.
+/// Issues the certificate of one node, with a key made here.
 pub fn issue(ca: &Issued, node: u16) -> Result<Issued, WireError> {
+    let key = KeyPair::generate().map_err(|error| bad("make a key", &error))?;
+    Ok(Issued { cert_pem: sign(ca, node, &key)?, key_pem: key.serialize_pem() })
+}
+
+/// Issues the certificate of a node that has made its key itself and asks with a signing request (DER). Of the request
+/// only the public key is used, after its signature has proved that the node has the private one.
+pub fn issue_requested(ca: &Issued, node: u16, csr_der: &[u8]) -> Result<String, WireError> {
+    let request = CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(csr_der))
+        .map_err(|error| bad("read the signing request", &error))?;
+    sign(ca, node, &request.public_key)
+}
+
+/// Makes a private key and a signing request for it: the request in DER, the key in PEM.
+pub fn request() -> Result<(Vec<u8>, String), WireError> {
+    let key = KeyPair::generate().map_err(|error| bad("make a key", &error))?;
+    let request = CertificateParams::default()
+        .serialize_request(&key)
+        .map_err(|error| bad("make a signing request", &error))?;
+    Ok((request.der().to_vec(), key.serialize_pem()))
+}
+
+fn sign(ca: &Issued, node: u16, key: &impl PublicKeyData) -> Result<String, WireError> {
     let ca_key = KeyPair::from_pem(&ca.key_pem).map_err(|error| bad("read the authority's key", &error))?;
     let issuer = Issuer::from_ca_cert_pem(&ca.cert_pem, ca_key)
         .map_err(|error| bad("read the authority's certificate", &error))?;
@@ -55,9 +78,8 @@ pub fn issue(ca: &Issued, node: u16) -> Result<Issued, WireError> {
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    let key = KeyPair::generate().map_err(|error| bad("make a key", &error))?;
-    let cert = params.signed_by(&key, &issuer).map_err(|error| bad("sign the node's certificate", &error))?;
-    Ok(Issued { cert_pem: cert.pem(), key_pem: key.serialize_pem() })
+    let cert = params.signed_by(key, &issuer).map_err(|error| bad("sign the node's certificate", &error))?;
+    Ok(cert.pem())
 }
 
 fn named(common_name: &str) -> DistinguishedName {

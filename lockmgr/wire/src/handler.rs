@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
-use crate::{Connection, Peer, Refusal};
+use crate::{Connection, JoinReply, JoinRequest, Peer, Refusal, RefusalCode};
 
 /// Receives the requests and pushes of all connections of a server or a mesh.
 ///
@@ -19,6 +19,11 @@ pub trait Handler: Send + Sync + 'static {
         service: u16,
         body: Bytes,
     ) -> BoxFuture<'static, Result<Bytes, Refusal>>;
+
+    /// Lets a node join that has no certificate yet. Its secret proves nothing before it was compared with the records.
+    fn join(&self, _request: JoinRequest) -> BoxFuture<'static, Result<JoinReply, Refusal>> {
+        Box::pin(async { Err(Refusal::new(RefusalCode::NotHere, "nodes cannot join here")) })
+    }
 
     /// Takes a message that wants no answer.
     fn pushed(&self, from: Peer, _conn: Connection, service: u16, _body: Bytes) {

@@ -14,7 +14,8 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::WireError;
+use crate::ticket::{Digest, sha256};
+use crate::{WireError, join};
 
 /// Certificate, key and authority of one node, ready for TLS.
 #[derive(Clone)]
@@ -22,6 +23,9 @@ pub struct Identity {
     node: u16,
     pub(crate) client: Arc<ClientConfig>,
     pub(crate) server: Arc<ServerConfig>,
+    /// For nodes that have no certificate yet, see [`crate::join`].
+    pub(crate) joining: Arc<ServerConfig>,
+    authority: Digest,
 }
 
 impl fmt::Debug for Identity {
@@ -38,17 +42,26 @@ impl Identity {
             .map_err(|error| bad(format!("private key: {error}")))?;
         let leaf = chain.first().ok_or_else(|| bad("the certificate file holds none"))?;
         let node = node_of_certificate(leaf)?;
+        let authorities = certificates("authority", ca_pem)?;
+        let authority = authorities
+            .first()
+            .map(|ca| sha256(ca))
+            .ok_or_else(|| bad("the authority file holds no certificate"))?;
+        let joining = joining_config([chain.clone(), authorities.clone()].concat(), key.clone_key())?;
         let mut roots = RootCertStore::empty();
-        for ca in certificates("authority", ca_pem)? {
+        for ca in authorities {
             roots.add(ca).map_err(|error| bad(format!("authority: {error}")))?;
-        }
-        if roots.is_empty() {
-            return Err(bad("the authority file holds no certificate"));
         }
         let roots = Arc::new(roots);
         let client = client_config(&roots, chain.clone(), key.clone_key())?;
         let server = server_config(roots, chain, key)?;
-        Ok(Self { node, client: Arc::new(client), server: Arc::new(server) })
+        Ok(Self {
+            node,
+            client: Arc::new(client),
+            server: Arc::new(server),
+            joining: Arc::new(joining),
+            authority,
+        })
     }
 
     /// Reads certificate, key and authority from PEM files.
@@ -64,6 +77,12 @@ impl Identity {
     #[must_use]
     pub fn node(&self) -> u16 {
         self.node
+    }
+
+    /// Digest of the authority's certificate, for join tokens.
+    #[must_use]
+    pub fn authority(&self) -> Digest {
+        self.authority
     }
 }
 
@@ -105,6 +124,23 @@ fn server_config(
         .with_single_cert(chain, key)
         .map_err(|error| bad(error.to_string()))?;
     config.send_tls13_tickets = 0;
+    Ok(config)
+}
+
+/// The server's side towards nodes that want to join: they have nothing to show yet but a secret, later.
+fn joining_config(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+) -> Result<ServerConfig, WireError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|error| bad(error.to_string()))?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)
+        .map_err(|error| bad(error.to_string()))?;
+    config.send_tls13_tickets = 0;
+    config.alpn_protocols = vec![join::ALPN.to_vec()];
     Ok(config)
 }
 

@@ -25,10 +25,12 @@ mod frame;
 mod handler;
 mod hello;
 mod identity;
+mod join;
 mod mesh;
 mod partition;
 mod peer;
 mod server;
+mod ticket;
 
 pub use blocking::{BlockingCallbacks, BlockingConnection, BlockingHandler, BlockingServer};
 pub use connect::{connect_tls, connect_unix};
@@ -39,10 +41,12 @@ pub use frame::{FRAME_BYTES_MAX, Frame, FrameCodec, HEADER_BYTES, Kind};
 pub use handler::{Handler, RefuseAll};
 pub use hello::{VERSION_MAX, VERSION_MIN};
 pub use identity::Identity;
+pub use join::{JoinMember, JoinReply, JoinRequest, join};
 pub use mesh::{Mesh, PeerStatus};
 pub use partition::Partition;
 pub use peer::{Class, Peer, Via};
 pub use server::Server;
+pub use ticket::{Digest, JoinToken, sha256};
 
 /// What a frame is for. A number that the receiver does not serve is refused as [`RefusalCode::Unsupported`].
 pub mod service {

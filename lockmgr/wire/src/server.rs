@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::rustls::server::Acceptor;
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -16,6 +17,7 @@ use crate::connect::{tune, unix_peer};
 use crate::driver::{self, Greeted, in_time};
 use crate::hello::Proof;
 use crate::identity::{node_of_certificate, tls_error};
+use crate::join;
 use crate::{Class, Endpoint, Handler, Local, Partition, Via, WireError};
 
 /// Connections of one server at once; further ones wait in the listener.
@@ -84,11 +86,12 @@ trait Source: Send + Sync + 'static {
 
     fn accept(&self) -> impl Future<Output = std::io::Result<Self::Socket>> + Send;
 
-    /// Finds out who it is.
+    /// Finds out who it is. `None`: it was served already and is gone.
     fn greet(
         &self,
         socket: Self::Socket,
-    ) -> impl Future<Output = Result<Greeted<Self::Stream>, WireError>> + Send;
+        handler: &dyn Handler,
+    ) -> impl Future<Output = Result<Option<Greeted<Self::Stream>>, WireError>> + Send;
 
     fn partition(&self) -> Partition;
 }
@@ -124,8 +127,10 @@ impl<S: Source> Accepting<S> {
 
     /// Runs one connection until it ends or the server closes.
     async fn hold(self: Arc<Self>, socket: S::Socket, _place: OwnedSemaphorePermit) {
-        let greeted = match self.closing.run_until_cancelled(self.source.greet(socket)).await {
-            Some(Ok(greeted)) => greeted,
+        let greeting = self.source.greet(socket, &*self.handler);
+        let greeted = match self.closing.run_until_cancelled(greeting).await {
+            Some(Ok(Some(greeted))) => greeted,
+            Some(Ok(None)) => return,
             Some(Err(error)) => {
                 tracing::warn!(error = error.explain(), "connection refused");
                 return;
@@ -154,13 +159,23 @@ impl Source for FromNodes {
         self.listener.accept().await.map(|(tcp, _)| tcp)
     }
 
-    async fn greet(&self, tcp: TcpStream) -> Result<Greeted<Self::Stream>, WireError> {
+    async fn greet(
+        &self,
+        tcp: TcpStream,
+        handler: &dyn Handler,
+    ) -> Result<Option<Greeted<Self::Stream>>, WireError> {
         self.endpoint.partition.passable().await;
         let doing = match tcp.peer_addr() {
             Ok(from) => format!("accept a connection from {from}"),
             Err(_) => "accept a connection".to_owned(),
         };
-        in_time(&doing, accept_tls(tcp, &self.endpoint, &doing)).await
+        match in_time(&doing, accept_tls(tcp, &self.endpoint, &doing)).await? {
+            Accepted::Member(greeted) => Ok(Some(*greeted)),
+            Accepted::Newcomer(stream) => {
+                join::serve(stream, handler).await?;
+                Ok(None)
+            }
+        }
     }
 
     fn partition(&self) -> Partition {
@@ -181,10 +196,14 @@ impl Source for FromProcesses {
         self.listener.accept().await.map(|(stream, _)| stream)
     }
 
-    async fn greet(&self, stream: UnixStream) -> Result<Greeted<UnixStream>, WireError> {
+    async fn greet(
+        &self,
+        stream: UnixStream,
+        _handler: &dyn Handler,
+    ) -> Result<Option<Greeted<UnixStream>>, WireError> {
         let proof = Proof { via: unix_peer(&stream)?, node: None, class: None };
         let greeting = driver::greet(stream, &self.local, Class::Control, proof);
-        in_time("the hello of a local process", greeting).await
+        in_time("the hello of a local process", greeting).await.map(Some)
     }
 
     fn partition(&self) -> Partition {
@@ -192,25 +211,52 @@ impl Source for FromProcesses {
     }
 }
 
-async fn accept_tls(
-    tcp: TcpStream,
-    endpoint: &Endpoint,
-    doing: &str,
-) -> Result<Greeted<TlsStream<TcpStream>>, WireError> {
+/// Who has come.
+enum Accepted {
+    /// Another node of the cluster.
+    Member(Box<Greeted<TlsStream<TcpStream>>>),
+    /// Somebody without a certificate who wants to join.
+    Newcomer(Box<TlsStream<TcpStream>>),
+}
+
+async fn accept_tls(tcp: TcpStream, endpoint: &Endpoint, doing: &str) -> Result<Accepted, WireError> {
     tune(&tcp);
-    let acceptor = TlsAcceptor::from(Arc::clone(&endpoint.identity.server));
-    let tls = match acceptor.accept(tcp).into_fallible().await {
+    let (tls, newcomer) = match handshake(tcp, endpoint).await {
         Ok(tls) => tls,
         Err((error, mut tcp)) => {
             // The alert is on its way; closing before the peer has read it would discard it.
-            driver::discard_in_time(&mut tcp).await;
+            if let Some(tcp) = &mut tcp {
+                driver::discard_in_time(tcp).await;
+            }
             return Err(tls_error(doing, None, &error));
         }
     };
+    if newcomer {
+        return Ok(Accepted::Newcomer(Box::new(tls)));
+    }
     let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let certificate = certificate
         .ok_or_else(|| WireError::ForeignCertificate { what: "the peer shows none".to_owned() })?;
     let node = node_of_certificate(certificate)?;
     let proof = Proof { via: Via::Tls, node: Some(node), class: None };
-    driver::greet(tls, &endpoint.local, Class::Control, proof).await
+    driver::greet(tls, &endpoint.local, Class::Control, proof)
+        .await
+        .map(|greeted| Accepted::Member(Box::new(greeted)))
+}
+
+/// The TLS handshake, with the rules for members or, when the client's first message asks for it, for a newcomer.
+async fn handshake(
+    tcp: TcpStream,
+    endpoint: &Endpoint,
+) -> Result<(TlsStream<TcpStream>, bool), (std::io::Error, Option<TcpStream>)> {
+    let mut acceptor = LazyConfigAcceptor::new(Acceptor::default(), tcp);
+    let start = match (&mut acceptor).await {
+        Ok(start) => start,
+        Err(error) => return Err((error, acceptor.take_io())),
+    };
+    let newcomer = start.client_hello().alpn().is_some_and(|mut names| names.any(|name| name == join::ALPN));
+    let identity = &endpoint.identity;
+    let rules = if newcomer { &identity.joining } else { &identity.server };
+    let accepted = start.into_stream(Arc::clone(rules)).into_fallible().await;
+    accepted.map(|tls| (tls, newcomer)).map_err(|(error, tcp)| (error, Some(tcp)))
 }

@@ -24,6 +24,9 @@ pub struct NodeConfig {
     pub listen: SocketAddr,
     /// Folder of everything that this daemon keeps: sockets, log, mounts, the Raft log.
     pub dir: PathBuf,
+    /// The admin socket, where it is not `csvd.sock` in that folder.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
     /// Whether this node founds the cluster when it has no state yet. Exactly one node does.
     #[serde(default)]
     pub bootstrap: bool,
@@ -48,12 +51,17 @@ pub struct TlsConfig {
     pub cert: PathBuf,
     /// The key of the certificate.
     pub key: PathBuf,
+    /// The authority's key, on nodes that let others join.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_key: Option<PathBuf>,
 }
 
 /// How dead nodes are made certain to be dead.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum FenceConfig {
+    /// Nothing can cut a node off: a silent one stays in quarantine until an operator confirms that it is off.
+    Operator,
     /// The nodes share a machine: kill the process group named in the node's pid file.
     LocalKill,
     /// A program that powers a node off, see lockmgr/PROTOCOL.md.
@@ -63,6 +71,16 @@ pub enum FenceConfig {
         /// Longest time that it may take, in milliseconds.
         timeout_ms: u64,
     },
+}
+
+/// The part of the configuration that all nodes of a cluster share; a joining node gets it from the others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SharedConfig {
+    /// See [`NodeConfig::base_ms`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_ms: Option<u64>,
+    /// How dead nodes are made certain to be dead.
+    pub fence: FenceConfig,
 }
 
 /// A member.
@@ -84,7 +102,7 @@ impl NodeConfig {
     /// The admin socket.
     #[must_use]
     pub fn admin_socket(&self) -> PathBuf {
-        self.dir.join("csvd.sock")
+        self.socket.clone().unwrap_or_else(|| self.dir.join("csvd.sock"))
     }
 
     /// The socket of this node's VM processes.

@@ -44,10 +44,10 @@ pub(crate) enum Command {
     /// Run a whole cluster on this machine
     #[command(subcommand)]
     Dev(DevCommand),
-    /// Show the cluster
+    /// Found the cluster, let nodes join, show it
     #[command(subcommand)]
     Cluster(ClusterCommand),
-    /// Show the members
+    /// Work with the members
     #[command(subcommand)]
     Node(NodeCommand),
     /// Work with shared volumes

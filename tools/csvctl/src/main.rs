@@ -11,6 +11,8 @@
 mod cli;
 mod commands;
 mod context;
+mod files;
+mod node_home;
 mod ui;
 mod units;
 

@@ -6,6 +6,7 @@ mod cluster;
 mod events;
 mod file;
 mod health;
+mod members;
 mod path;
 mod vm;
 pub(crate) mod volume;
@@ -91,6 +92,27 @@ impl pb::admin_server::Admin for Admin {
 
     async fn cluster_show(&self, _: Request<pb::ClusterShowRequest>) -> Answer<pb::Cluster> {
         answer(Ok(cluster::show(&self.core)))
+    }
+
+    async fn cluster_token(&self, request: Request<pb::ClusterTokenRequest>) -> Answer<pb::ClusterToken> {
+        answer(members::token(&self.core, request.into_inner().valid_ms).await)
+    }
+
+    async fn node_confirm_dead(&self, request: Request<pb::NodeConfirmDeadRequest>) -> Answer<pb::Node> {
+        answer(
+            to_its_end(
+                &self.core,
+                |core| async move { members::confirm_dead(&core, request.into_inner()).await },
+            )
+            .await,
+        )
+    }
+
+    async fn node_evict(&self, request: Request<pb::NodeEvictRequest>) -> Answer<pb::NodeEvicted> {
+        answer(
+            to_its_end(&self.core, |core| async move { members::evict(&core, request.into_inner()).await })
+                .await,
+        )
     }
 
     async fn node_list(&self, _: Request<pb::NodeListRequest>) -> Answer<pb::Nodes> {

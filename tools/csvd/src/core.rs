@@ -23,6 +23,8 @@ pub(crate) struct Core {
     pub(crate) config: NodeConfig,
     pub(crate) me: NodeId,
     pub(crate) timing: Timing,
+    /// Digest of the certificate of the cluster's authority.
+    pub(crate) authority: wire::Digest,
     pub(crate) runtime: Handle,
     pub(crate) mesh: Arc<Mesh>,
     pub(crate) cluster: Arc<Cluster>,
@@ -43,6 +45,7 @@ impl Core {
     pub(crate) fn new(
         config: NodeConfig,
         timing: Timing,
+        authority: wire::Digest,
         mesh: Arc<Mesh>,
         cluster: Arc<Cluster>,
         stop: CancellationToken,
@@ -52,6 +55,7 @@ impl Core {
             membership: Membership::new(&config, &timing),
             config,
             timing,
+            authority,
             runtime: Handle::current(),
             mesh,
             cluster,

@@ -20,7 +20,7 @@ use lockmgr::timing::Timing;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use wire::{Endpoint, Identity, Local, Mesh, Server};
+use wire::{Endpoint, Identity, Local, Mesh, Server, WireError};
 
 use crate::core::Core;
 use crate::dispatch::Dispatcher;
@@ -51,18 +51,18 @@ pub(crate) async fn run(config: NodeConfig, inherit_listener: bool) -> Result<()
 
     let timing = config.base_ms.map_or(Timing::DEFAULT, Timing::from_base);
     let listener = listener(&config, inherit_listener).await?;
-    let endpoint = endpoint(&config)?;
+    let identity = identity(&config)?;
+    let authority = identity.authority();
+    let endpoint = endpoint(&config, identity)?;
     let dispatcher = Arc::new(Dispatcher::default());
     let mesh = Mesh::new(endpoint.clone(), Arc::clone(&dispatcher) as Arc<dyn wire::Handler>);
     let cluster = Cluster::start(cluster_config(&config), Arc::clone(&mesh))
         .await
         .map_err(|error| Error::failed(error).during("starting this node's part of the cluster"))?;
-    let core = Core::new(config, timing, mesh, cluster, stop);
+    let core = Core::new(config, timing, authority, mesh, cluster, stop);
     dispatcher.begin(&core);
     let server = Server::serve_tls(listener, endpoint, dispatcher);
-    for member in &core.config.members {
-        core.mesh.set_peer(member.id, &member.address.to_string());
-    }
+    membership::meet_peers(&core);
 
     let admin = admin::serve(&core)?;
     say_ready();
@@ -126,13 +126,17 @@ fn end(core: &Arc<Core>) {
     core.membership.lease.revoke();
 }
 
-fn endpoint(config: &NodeConfig) -> Result<Endpoint, Error> {
-    let identity = Identity::load(&config.tls.cert, &config.tls.key, &config.tls.ca);
+fn identity(config: &NodeConfig) -> Result<Identity, Error> {
+    Identity::load(&config.tls.cert, &config.tls.key, &config.tls.ca).map_err(|error| unusable(&error))
+}
+
+fn endpoint(config: &NodeConfig, identity: Identity) -> Result<Endpoint, Error> {
     let local = Local { cluster: config.cluster_id, node: config.id, name: config.name.clone() };
-    identity.and_then(|identity| Endpoint::new(local, identity)).map_err(|error| {
-        Error::failed(error.explain())
-            .hint(error.hint().unwrap_or("check the files named in the configuration"))
-    })
+    Endpoint::new(local, identity).map_err(|error| unusable(&error))
+}
+
+fn unusable(error: &WireError) -> Error {
+    Error::failed(error.explain()).hint(error.hint().unwrap_or("check the files named in the configuration"))
 }
 
 fn cluster_config(config: &NodeConfig) -> ClusterConfig {

@@ -7,7 +7,7 @@ use csvfs::proto as pb;
 use futures::future::BoxFuture;
 use lockmgr::NodeId;
 use prost::Message;
-use wire::{Class, Connection, Handler, Peer, Refusal, RefusalCode, service};
+use wire::{Class, Connection, Handler, JoinReply, JoinRequest, Peer, Refusal, RefusalCode, service};
 
 use crate::core::Core;
 use crate::{forward, membership, router};
@@ -37,6 +37,12 @@ impl Handler for Dispatcher {
         let Some(core) = self.core.get().cloned() else {
             return Box::pin(async { Err(Refusal::new(RefusalCode::Busy, "the node is starting")) });
         };
+        // Raft's messages bring the records up to date, so they are taken from a leader that these do not know yet.
+        if service != service::RAFT && is_stranger(&core, from.node) {
+            let refusal = Refusal::new(RefusalCode::Busy, "this node knows no such member")
+                .with_hint("a new member is known in a moment; one that was evicted must join again");
+            return Box::pin(async move { Err(refusal) });
+        }
         match service {
             service::RAFT | service::PROPOSAL => core.cluster.handle(service, &from, body),
             service::HEARTBEAT => {
@@ -49,6 +55,14 @@ impl Handler for Dispatcher {
             }
             other => Box::pin(async move { Err(Refusal::unsupported(other)) }),
         }
+    }
+
+    fn join(&self, request: JoinRequest) -> BoxFuture<'static, Result<JoinReply, Refusal>> {
+        let core = self.core.get().cloned();
+        Box::pin(async move {
+            let core = core.ok_or_else(|| Refusal::new(RefusalCode::Busy, "the node is starting"))?;
+            membership::let_join(&core, request).await
+        })
     }
 
     fn pushed(&self, from: Peer, _conn: Connection, service: u16, body: Bytes) {
@@ -71,6 +85,12 @@ impl Handler for Dispatcher {
     fn gone(&self, conn: &Connection, reason: &str) {
         tracing::debug!(peer = %conn.peer(), class = %conn.peer().class, reason, "disconnected");
     }
+}
+
+/// Whether the records, as far as they have come here, do not list the node: its certificate outlives its membership.
+fn is_stranger(core: &Core, node: u16) -> bool {
+    let state = core.state();
+    state.cluster.is_some() && !state.members.contains_key(&NodeId(node))
 }
 
 /// A client of another node asks the coordinator here. It can only speak for clients of its own node.

@@ -1,6 +1,8 @@
 //! This node as a member: its epoch, its lease, and what it thinks of the others.
 //!
 //! ```text
+//!   desk.rs        lets nodes join that have a token
+//!   peers.rs       who is talked to and who votes follow from the records
 //!   join.rs        BeginEpoch: from here on this incarnation counts
 //!   beats.rs       network heartbeats: each answer of a majority prolongs the lease (B1)
 //!   lun_beats.rs   LUN heartbeats, on a thread and a queue of their own (B4)
@@ -13,12 +15,14 @@
 //! **Invariant:** a lease ends by itself; everything else here is only about ending it early and for certain.
 
 mod beats;
+mod desk;
 mod fencing;
 mod heirs;
 mod join;
 mod judge;
 mod lease;
 mod lun_beats;
+mod peers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,6 +35,8 @@ use lockmgr::{Epoch, NodeId};
 use tokio::sync::mpsc;
 
 pub(crate) use beats::answer as answer_beat;
+pub(crate) use desk::let_join;
+pub(crate) use fencing::confirm_dead;
 pub(crate) use join::begin as begin_epoch;
 pub(crate) use lun_beats::LunBeats;
 
@@ -116,7 +122,13 @@ pub(crate) fn start(core: &Arc<Core>) {
         core.runtime.spawn(fencing::run(Arc::clone(core), docket));
     }
     core.runtime.spawn(beats::run(Arc::clone(core)));
+    core.runtime.spawn(peers::align_voters(Arc::clone(core)));
     core.runtime.spawn(fencing::inherit(Arc::clone(core)));
+}
+
+/// Follows the records with the addresses of the peers; needed before this node has its epoch.
+pub(crate) fn meet_peers(core: &Arc<Core>) {
+    core.runtime.spawn(peers::follow(Arc::clone(core)));
 }
 
 /// Demands that this incarnation of a node is ended; whoever leads the cluster sees to it.

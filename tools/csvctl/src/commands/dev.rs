@@ -13,7 +13,7 @@ mod down;
 mod fault;
 mod folder;
 mod node;
-mod process;
+pub(crate) mod process;
 mod start;
 mod up;
 

@@ -1,6 +1,10 @@
 //! `csvctl node`.
 
+mod confirm_dead;
+mod evict;
+mod join;
 mod list;
+mod show;
 
 use api::Error;
 use api::pb::Node;
@@ -11,14 +15,26 @@ use crate::ui;
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum NodeCommand {
+    /// Make this machine a member, with a token
+    Join(join::Join),
     /// List the members
     List(list::List),
+    /// Show one member
+    Show(show::Show),
+    /// Vouch that a node is off which could not be fenced
+    ConfirmDead(confirm_dead::ConfirmDead),
+    /// Forget a member that is off
+    Evict(evict::Evict),
 }
 
 impl NodeCommand {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         match self {
+            Self::Join(command) => command.run(context).await,
             Self::List(command) => command.run(context).await,
+            Self::Show(command) => command.run(context).await,
+            Self::ConfirmDead(command) => command.run(context).await,
+            Self::Evict(command) => command.run(context).await,
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use api::{Error, pb};
-use lockmgr::cluster::{ClusterState, Member, MemberState};
+use lockmgr::cluster::{ClusterState, Member, MemberState, RaftStatus};
 
 use crate::core::Core;
 use crate::view;
@@ -25,11 +25,11 @@ pub(super) fn show(core: &Arc<Core>) -> pb::Cluster {
 
 pub(super) fn nodes(core: &Arc<Core>) -> Vec<pb::Node> {
     let state = core.state();
-    let leader = core.cluster.status().leader;
-    state.members.values().map(|member| node(core, &state, member, leader == Some(member.id))).collect()
+    let raft = core.cluster.status();
+    state.members.values().map(|member| node(core, &state, member, &raft)).collect()
 }
 
-fn node(core: &Core, state: &ClusterState, member: &Member, leader: bool) -> pb::Node {
+pub(super) fn node(core: &Core, state: &ClusterState, member: &Member, raft: &RaftStatus) -> pb::Node {
     let volumes = state.volumes.values().filter(|volume| volume.owner == member.id).count();
     let vms = state.vms.values().filter(|vm| vm.owner == member.id).count();
     pb::Node {
@@ -38,10 +38,11 @@ fn node(core: &Core, state: &ClusterState, member: &Member, leader: bool) -> pb:
         address: member.address.clone(),
         state: standing(core, member).to_owned(),
         epoch: member.epoch.0,
-        leader,
+        leader: raft.leader == Some(member.id),
         this_node: member.id == core.me,
         volumes_owned: u32::try_from(volumes).unwrap_or(u32::MAX),
         vms: u32::try_from(vms).unwrap_or(u32::MAX),
+        voter: raft.voters.contains(&member.id),
     }
 }
 

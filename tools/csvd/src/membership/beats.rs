@@ -24,6 +24,7 @@ pub(crate) async fn run(core: Arc<Core>) {
             () = core.done.cancelled() => return,
             _ = ticks.tick() => {}
         }
+        core.membership.lease.set_voters(&core.cluster.status().voters);
         core.membership.lease.tick();
         for member in core.state().members.values().filter(|member| member.id != core.me) {
             core.runtime.spawn(beat(Arc::clone(&core), member.id));

@@ -11,9 +11,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::Error;
 use api::config::FenceConfig;
 use lockmgr::cluster::{Command, MemberState};
-use lockmgr::fence::{AgentFence, Confirmed, Fence, FenceError, LocalKill};
+use lockmgr::fence::{AgentFence, Confirmed, Fence, FenceError, LocalKill, OperatorFence};
 use lockmgr::{Epoch, NodeId};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
@@ -141,9 +142,24 @@ async fn fence(core: &Arc<Core>, node: NodeId, epoch: Epoch) -> Result<Confirmed
     })
 }
 
+/// An operator vouches that a node in quarantine is off: what it held may be reused (A4).
+pub(crate) async fn confirm_dead(
+    core: &Arc<Core>,
+    node: NodeId,
+    epoch: Epoch,
+    who: &str,
+) -> Result<(), Error> {
+    let confirmed = Confirmed::by_operator(node, epoch, who);
+    core.propose(Command::MarkNode { node, epoch, state: MemberState::Fenced }).await?;
+    core.note("node.confirmed-dead", &view::node_name(&core.state(), node), confirmed.to_string());
+    super::look_again(core);
+    Ok(())
+}
+
 fn fence_of(core: &Core) -> Box<dyn Fence> {
     let limit = Duration::from_millis(core.timing.fence_limit_ms);
     match &core.config.fence {
+        FenceConfig::Operator => Box::new(OperatorFence),
         FenceConfig::LocalKill => {
             let files = core
                 .config

@@ -26,6 +26,8 @@ pub(crate) struct LeaseKeeper {
 #[derive(Debug)]
 struct Inner {
     quorum: QuorumLease,
+    /// The voters that `quorum` counts.
+    voters: Vec<NodeId>,
     page: Option<LeasePage>,
     /// The devices of this process that wait for renewals.
     gates: Vec<Weak<Gate>>,
@@ -33,9 +35,18 @@ struct Inner {
 
 impl LeaseKeeper {
     pub(crate) fn new(config: &NodeConfig, timing: &Timing) -> Self {
-        let voters = config.members.iter().map(|member| NodeId(member.id));
-        let quorum = QuorumLease::new(NodeId(config.id), voters, timing.holder_stop_ms());
-        Self { inner: Mutex::new(Inner { quorum, page: None, gates: Vec::new() }) }
+        let voters: Vec<_> = config.members.iter().map(|member| NodeId(member.id)).collect();
+        let quorum = QuorumLease::new(NodeId(config.id), voters.iter().copied(), timing.holder_stop_ms());
+        Self { inner: Mutex::new(Inner { quorum, voters, page: None, gates: Vec::new() }) }
+    }
+
+    /// A majority of these prolongs the lease. An empty set is one that is not known yet.
+    pub(crate) fn set_voters(&self, voters: &[NodeId]) {
+        let mut inner = self.lock();
+        if !voters.is_empty() && inner.voters != voters {
+            inner.quorum.set_voters(voters.iter().copied());
+            inner.voters = voters.to_vec();
+        }
     }
 
     /// Makes the page of a new epoch. Whoever still has the page of an older one mapped learns that its right is over.

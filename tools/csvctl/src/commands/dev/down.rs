@@ -15,10 +15,11 @@ use clap::Args;
 use rustix::process::Signal;
 
 use super::DevDir;
-use super::folder::{Folder, cannot};
+use super::folder::Folder;
 use super::node;
 use super::process::Running;
 use crate::context::Context;
+use crate::files::cannot;
 
 /// Longest time that a daemon may take to flush and end by itself.
 pub(crate) const END_WITHIN: Duration = Duration::from_secs(20);

@@ -4,9 +4,8 @@
 //! that has it is complete.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use api::Error;
@@ -14,6 +13,8 @@ use api::config::{FenceConfig, MemberConfig, NodeConfig, TlsConfig};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use wire::authority;
+
+use crate::files::{cannot, write_private};
 
 /// What `dev up` was told, kept for the next time.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -111,7 +112,12 @@ impl Folder {
     /// The configuration of a planned node.
     pub(crate) fn node_config(&self, plan: &Plan, node: &PlannedNode) -> NodeConfig {
         let dir = self.node_dir(&node.name);
-        let tls = TlsConfig { ca: dir.join("ca.crt"), cert: dir.join("node.crt"), key: dir.join("node.key") };
+        let tls = TlsConfig {
+            ca: dir.join("ca.crt"),
+            cert: dir.join("node.crt"),
+            key: dir.join("node.key"),
+            ca_key: None,
+        };
         NodeConfig {
             cluster: "dev".to_owned(),
             cluster_id: plan.cluster,
@@ -119,6 +125,7 @@ impl Folder {
             id: node.id,
             listen: node.address,
             dir,
+            socket: None,
             bootstrap: node.id == 1,
             base_ms: None,
             tls,
@@ -155,28 +162,8 @@ impl Folder {
         self.write_private("dev.toml", &text)
     }
 
-    /// Writes a file that only its owner may read, in one step.
     fn write_private(&self, name: &str, text: &str) -> Result<(), Error> {
-        let path = self.root.join(name);
-        let fresh = path.with_extension("new");
-        if let Some(parent) = path.parent() {
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o755)
-                .create(parent)
-                .map_err(|error| cannot("make", parent, &error))?;
-        }
-        let mut file = OpenOptions::new()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .mode(0o600)
-            .open(&fresh)
-            .map_err(|error| cannot("write", &fresh, &error))?;
-        file.write_all(text.as_bytes())
-            .and_then(|()| file.sync_all())
-            .and_then(|()| fs::rename(&fresh, &path))
-            .map_err(|error| cannot("write", &path, &error))
+        write_private(&self.root.join(name), text)
     }
 
     /// Makes the LUN's file, sparse, when it is a file and absent.
@@ -203,14 +190,4 @@ pub(crate) fn listeners(count: u16) -> Result<Vec<TcpListener>, Error> {
                 .map_err(|error| Error::failed(format!("listen on {address}: {error}")))
         })
         .collect()
-}
-
-/// An error about a file.
-pub(crate) fn cannot(doing: &str, path: &Path, error: &std::io::Error) -> Error {
-    let failed = Error::failed(format!("{doing} {}: {error}", path.display()));
-    match error.kind() {
-        std::io::ErrorKind::PermissionDenied => failed.hint("run it as root, or choose another folder"),
-        std::io::ErrorKind::StorageFull => failed.hint("the disk behind the folder is full"),
-        _ => failed,
-    }
 }

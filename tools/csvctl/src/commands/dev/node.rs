@@ -8,7 +8,8 @@ use api::pb::WaitRequest;
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
-use super::folder::{Folder, Plan, PlannedNode, cannot};
+use super::folder::{Folder, Plan, PlannedNode};
+use crate::files::cannot;
 
 /// Longest time that a cluster may take until it is healthy.
 pub(crate) const HEALTHY_WITHIN_MS: u64 = 60_000;

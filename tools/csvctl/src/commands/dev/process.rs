@@ -16,7 +16,7 @@ use api::config::NodeConfig;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
-use super::folder::cannot;
+use crate::files::cannot;
 
 /// The daemon's program: beside csvctl, or what `CSVD` names.
 pub(crate) fn program() -> Result<PathBuf, Error> {

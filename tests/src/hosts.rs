@@ -1,0 +1,170 @@
+//! Nodes as an administrator sets them up one by one: `cluster create`, `cluster token`, `node join`, each with a folder
+//! and an address of its own, as if on hosts of their own.
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use tempfile::TempDir;
+
+use crate::{Ctl, binary};
+
+/// A node's folder and, while it runs, its daemon. Dropping it ends the daemon and everything that it started.
+#[derive(Debug)]
+pub struct Host {
+    folder: TempDir,
+    name: String,
+    address: String,
+    daemon: Option<Child>,
+}
+
+impl Host {
+    /// Founds a cluster and starts its first node.
+    ///
+    /// # Panics
+    /// With the error of `csvctl` when that fails.
+    #[must_use]
+    pub fn found(cluster: &str, node: &str, options: &[&str]) -> Self {
+        let host = Self::new(node);
+        let mut arguments = vec!["cluster", "create", "--name", cluster];
+        arguments.extend(options);
+        host.set_up(&arguments).started()
+    }
+
+    /// Joins a node with a token and starts it.
+    ///
+    /// # Panics
+    /// As [`Host::found`].
+    #[must_use]
+    pub fn join(node: &str, token: &str) -> Self {
+        Self::new(node).set_up(&["node", "join", "--token", token]).started()
+    }
+
+    /// A host without a node.
+    ///
+    /// # Panics
+    /// When this machine has no folder or port to give.
+    #[must_use]
+    pub fn new(node: &str) -> Self {
+        let folder = TempDir::with_prefix("csv-host-").expect("a temporary folder");
+        // An address of 127/8 that nobody else is likely to use: its port is free again when a node starts anew.
+        let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), node).to_le_bytes();
+        let ip = std::net::Ipv4Addr::new(127, random[0].max(1), random[1], random[2].clamp(1, 254));
+        let port = TcpListener::bind((ip, 0)).and_then(|it| it.local_addr()).expect("a free port").port();
+        Self { folder, name: node.to_owned(), address: format!("{ip}:{port}"), daemon: None }
+    }
+
+    /// Runs a command that makes this host a node, with the options that all of them take.
+    ///
+    /// # Panics
+    /// With its error when it fails.
+    #[must_use]
+    pub fn set_up(self, command: &[&str]) -> Self {
+        Ctl::local().must(&self.arguments(command));
+        self
+    }
+
+    /// The arguments of a command that makes this host a node, without starting it.
+    #[must_use]
+    pub fn arguments(&self, command: &[&str]) -> Vec<String> {
+        let dir = self.dir().to_str().expect("a UTF-8 path");
+        let own = ["--node", &self.name, "--listen", &self.address, "--dir", dir, "--no-start"];
+        command.iter().chain(&own).map(|word| (*word).to_owned()).collect()
+    }
+
+    #[must_use]
+    fn started(mut self) -> Self {
+        self.start();
+        self
+    }
+
+    /// Starts the daemon and waits until it answers.
+    ///
+    /// # Panics
+    /// With what it printed when it does not.
+    pub fn start(&mut self) {
+        let mut daemon = Command::new(binary("csvd"))
+            .arg("--config")
+            .arg(self.dir().join("csvd.toml"))
+            .arg("--new-session")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("csvd can be started");
+        let mut line = String::new();
+        let out = daemon.stdout.take().expect("piped");
+        BufReader::new(out).read_line(&mut line).expect("readable");
+        if line.trim() != "ready" {
+            let mut why = String::new();
+            drop(daemon.stderr.take().expect("piped").read_to_string(&mut why));
+            drop(daemon.wait());
+            panic!("{} did not start: {why}", self.name);
+        }
+        self.daemon = Some(daemon);
+        self.ctl().must(&["cluster", "wait"]);
+    }
+
+    /// `csvctl` connected to this node.
+    #[must_use]
+    pub fn ctl(&self) -> Ctl {
+        Ctl::to(self.dir().join("csvd.sock"))
+    }
+
+    /// The node's folder.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Where it mounts a volume.
+    #[must_use]
+    pub fn mount(&self, volume: &str) -> PathBuf {
+        self.dir().join("mnt").join(volume)
+    }
+
+    /// A token of this node.
+    ///
+    /// # Panics
+    /// When it makes none.
+    #[must_use]
+    pub fn token(&self) -> String {
+        let token = self.ctl().must(&["cluster", "token"]);
+        token["token"].as_str().expect("a token").to_owned()
+    }
+
+    /// A power cut: every process of the node ends at once.
+    pub fn kill(&mut self) {
+        self.end("KILL");
+    }
+
+    /// An end in order.
+    pub fn stop(&mut self) {
+        self.end("TERM");
+    }
+
+    fn end(&mut self, signal: &str) {
+        let Some(mut daemon) = self.daemon.take() else { return };
+        // The daemon leads a process group, which holds its VMs too. In order, it ends them itself.
+        let whom = if signal == "KILL" { format!("-{}", daemon.id()) } else { daemon.id().to_string() };
+        drop(Command::new("kill").args(["-s", signal, "--", &whom]).stderr(Stdio::null()).status());
+        drop(daemon.wait());
+        // What the daemon had no time for.
+        for mount in std::fs::read_dir(self.dir().join("mnt")).into_iter().flatten().flatten() {
+            drop(Command::new("umount").arg("-l").arg(mount.path()).stderr(Stdio::null()).status());
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
