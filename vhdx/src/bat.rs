@@ -13,23 +13,18 @@
 //! log entry.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::{VhdxError, corrupt};
-use crate::findings::Findings;
 use crate::format::{CHUNK_SECTORS, MIB, PAGE, bytes, index};
 use crate::metadata::DiskParams;
 use crate::region::Area;
 use crate::view::View;
+use crate::words::{Page, WORDS_PER_PAGE, WordTable};
 
-/// BAT entries in one page of the log.
-pub(crate) const ENTRIES_PER_PAGE: u64 = PAGE / 8;
 /// In memory only: the block's first write is in flight.
 const IN_TRANSITION: u64 = 1 << 3;
 /// In memory only: the block's content is being moved, writers wait.
 const HELD: u64 = 1 << 4;
-/// Overlaps reported one by one.
-const OVERLAPS_NAMED_MAX: usize = 16;
 const STATE_BITS: u64 = 0b111;
 const RESERVED_BITS: u64 = 0xF_FFF8;
 const OFFSET_BITS: u64 = !0xF_FFFF;
@@ -62,6 +57,12 @@ impl Entry {
         Self(offset | 6)
     }
 
+    /// A block of which only the sectors that its bitmap names lie at `offset`.
+    pub(crate) fn partial(offset: u64) -> Self {
+        debug_assert!(offset.is_multiple_of(MIB) && offset > 0, "blocks are 1 MiB aligned");
+        Self(offset | 7)
+    }
+
     /// What the entry says.
     pub(crate) fn state(self) -> BlockState {
         match self.0 & STATE_BITS {
@@ -75,9 +76,19 @@ impl Entry {
         }
     }
 
-    /// Where the block lies, when its content is to be read from the file.
+    /// Where the block lies, when its content, or the part that its bitmap names, is to be read from the file.
+    pub(crate) fn place(self) -> Option<u64> {
+        matches!(self.state(), BlockState::Present | BlockState::Partial).then_some(self.0 & OFFSET_BITS)
+    }
+
+    /// Where the block lies, when all of it is to be read from the file.
     pub(crate) fn data_offset(self) -> Option<u64> {
         (self.state() == BlockState::Present).then_some(self.0 & OFFSET_BITS)
+    }
+
+    /// Whether the block says nothing: in an image with a parent, the parent shows.
+    pub(crate) fn is_unsaid(self) -> bool {
+        self.state() == BlockState::NotPresent
     }
 
     /// The space that belongs to this entry: of a block, or of an anchor.
@@ -112,9 +123,9 @@ impl Entry {
         Self(self.0 | HELD)
     }
 
-    /// Where the block lies, in whole or in part.
-    pub(crate) fn place(self) -> Option<u64> {
-        self.owned_offset().filter(|_| matches!(self.state(), BlockState::Present | BlockState::Partial))
+    /// The same block with all of its sectors here; marks in memory stay.
+    pub(crate) fn filled(self) -> Self {
+        Self(self.0 & !STATE_BITS | 6)
     }
 
     /// The same block at another place.
@@ -127,8 +138,20 @@ impl Entry {
         self.0
     }
 
-    fn offset_field(self) -> u64 {
+    /// The bits that say where the block lies, whatever its state.
+    pub(crate) fn offset_field(self) -> u64 {
         self.0 & OFFSET_BITS
+    }
+
+    /// Bits that must be zero and are not.
+    pub(crate) fn reserved_bits(self) -> u64 {
+        self.0 & RESERVED_BITS
+    }
+
+    /// The word as it is to be on disk: settled, and without a place where the state has none.
+    fn on_disk(self) -> u64 {
+        let settled = self.settled();
+        if settled.owned_offset().is_some() { settled.0 } else { settled.0 & STATE_BITS }
     }
 }
 
@@ -171,9 +194,31 @@ impl BatShape {
         (self.entries * 8).next_multiple_of(MIB)
     }
 
+    /// Runs of blocks that share a sector bitmap.
+    pub(crate) fn chunks(&self) -> u64 {
+        self.blocks.div_ceil(self.chunk_ratio)
+    }
+
+    /// Table index of the entry of a chunk's sector bitmap. Images without a parent may lack the last one.
+    pub(crate) fn bitmap_index(&self, chunk: u64) -> u64 {
+        chunk * (self.chunk_ratio + 1) + self.chunk_ratio
+    }
+
+    /// The chunk whose bitmap entry is at a table index.
+    pub(crate) fn chunk_at(&self, at: u64) -> Option<u64> {
+        let (chunk, within) = (at / (self.chunk_ratio + 1), at % (self.chunk_ratio + 1));
+        (within == self.chunk_ratio).then_some(chunk)
+    }
+
     /// Table index of payload block `block`.
     pub(crate) fn payload_index(&self, block: u64) -> u64 {
         block + block / self.chunk_ratio
+    }
+
+    /// Payload blocks whose entries lie before a table index.
+    pub(crate) fn blocks_before(&self, at: u64) -> u64 {
+        let (chunk, within) = (at / (self.chunk_ratio + 1), at % (self.chunk_ratio + 1));
+        (chunk * self.chunk_ratio + within).min(self.blocks)
     }
 
     /// The payload block at a table index; none for the index of a bitmap block or past the last block.
@@ -181,6 +226,12 @@ impl BatShape {
         let (chunk, within) = (at / (self.chunk_ratio + 1), at % (self.chunk_ratio + 1));
         let block = chunk * self.chunk_ratio + within;
         (within < self.chunk_ratio && block < self.blocks).then_some(block)
+    }
+
+    /// The bytes of the disk that `block` has: first, and first behind it.
+    pub(crate) fn span(&self, block: u64) -> (u64, u64) {
+        let start = block * self.block_bytes;
+        (start, start + self.bytes_in(block))
     }
 
     /// Bytes of the disk in `block`: less than a block only for the last.
@@ -195,44 +246,64 @@ pub(crate) struct Bat {
     pub(crate) shape: BatShape,
     /// Where it lies in the file.
     pub(crate) region: Area,
-    entries: Vec<AtomicU64>,
+    table: WordTable,
 }
 
 impl Bat {
-    /// Reads the whole table. The region is known to lie inside the file, so memory is bounded by the file's size.
+    /// Reads the table, its holes left out. The region is known to lie inside the file, so memory is bounded by what the
+    /// file really holds.
     pub(crate) fn read(view: &View, region: Area, shape: BatShape) -> Result<Self, VhdxError> {
         if shape.entries * 8 > region.length {
             let found =
                 format!("{} bytes for a disk that needs {} entries of 8 bytes", region.length, shape.entries);
             return Err(corrupt("BAT region (too small)", region.offset, found));
         }
-        let mut entries = Vec::with_capacity(index(shape.entries));
+        let mut table = WordTable::zeroed(shape.entries);
+        let end = (shape.entries * 8).next_multiple_of(PAGE);
         let mut at = 0;
-        while at < shape.entries * 8 {
-            let len = (shape.entries * 8 - at).min(MIB).next_multiple_of(PAGE);
-            let piece = view.read(region.offset + at, index(len), "BAT")?;
-            let words =
-                piece.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("8 bytes")));
-            let missing = index(shape.entries) - entries.len();
-            entries.extend(words.take(missing).map(AtomicU64::new));
+        while at < end {
+            let len = (end - at).min(MIB);
+            let offset = region.offset + at;
+            if !view.is_hole(offset..offset + len) {
+                let piece = view.read(offset, index(len), "BAT")?;
+                for (number, page) in piece.chunks_exact(index(PAGE)).enumerate() {
+                    table.load(at / PAGE + bytes(number), page);
+                }
+            }
             at += len;
         }
-        Ok(Self { shape, region, entries })
+        Ok(Self { shape, region, table })
     }
 
     /// The entry of payload block `block`.
     pub(crate) fn get(&self, block: u64) -> Entry {
-        Entry(self.entries[index(self.shape.payload_index(block))].load(Ordering::SeqCst))
+        Entry(self.table.get(self.shape.payload_index(block)))
     }
 
     /// Replaces the entry of payload block `block`. Only under the lock of the space map.
     pub(crate) fn set(&self, block: u64, entry: Entry) {
-        self.entries[index(self.shape.payload_index(block))].store(entry.0, Ordering::SeqCst);
+        self.table.set(self.shape.payload_index(block), entry.0);
+    }
+
+    /// Where the sector bitmap of a chunk lies.
+    pub(crate) fn bitmap_place(&self, chunk: u64) -> Option<u64> {
+        let at = self.shape.bitmap_index(chunk);
+        (at < self.shape.entries).then(|| Entry(self.table.get(at)).data_offset()).flatten()
+    }
+
+    /// Gives the sector bitmap of a chunk its place. Only under the lock of the space map.
+    pub(crate) fn set_bitmap(&self, chunk: u64, offset: u64) {
+        self.table.set(self.shape.bitmap_index(chunk), Entry::present(offset).0);
     }
 
     /// The page of the table that holds `block`'s entry, counted from the start of the region.
     pub(crate) fn page_of(&self, block: u64) -> u64 {
-        self.shape.payload_index(block) / ENTRIES_PER_PAGE
+        self.shape.payload_index(block) / WORDS_PER_PAGE
+    }
+
+    /// The page of the table that holds the entry of a chunk's sector bitmap.
+    pub(crate) fn page_of_bitmap(&self, chunk: u64) -> u64 {
+        self.shape.bitmap_index(chunk) / WORDS_PER_PAGE
     }
 
     /// Where a page lies in the file.
@@ -244,134 +315,42 @@ impl Bat {
     ///
     /// Entries in transition keep their old meaning. An offset where none belongs is dropped.
     pub(crate) fn page_bytes(&self, page: u64) -> Vec<u8> {
-        let first = index(page * ENTRIES_PER_PAGE);
-        let last = (first + index(ENTRIES_PER_PAGE)).min(self.entries.len());
-        let mut content = vec![0; index(PAGE)];
-        for (slot, entry) in content.chunks_exact_mut(8).zip(&self.entries[first..last]) {
-            let entry = Entry(entry.load(Ordering::SeqCst)).settled();
-            let word = if entry.owned_offset().is_some() { entry.0 } else { entry.0 & STATE_BITS };
-            slot.copy_from_slice(&word.to_le_bytes());
-        }
+        let words = self.table.words_of(page).map(|word| Entry(word).on_disk());
+        let mut content: Vec<u8> = words.flat_map(u64::to_le_bytes).collect();
+        content.resize(index(PAGE), 0);
         content
     }
 
-    /// Checks every entry and returns the file offsets that belong to blocks, ascending, in MiB.
-    ///
-    /// Together with `areas` this is the interval map of the whole file: no two owners may share a byte.
-    pub(crate) fn check(
-        &self,
-        view: &View,
-        params: &DiskParams,
-        areas: &[Area],
-        findings: &mut Findings,
-    ) -> Vec<u64> {
-        let mut payload = Vec::new();
-        for (at, word) in self.entries.iter().enumerate() {
-            let (at, word) = (bytes(at), word.load(Ordering::SeqCst));
-            let entry = Entry(word);
-            match self.shape.block_at(at) {
-                Some(block) => payload.extend(self.check_payload(block, at, entry, view, params, findings)),
-                None => self.check_bitmap(at, entry, params, findings),
-            }
-        }
-        payload.sort_unstable();
-        self.check_overlap(&payload, areas, findings);
-        payload
+    /// Runs of equal entries: of the table index, how many, and what they say. Holes of the table cost one step.
+    pub(crate) fn runs(&self) -> impl Iterator<Item = (u64, u64, Entry)> + '_ {
+        (0..self.table.pages()).flat_map(move |page| {
+            let first = page * WORDS_PER_PAGE;
+            let (uniform, words) = match self.table.page(page) {
+                Page::Uniform(word) => {
+                    (Some((first, bytes(self.table.words_in(page)), Entry(word))), &[][..])
+                }
+                Page::Words(words) => (None, words),
+            };
+            let single = words
+                .iter()
+                .zip(first..)
+                .map(|(word, at)| (at, 1, Entry(word.load(std::sync::atomic::Ordering::SeqCst))));
+            uniform.into_iter().chain(single)
+        })
     }
 
-    fn check_payload(
-        &self,
-        block: u64,
-        at: u64,
-        entry: Entry,
-        view: &View,
-        params: &DiskParams,
-        findings: &mut Findings,
-    ) -> Option<u64> {
-        let place = self.region.offset + at * 8;
-        let bad = |found: String| corrupt("BAT entry", place, format!("block {block}: {found}"));
-        if entry.0 & RESERVED_BITS != 0 {
-            let error = bad(format!("reserved bits are set: {:#x}", entry.0 & RESERVED_BITS));
-            findings.warn(error.to_string());
-            findings.block_writing(error);
-            self.entries[index(at)].store(entry.0 & !RESERVED_BITS, Ordering::SeqCst);
-        }
-        match entry.state() {
-            BlockState::Reserved(state) => findings.error(bad(format!("state {state} is reserved"))),
-            BlockState::Partial if !params.has_parent => {
-                findings.error(bad("it is partially present, but the image has no parent".to_owned()));
-            }
-            BlockState::NotPresent | BlockState::Zero if entry.offset_field() != 0 => {
-                findings.warn(format!(
-                    "block {block} is {entry:?}: a state that has no place; the place is ignored"
-                ));
-            }
-            BlockState::Present | BlockState::Partial if entry.offset_field() == 0 => {
-                findings.error(bad("it is present but has no place in the file".to_owned()));
-            }
-            _ => (),
-        }
-        let offset = entry.owned_offset()?;
-        // Old qemu files end where the disk ends, inside the last block.
-        let is_last = block + 1 == self.shape.blocks;
-        let needed = if is_last { self.shape.bytes_in(block) } else { self.shape.block_bytes };
-        match offset.checked_add(needed) {
-            Some(end) if end <= view.view_bytes => Some(offset / MIB),
-            _ => {
-                findings.error(bad(format!(
-                    "it lies at {offset:#x} and needs {needed} bytes, past the end of the file at {:#x}",
-                    view.view_bytes
-                )));
-                None
-            }
-        }
+    /// Takes away what must not be set in an entry, so that it is not taken for something of ours.
+    pub(crate) fn drop_reserved(&self, at: u64) {
+        self.table.set(at, self.table.get(at) & !RESERVED_BITS);
     }
 
-    fn check_bitmap(&self, at: u64, entry: Entry, params: &DiskParams, findings: &mut Findings) {
-        let place = self.region.offset + at * 8;
-        match entry.state() {
-            BlockState::NotPresent => (),
-            BlockState::Present if params.has_parent => (),
-            BlockState::Present => {
-                let error =
-                    corrupt("BAT entry", place, "a sector bitmap is present, but the image has no parent");
-                findings.warn(error.to_string());
-                findings.block_writing(error);
-            }
-            _ => findings.error(corrupt("BAT entry", place, format!("a sector bitmap entry is {entry:?}"))),
-        }
-    }
-
-    fn check_overlap(&self, payload: &[u64], areas: &[Area], findings: &mut Findings) {
-        let block_mib = self.shape.block_bytes / MIB;
-        // Naming an owner costs a walk, so only a few are named.
-        for pair in payload.windows(2).filter(|pair| pair[1] - pair[0] < block_mib).take(OVERLAPS_NAMED_MAX) {
-            findings.error(corrupt(
-                "BAT",
-                self.region.offset,
-                format!("{} overlaps {}", self.owner_of(pair[1]), self.owner_of(pair[0])),
-            ));
-        }
-        for area in areas {
-            let from = payload.partition_point(|start| (start + block_mib) * MIB <= area.offset);
-            if let Some(start) = payload.get(from).filter(|start| **start * MIB < area.end()) {
-                findings.error(corrupt(
-                    "BAT",
-                    self.region.offset,
-                    format!("{} overlaps the {} at {:#x}", self.owner_of(*start), area.owner, area.offset),
-                ));
-            }
-        }
-    }
-
-    fn owner_of(&self, start_mib: u64) -> String {
-        let block =
-            (0..self.shape.blocks).find(|block| self.get(*block).owned_offset() == Some(start_mib * MIB));
-        format!(
-            "block {} at {:#x}",
-            block.map_or_else(|| "?".to_owned(), |block| block.to_string()),
-            start_mib * MIB
-        )
+    /// End of the last byte that a block or a bitmap owns; zero if there is none.
+    pub(crate) fn owned_end(&self) -> u64 {
+        let end = |(at, _, entry): (u64, u64, Entry)| {
+            let len = if self.shape.chunk_at(at).is_some() { MIB } else { self.shape.block_bytes };
+            entry.owned_offset().map_or(0, |offset| offset.saturating_add(len))
+        };
+        self.runs().map(end).max().unwrap_or(0)
     }
 }
 

@@ -17,7 +17,7 @@ use crate::create::{Draft, Spec};
 use crate::error::{VhdxError, doing};
 use crate::format::{MIB, bytes, index};
 use crate::image::Image;
-use crate::resolve::ReadSegment;
+use crate::resolve::Said;
 
 /// Bytes per read. No larger than the smallest block, so that a chunk lies in one block.
 const CHUNK: u64 = MIB;
@@ -90,7 +90,7 @@ pub fn to_raw(
 }
 
 impl Image {
-    /// The next range at or after `offset` that has its place in the file; none if only zeros follow.
+    /// The next range at or after `offset` that has its place in a file of the chain; none if only zeros follow.
     #[must_use]
     pub fn data_from(&self, offset: u64) -> Option<Range<u64>> {
         let disk_bytes = self.geometry().size_bytes;
@@ -98,8 +98,10 @@ impl Image {
         let mut at = offset;
         while at < disk_bytes {
             let end = (at / block_bytes + 1).saturating_mul(block_bytes).min(disk_bytes);
-            let data = self.resolve_read(at / 4096 * 4096, end - at / 4096 * 4096).ok()?;
-            if data.iter().any(|segment| matches!(segment, ReadSegment::Data { .. })) {
+            let mut data = false;
+            let start = at / 4096 * 4096;
+            self.say(start, end - start, &mut |_, said, _| data |= matches!(said, Said::Data(_)));
+            if data {
                 return Some(at..end);
             }
             at = end;

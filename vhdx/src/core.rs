@@ -19,7 +19,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use blockio::{Geometry, ImageFile, IoError, IoRequest};
 
-use crate::bat::Bat;
+use crate::bat::{Bat, Entry};
+use crate::bitmap::{Bitmaps, PAGES_PER_CHUNK};
+use crate::chain::Chain;
 use crate::disk::submit_modifying;
 use crate::error::VhdxError;
 use crate::flush::FlushJob;
@@ -27,7 +29,9 @@ use crate::format::{PAGE, index};
 use crate::grow::GrowthJob;
 use crate::log::Page;
 use crate::metadata::DiskParams;
-use crate::space::{Space, Unlogged};
+use crate::plan::Source;
+use crate::resolve::{BlockPart, Layer, Said};
+use crate::space::{MetaPage, Space, Unlogged};
 
 /// Locks a mutex whose holders cannot leave it half-changed.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -129,6 +133,9 @@ pub(crate) struct Core {
     pub(crate) file: Arc<dyn ImageFile>,
     pub(crate) params: DiskParams,
     pub(crate) bat: Bat,
+    /// Only with a parent. Changed under the lock of the space map, read without.
+    pub(crate) bitmaps: Option<Bitmaps>,
+    pub(crate) chain: Arc<Chain>,
     pub(crate) busy: Busy,
     /// The same for writes alone.
     pub(crate) writing: Busy,
@@ -156,7 +163,8 @@ impl Core {
     pub(crate) fn new(
         file: Arc<dyn ImageFile>,
         params: DiskParams,
-        bat: Bat,
+        (bat, bitmaps): (Bat, Option<Bitmaps>),
+        chain: Chain,
         space: Space,
         file_bytes: u64,
     ) -> Self {
@@ -164,6 +172,8 @@ impl Core {
             file,
             params,
             bat,
+            bitmaps,
+            chain: Arc::new(chain),
             busy: Busy::new(),
             writing: Busy::new(),
             space: Mutex::new(space),
@@ -252,12 +262,104 @@ impl Core {
     pub(crate) fn take_unlogged(&self) -> (Unlogged, Vec<Page>) {
         let mut space = lock(&self.space);
         let unlogged = space.take_unlogged();
-        let page = |page: &u64| Page {
-            file_offset: self.bat.page_offset(*page),
-            content: self.bat.page_bytes(*page),
-        };
-        let pages: Vec<Page> = unlogged.pages.iter().map(page).collect();
+        let pages: Vec<Page> = unlogged.pages.iter().map(|page| self.meta_page(*page)).collect();
         debug_assert!(pages.iter().all(|page| page.content.len() == index(PAGE)), "whole pages");
         (unlogged, pages)
+    }
+
+    fn meta_page(&self, page: MetaPage) -> Page {
+        match page {
+            MetaPage::Bat(page) => {
+                Page { file_offset: self.bat.page_offset(page), content: self.bat.page_bytes(page) }
+            }
+            MetaPage::Bitmap(page) => {
+                let place = self.bat.bitmap_place(page / PAGES_PER_CHUNK);
+                let bitmaps = self.bitmaps.as_ref();
+                Page {
+                    file_offset: place.expect("a bitmap has its place before a bit changes")
+                        + page % PAGES_PER_CHUNK * PAGE,
+                    content: bitmaps.expect("a dirty bitmap exists").page_bytes(page),
+                }
+            }
+        }
+    }
+
+    /// The image without its parents, as it is now.
+    pub(crate) fn layer(&self) -> Layer<'_> {
+        Layer {
+            bat: &self.bat,
+            bitmaps: self.bitmaps.as_ref(),
+            file_bytes: self.file_bytes.load(Ordering::SeqCst),
+            patches: None,
+        }
+    }
+
+    /// Tells `each` whose file says what about a range of the disk, in order, with the number of bytes. Takes no lock.
+    pub(crate) fn say<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        each: &mut dyn FnMut(Option<Source<'a>>, Said, u64),
+    ) {
+        let (layer, shape, mut at) = (self.layer(), self.bat.shape, offset);
+        for part in shape.parts(offset, len) {
+            let span = || shape.span(part.block);
+            layer.say(&part, &mut |said, len| {
+                match said {
+                    Said::Nothing => self.chain.say(part.block, span, (at, len), &mut |image, said, len| {
+                        each(image.map(Source::Image), said, len);
+                    }),
+                    said => each(Some(Source::File(&self.file)), said, len),
+                }
+                at += len;
+            });
+        }
+    }
+
+    /// Whether the parent shows where this entry stands.
+    pub(crate) fn shows_parent(&self, entry: Entry) -> bool {
+        self.bitmaps.is_some() && entry.is_unsaid()
+    }
+
+    /// Makes a block visible at its new place, after `part` of it was written there. The rest of the place is zero.
+    pub(crate) fn publish(&self, space: &mut Space, part: &BlockPart, place: u64) {
+        let old = self.bat.get(part.block);
+        if let Some(anchor) = old.owned_offset() {
+            space.free_former(part.block, anchor);
+        }
+        let entry = match &self.bitmaps {
+            Some(bitmaps) if old.is_unsaid() => {
+                // The parent showed here, so the bytes must be durable before the log says that they count.
+                space.require_barrier();
+                if self.bat.shape.covers(part) {
+                    Entry::present(place)
+                } else {
+                    // Bits of an earlier life of the block may be on disk.
+                    bitmaps.clear(part.block);
+                    bitmaps.set(part);
+                    bitmaps.pages_of(part.block).for_each(|page| space.mark_dirty(MetaPage::Bitmap(page)));
+                    Entry::partial(place)
+                }
+            }
+            _ => Entry::present(place),
+        };
+        self.bat.set(part.block, entry);
+        space.mark_dirty(MetaPage::Bat(self.bat.page_of(part.block)));
+    }
+
+    /// Says that a part of a partially present block is here now, if the block still lies at `place`.
+    pub(crate) fn add_sectors(&self, space: &mut Space, part: &BlockPart, place: u64) {
+        let Some(bitmaps) = &self.bitmaps else { return };
+        let entry = self.bat.get(part.block);
+        if entry.settled() != Entry::partial(place) || bitmaps.holds(part) {
+            return;
+        }
+        space.require_barrier();
+        bitmaps.set(part);
+        bitmaps.pages_of_part(part).for_each(|page| space.mark_dirty(MetaPage::Bitmap(page)));
+        if bitmaps.is_full(part.block, self.bat.shape.bytes_in(part.block)) {
+            self.bat.set(part.block, entry.filled());
+            space.mark_dirty(MetaPage::Bat(self.bat.page_of(part.block)));
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! 0      file identifier, headers, region tables      written last: without them the file is no VHDX yet
 //! 1 MiB  log, 1 MiB
-//! 2 MiB  metadata region, 1 MiB
+//! 2 MiB  metadata region, 1 MiB (more if a child inherits more)
 //! 3 MiB  BAT, rounded up to 1 MiB
 //! ...    payload blocks (fixed: all of them, in order)
 //! ```
@@ -18,12 +18,13 @@ use crate::error::{VhdxError, doing};
 use crate::format::{
     CREATOR_BYTES, FILE_SIGNATURE, HEADER_OFFSETS, Header, MIB, PAGE, REGION_TABLE_OFFSETS, bytes, index,
 };
-use crate::metadata::DiskParams;
+use crate::image::Image;
+use crate::locator::{Locator, ParentPaths};
+use crate::metadata::{self, DiskParams, Item};
 use crate::region::{self, Area};
 
 const LOG: Area = Area { offset: MIB, length: MIB, owner: "log" };
-const METADATA: Area = Area { offset: 2 * MIB, length: MIB, owner: "metadata region" };
-const BAT_OFFSET: u64 = 3 * MIB;
+const METADATA_OFFSET: u64 = 2 * MIB;
 /// Step by which a file grows while blocks are placed.
 const GROWTH: u64 = 1024 * MIB;
 const CREATOR: &str = concat!("csv vhdx ", env!("CARGO_PKG_VERSION"));
@@ -82,10 +83,31 @@ impl Spec {
     }
 }
 
+/// A child to create: only what differs from its parent will lie in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChildSpec {
+    /// Size of the virtual disk, if it is not to be that of the parent.
+    pub size_bytes: Option<u64>,
+    /// Size of a payload block; need not be that of the parent.
+    pub block_bytes: u64,
+    /// Where the parent is, seen from the child. See [`crate::ParentResolver::paths`].
+    pub parent: ParentPaths,
+}
+
+impl ChildSpec {
+    /// A child as Hyper-V makes it: blocks of 2 MiB, as large as its parent.
+    #[must_use]
+    pub fn new(parent: ParentPaths) -> Self {
+        Self { size_bytes: None, block_bytes: 2 * MIB, parent }
+    }
+}
+
 /// An image whose structures are not yet written; blocks may be placed and filled before [`Draft::finish`].
 pub(crate) struct Draft<'a> {
     file: &'a dyn ImageFile,
-    params: DiskParams,
+    /// The first bytes of the metadata region.
+    metadata: Vec<u8>,
+    bat_offset: u64,
     pub(crate) shape: BatShape,
     entries: Vec<u64>,
     next_block: u64,
@@ -100,15 +122,58 @@ pub fn create(file: &dyn ImageFile, spec: &Spec) -> Result<(), VhdxError> {
     Draft::begin(file, spec)?.finish()
 }
 
+/// Makes a child of `parent` in `file`. Everything that was in the file is lost; the parent is not touched.
+///
+/// The child refers to the parent by its data write id: from now on the parent must not be written any more.
+///
+/// # Errors
+/// [`crate::ErrorKind::InvalidInput`] before anything changes, [`crate::ErrorKind::Io`] later.
+pub fn create_child(file: &dyn ImageFile, parent: &Image, spec: &ChildSpec) -> Result<(), VhdxError> {
+    let origin = parent.loaded();
+    let params = DiskParams {
+        disk_bytes: spec.size_bytes.unwrap_or(origin.params.disk_bytes),
+        block_bytes: spec.block_bytes,
+        fixed: false,
+        has_parent: true,
+        ..origin.params
+    };
+    let invalid = |found: String| VhdxError::InvalidInput(format!("cannot create a child with {found}"));
+    params.check().map_err(invalid)?;
+    if spec.parent == ParentPaths::default() {
+        return Err(invalid("no path to its parent".to_owned()));
+    }
+    let linkage = origin.data_write_id();
+    if linkage.is_nil() {
+        return Err(invalid(
+            "a parent whose data write id is zero; open the parent for writing once".to_owned(),
+        ));
+    }
+    let inherited = metadata::inherited_items(&origin.view, origin.regions.metadata)?;
+    let locator = Locator::new(linkage, &spec.parent);
+    Draft::begin_with(file, params, Some(&locator), &inherited)?.finish()
+}
+
 impl<'a> Draft<'a> {
     /// Empties the file and places the blocks of a fixed disk.
     pub(crate) fn begin(file: &'a dyn ImageFile, spec: &Spec) -> Result<Self, VhdxError> {
-        let params = spec.params()?;
+        Self::begin_with(file, spec.params()?, None, &[])
+    }
+
+    /// The same for checked parameters, perhaps of a child.
+    pub(crate) fn begin_with(
+        file: &'a dyn ImageFile,
+        params: DiskParams,
+        locator: Option<&Locator>,
+        inherited: &[Item],
+    ) -> Result<Self, VhdxError> {
         let shape = BatShape::of(&params);
-        let data_start = BAT_OFFSET + shape.region_bytes();
+        let metadata = params.encode(locator, inherited);
+        let bat_offset = METADATA_OFFSET + bytes(metadata.len()).next_multiple_of(MIB);
+        let data_start = bat_offset + shape.region_bytes();
         let mut draft = Self {
             file,
-            params,
+            metadata,
+            bat_offset,
             shape,
             entries: vec![0; index(shape.entries)],
             next_block: data_start,
@@ -159,9 +224,11 @@ impl<'a> Draft<'a> {
     pub(crate) fn finish(self) -> Result<(), VhdxError> {
         self.grow_to_placed()?;
         self.write_bat()?;
-        let bat = Area { offset: BAT_OFFSET, length: self.shape.region_bytes(), owner: "BAT region" };
-        self.write(METADATA.offset, &self.params.encode(), "metadata region")?;
-        let table = region::encode(bat, METADATA);
+        let bat = Area { offset: self.bat_offset, length: self.shape.region_bytes(), owner: "BAT region" };
+        let length = self.bat_offset - METADATA_OFFSET;
+        let metadata = Area { offset: METADATA_OFFSET, length, owner: "metadata region" };
+        self.write(METADATA_OFFSET, &self.metadata, "metadata region")?;
+        let table = region::encode(bat, metadata);
         for offset in REGION_TABLE_OFFSETS {
             self.write(offset, &table, "region table")?;
         }
@@ -181,7 +248,7 @@ impl<'a> Draft<'a> {
             }
             let mut piece: Vec<u8> = entries.iter().flat_map(|entry| entry.to_le_bytes()).collect();
             piece.resize(piece.len().next_multiple_of(index(PAGE)), 0);
-            self.write(BAT_OFFSET + bytes(number) * MIB, &piece, "BAT")?;
+            self.write(self.bat_offset + bytes(number) * MIB, &piece, "BAT")?;
         }
         Ok(())
     }

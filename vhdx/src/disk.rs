@@ -9,16 +9,19 @@ use std::sync::Arc;
 
 use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp, IoRequest};
 
+use crate::bat::Entry;
 use crate::core::{Core, Ticket};
 use crate::error::VhdxError;
 use crate::exchange::{Admitted, Exchange};
 use crate::flush::{Closed, FlushJob};
 use crate::format::{bytes, index};
 use crate::grow::GrowthJob;
-use crate::guard::{ReadGuard, Resolved, WriteGuard, resolve_read, resolve_write, try_resolve_write};
+use crate::guard::{Pin, ReadGuard, Resolved, WriteGuard, resolve_read, resolve_write, try_resolve_write};
+use crate::image::Image;
 use crate::open::Options;
 use crate::pieces::{check_range, check_request, submit_all};
-use crate::resolve::{ReadSegment, WriteSegment};
+use crate::plan::Plan;
+use crate::resolve::{Said, WriteSegment};
 use crate::running::Running;
 use crate::trim::{discard, write_zeroes};
 
@@ -32,7 +35,7 @@ pub struct Disk {
 
 impl Disk {
     pub(crate) fn open(file: &Arc<dyn ImageFile>, options: Options) -> Result<Self, VhdxError> {
-        Ok(Self { behind: Exchange::new(Running::open(file, options)?, options) })
+        Ok(Self { behind: Exchange::new(Running::open(file, &options)?, options) })
     }
 
     /// Where the bytes of a range of the disk are. They stay there as long as the guard lives.
@@ -98,7 +101,16 @@ impl Disk {
     #[must_use]
     pub fn allocated_blocks(&self) -> u64 {
         let core = self.core();
-        bytes((0..core.bat.shape.blocks).filter(|block| core.bat.get(*block).data_offset().is_some()).count())
+        let is_placed = |(at, _, entry): &(u64, u64, Entry)| {
+            core.bat.shape.block_at(*at).is_some() && entry.place().is_some()
+        };
+        bytes(core.bat.runs().filter(is_placed).count())
+    }
+
+    /// The image that this one differs from, with its own parents.
+    #[must_use]
+    pub fn parent(&self) -> Option<Image> {
+        self.core().chain.parent()
     }
 }
 
@@ -135,22 +147,18 @@ pub(crate) fn start(ticket: Ticket, request: IoRequest) {
 }
 
 fn read(ticket: Ticket, offset: u64, buf: &IoBuf, done: Completion) {
-    let file = Arc::clone(&ticket.core().file);
-    let guard = resolve_read(ticket, offset, bytes(buf.len()));
-    let (mut ops, mut at) = (Vec::new(), 0);
-    for segment in guard.segments() {
-        let part = buf.slice(at..at + index(segment.len()));
-        at += part.len();
-        match segment {
-            ReadSegment::Data { file_offset, .. } => ops.push(IoOp::Read { offset: *file_offset, buf: part }),
-            ReadSegment::Zero { .. } => part.fill_zero(),
-        }
-    }
+    let core = Arc::clone(ticket.core());
+    let pin = Pin::new(ticket, offset, bytes(buf.len()), false);
+    let mut plan = Plan::new(buf);
+    core.say(offset, bytes(buf.len()), &mut |source, said, len| match (source, said) {
+        (Some(source), Said::Data(file_offset)) => plan.data(source, file_offset, len),
+        _ => plan.zero(len),
+    });
     let finish = move |outcome| {
-        guard.complete();
+        drop(pin);
         done(outcome);
     };
-    submit_all(&*file, ops, Box::new(finish));
+    plan.submit(Box::new(finish));
 }
 
 /// Does a request that changes the disk, or hands it to the growth thread.
@@ -186,9 +194,9 @@ fn write(ticket: Ticket, offset: u64, buf: IoBuf, fua: bool, done: Completion) {
     for WriteSegment::Data { file_offset, len } in guard.segments() {
         let part = buf.slice(at..at + index(*len));
         at += part.len();
-        ops.push(IoOp::Write { offset: *file_offset, buf: part, fua: direct_fua });
+        ops.push((&*core.file, IoOp::Write { offset: *file_offset, buf: part, fua: direct_fua }));
     }
-    submit_all(&*core.file, ops, finish_write(guard, fua && !direct_fua, done));
+    submit_all(ops, finish_write(guard, fua && !direct_fua, done));
 }
 
 /// What happens when the file has the bytes: publish, then flush if the request asks for it, then tell.

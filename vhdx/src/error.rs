@@ -22,6 +22,18 @@ pub enum ErrorKind {
     OrphanLogId,
     /// Whoever made the image did not finish.
     Incomplete,
+    /// No path of a parent locator leads to a file, or there is no leave to follow one.
+    ParentNotFound,
+    /// The file that a parent locator leads to is not the parent that the child was made from.
+    ParentMismatch,
+    /// The parent is there, but somebody else keeps it from being read.
+    ParentLocked,
+    /// An image is among its own parents.
+    ChainCycle,
+    /// More parents than are followed.
+    ChainTooDeep,
+    /// A path of a parent locator leads out of the folders that the user allows.
+    PathOutsideRoot,
     /// Well-formed, but beyond the bounds set here against hostile files.
     Limit,
     /// The parameters of a call make no sense.
@@ -98,6 +110,69 @@ pub enum VhdxError {
     /// Whoever made the image did not finish.
     #[error("the image was never finished: its metadata carries the incomplete-file marker; create it again")]
     Incomplete,
+    /// No path of a parent locator leads to a file, or there is no leave to follow one.
+    #[error("the parent of {child} was not found: {tried}; {hint}")]
+    ParentNotFound {
+        /// The image that has the parent.
+        child: String,
+        /// The paths that were tried.
+        tried: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The file that a parent locator leads to is not the parent that the child was made from.
+    #[error(
+        "{parent} is not the parent that {child} was made from: {found}; find the right file, or restore the chain from a \
+         backup: reading on would mix two disks"
+    )]
+    ParentMismatch {
+        /// The image that has the parent.
+        child: String,
+        /// The file that was found.
+        parent: String,
+        /// What differs.
+        found: String,
+    },
+    /// The parent is there, but somebody else keeps it from being read.
+    #[error("the parent {parent} of {child} is in use by somebody else ({source}); close it there first")]
+    ParentLocked {
+        /// The image that has the parent.
+        child: String,
+        /// The file that was found.
+        parent: String,
+        /// What the file said.
+        #[source]
+        source: IoError,
+    },
+    /// An image is among its own parents.
+    #[error(
+        "the chain goes round: {file} is among its own parents; its parent locator was tampered with, restore it"
+    )]
+    ChainCycle {
+        /// The file that came twice.
+        file: String,
+    },
+    /// More parents than are followed.
+    #[error("{child} has more than {max} parents below each other; merge some of them first")]
+    ChainTooDeep {
+        /// The image that was opened.
+        child: String,
+        /// Parents that are followed.
+        max: usize,
+    },
+    /// A path of a parent locator leads out of the folders that the user allows.
+    #[error(
+        "the parent path {path:?} of {child} leads out of the allowed folders ({why}); allow its folder, or map its prefix, if \
+         you trust the image"
+    )]
+    PathOutsideRoot {
+        /// The image that has the parent.
+        child: String,
+        /// The path as the locator has it.
+        path: String,
+        /// Where it leads.
+        why: String,
+    },
     /// Well-formed, but beyond the bounds set here.
     #[error("{what} is {found}, over the bound of {bound} that protects against hostile files")]
     Limit {
@@ -142,6 +217,12 @@ impl VhdxError {
             Self::LogUnrecoverable { .. } => ErrorKind::LogUnrecoverable,
             Self::OrphanLogId { .. } => ErrorKind::OrphanLogId,
             Self::Incomplete => ErrorKind::Incomplete,
+            Self::ParentNotFound { .. } => ErrorKind::ParentNotFound,
+            Self::ParentMismatch { .. } => ErrorKind::ParentMismatch,
+            Self::ParentLocked { .. } => ErrorKind::ParentLocked,
+            Self::ChainCycle { .. } => ErrorKind::ChainCycle,
+            Self::ChainTooDeep { .. } => ErrorKind::ChainTooDeep,
+            Self::PathOutsideRoot { .. } => ErrorKind::PathOutsideRoot,
             Self::Limit { .. } => ErrorKind::Limit,
             Self::InvalidInput(_) => ErrorKind::InvalidInput,
             Self::Poisoned { .. } => ErrorKind::Poisoned,

@@ -121,7 +121,7 @@ impl Exchange {
         let core = Arc::clone(&old.core);
         let outcome = old.close().and_then(|_| {
             let outcome = change(&core.file);
-            let next = Running::open(&core.file, self.options).map_err(|error| core.poison(&error))?;
+            let next = Running::open(&core.file, &self.options).map_err(|error| core.poison(&error))?;
             Ok((outcome, next))
         });
         match outcome {

@@ -32,6 +32,16 @@ impl Findings {
         if self.warnings.len() < FINDINGS_MAX { self.warnings.push(text.into()) } else { self.dropped += 1 }
     }
 
+    /// The same for what may occur millions of times: told only while there is room for it.
+    pub(crate) fn warn_with(&mut self, text: impl FnOnce() -> String) {
+        if self.warnings.len() < FINDINGS_MAX { self.warnings.push(text()) } else { self.dropped += 1 }
+    }
+
+    /// Whether no further error would be kept.
+    pub(crate) fn is_full(&self) -> bool {
+        self.errors.len() >= FINDINGS_MAX
+    }
+
     /// Notes something that only a reader may ignore.
     pub(crate) fn block_writing(&mut self, error: VhdxError) {
         if self.write_blockers.is_empty() {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! first write   header A: new file write id, no log + empty log entry + cut and grow -> flush -> header B: log id -> flush
-//! guest flush   [generation end, if the half-ring is full] -> log entries -> flush -> acknowledge all who asked before
+//! guest flush   [flush, if bytes of a child uncover something] -> log entries -> flush -> acknowledge all who asked before
+//!               (with a generation end before an entry for which the half-ring has no room)
 //! gen. end      logged pages in place + empty entry in the other half -> flush -> header: its id -> flush
 //! close         guest flush -> pages in place -> flush -> header: no log -> flush -> other header -> flush -> cut
 //! ```
@@ -69,6 +70,8 @@ pub(crate) struct Session {
     log: Option<LogWriter>,
     /// Pages of this generation that are durable in the log and not yet in place.
     logged: BTreeMap<u64, Vec<u8>>,
+    /// Pages that were written to the log since its last flush.
+    appended: Vec<Page>,
     /// The other header is one update behind.
     header_behind: bool,
     closed: Option<Closed>,
@@ -83,6 +86,7 @@ impl Session {
             areas_end,
             log: None,
             logged: BTreeMap::new(),
+            appended: Vec::new(),
             header_behind: false,
             closed: None,
         }
@@ -203,15 +207,15 @@ impl Session {
             self.header_behind = false;
         }
         let growth = if pages.is_empty() { None } else { grow::extend_ahead(&self.core) };
+        if unlogged.barrier {
+            self.flush_file("the payload")?;
+        }
         for pages in pages.chunks(PAGES_PER_ENTRY) {
             self.log(pages)?;
         }
-        self.flush_file("the log")?;
+        self.flush_log()?;
         if let Some(growth) = growth {
             grow::finish(&self.core, [growth]);
-        }
-        for page in pages {
-            self.logged.insert(page.file_offset, page.content);
         }
         lock(&self.core.space).logged(unlogged);
         Ok(())
@@ -221,12 +225,24 @@ impl Session {
     fn log(&mut self, pages: &[Page]) -> Result<(), VhdxError> {
         let log = self.log.as_ref().expect("the session has begun");
         if !log.fits(pages.len()) {
+            // What this flush has logged so far must be in place too when its generation ends.
+            if !self.appended.is_empty() {
+                self.flush_log()?;
+            }
             self.end_generation()?;
         }
         let file_bytes = lock(&self.core.space).file_end;
         let log = self.log.as_mut().expect("the session has begun");
         let entry = log.append(pages, file_bytes);
+        self.appended.extend_from_slice(pages);
         self.write(entry)
+    }
+
+    /// Makes the log durable, and everything else in the file that was complete.
+    fn flush_log(&mut self) -> Result<(), VhdxError> {
+        self.flush_file("the log")?;
+        self.logged.extend(self.appended.drain(..).map(|page| (page.file_offset, page.content)));
+        Ok(())
     }
 
     fn end_generation(&mut self) -> Result<(), VhdxError> {
@@ -282,9 +298,7 @@ impl Session {
 
     /// Gives back what was grown and not used. No log names it any more.
     fn cut_surplus(&self) -> Result<(), VhdxError> {
-        let shape = self.core.bat.shape;
-        let owned = (0..shape.blocks).filter_map(|block| self.core.bat.get(block).owned_offset());
-        let end = owned.map(|offset| offset + shape.block_bytes).fold(self.areas_end, u64::max);
+        let end = self.core.bat.owned_end().max(self.areas_end);
         debug_assert!(end.is_multiple_of(MIB), "everything is 1 MiB aligned");
         if end < self.core.file_bytes.load(Ordering::SeqCst) {
             self.file().set_len(end).map_err(doing(format!("cutting the file to {end} bytes")))?;

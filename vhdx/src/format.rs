@@ -177,6 +177,34 @@ pub(crate) struct MetadataEntry {
 }
 const _: () = assert!(size_of::<MetadataEntry>() == 32);
 
+/// Start of a parent locator.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct LocatorHeader {
+    /// What kind of parent it is.
+    pub(crate) kind: [u8; 16],
+    /// Zero.
+    pub(crate) reserved: U16,
+    /// Pairs of key and value.
+    pub(crate) pair_count: U16,
+}
+const _: () = assert!(size_of::<LocatorHeader>() == 20);
+
+/// One pair of a parent locator. Offsets count from the start of the item, lengths are in bytes.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(crate) struct LocatorPair {
+    /// Where the key is.
+    pub(crate) key_offset: U32,
+    /// Where the value is.
+    pub(crate) value_offset: U32,
+    /// Its length.
+    pub(crate) key_length: U16,
+    /// Its length.
+    pub(crate) value_length: U16,
+}
+const _: () = assert!(size_of::<LocatorPair>() == 12);
+
 /// Start of a log entry.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]

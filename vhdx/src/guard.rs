@@ -14,19 +14,22 @@ use std::sync::atomic::Ordering;
 use blockio::IoError;
 
 use crate::bat::Entry;
+use crate::bitmap::Bitmaps;
 use crate::core::{Core, Ticket, lock};
 use crate::grow::GrowthJob;
-use crate::resolve::{BlockPart, ReadSegment, WriteSegment, push_read, push_write};
+use crate::image::Image;
+use crate::resolve::{BlockPart, ReadSegment, WriteSegment, push_write};
+use crate::space::{MetaPage, Space};
 
 /// Pins the blocks of a range.
-struct Pin {
+pub(crate) struct Pin {
     ticket: Ticket,
     blocks: Range<u64>,
     writes: bool,
 }
 
 impl Pin {
-    fn new(ticket: Ticket, offset: u64, len: u64, writes: bool) -> Self {
+    pub(crate) fn new(ticket: Ticket, offset: u64, len: u64, writes: bool) -> Self {
         let core = ticket.core();
         let block_bytes = core.bat.shape.block_bytes;
         let blocks = offset / block_bytes..(offset + len).div_ceil(block_bytes);
@@ -58,7 +61,7 @@ impl Drop for Pin {
 /// A read that is being done.
 #[must_use = "the segments are pinned only as long as the guard lives"]
 pub struct ReadGuard {
-    _pin: Pin,
+    pin: Pin,
     segments: Vec<ReadSegment>,
 }
 
@@ -67,6 +70,12 @@ impl ReadGuard {
     #[must_use]
     pub fn segments(&self) -> &[ReadSegment] {
         &self.segments
+    }
+
+    /// What [`ReadSegment::Parent`] refers to.
+    #[must_use]
+    pub fn parent(&self) -> Option<Image> {
+        self.pin.core().chain.parent()
     }
 
     /// The read is done.
@@ -78,8 +87,10 @@ impl ReadGuard {
 pub struct WriteGuard {
     pin: Pin,
     segments: Vec<WriteSegment>,
-    /// Blocks in transition that this write takes part in, and their places.
-    first_writes: Vec<(u64, u64)>,
+    /// Parts of blocks in transition that this write takes part in, and the places of the blocks.
+    first_writes: Vec<(BlockPart, u64)>,
+    /// Parts of partially present blocks of which some sectors are new, and the places of the blocks.
+    new_sectors: Vec<(BlockPart, u64)>,
 }
 
 impl WriteGuard {
@@ -96,28 +107,37 @@ impl WriteGuard {
 
     /// Whether finding these bytes after a crash needs nothing more than what is durable already.
     pub(crate) fn mapping_is_durable(&self) -> bool {
-        let bat = &self.pin.core().bat;
-        let space = lock(&self.pin.core().space);
-        self.first_writes.is_empty()
-            && self.pin.blocks.clone().all(|block| space.is_durable(bat.page_of(block)))
+        if !self.first_writes.is_empty() || !self.new_sectors.is_empty() {
+            return false;
+        }
+        let core = self.pin.core();
+        let space = lock(&core.space);
+        let bits = |block| core.bitmaps.iter().flat_map(move |bitmaps| bitmaps.pages_of(block));
+        self.pin.blocks.clone().all(|block| {
+            space.is_durable(MetaPage::Bat(core.bat.page_of(block)))
+                && bits(block).all(|page| space.is_durable(MetaPage::Bitmap(page)))
+        })
     }
 
-    /// The bytes are written: new blocks become visible. They are durable with the next flush.
+    /// The bytes are written: new blocks and sectors become visible. They are durable with the next flush.
     pub fn complete(mut self) {
         let first_writes = std::mem::take(&mut self.first_writes);
-        if first_writes.is_empty() {
+        let new_sectors = std::mem::take(&mut self.new_sectors);
+        if first_writes.is_empty() && new_sectors.is_empty() {
             return;
         }
         let core = self.pin.core();
         let mut space = lock(&core.space);
-        for (block, offset) in first_writes {
-            if space.settle(block, offset) {
-                if let Some(anchor) = core.bat.get(block).owned_offset() {
-                    space.free_former(block, anchor);
-                }
-                core.bat.set(block, Entry::present(offset));
-                space.mark_dirty(core.bat.page_of(block));
+        for (part, place) in first_writes {
+            if space.settle(part.block, place) {
+                core.publish(&mut space, &part, place);
+            } else {
+                // Another writer was first and spoke for its own sectors only.
+                core.add_sectors(&mut space, &part, place);
             }
+        }
+        for (part, place) in new_sectors {
+            core.add_sectors(&mut space, &part, place);
         }
     }
 }
@@ -131,9 +151,9 @@ impl Drop for WriteGuard {
             return;
         }
         let mut space = lock(&core.space);
-        for (block, offset) in &self.first_writes {
-            if space.abort(*block, *offset) {
-                core.bat.set(*block, core.bat.get(*block).settled());
+        for (part, offset) in &self.first_writes {
+            if space.abort(part.block, *offset) {
+                core.bat.set(part.block, core.bat.get(part.block).settled());
             }
         }
     }
@@ -142,24 +162,8 @@ impl Drop for WriteGuard {
 /// Resolves a read. Takes no lock.
 pub(crate) fn resolve_read(ticket: Ticket, offset: u64, len: u64) -> ReadGuard {
     let pin = Pin::new(ticket, offset, len, false);
-    let core = pin.core();
-    let file_bytes = core.file_bytes.load(Ordering::SeqCst);
-    let mut segments = Vec::new();
-    for BlockPart { block, within, len } in core.bat.shape.parts(offset, len) {
-        let Some(place) = core.bat.get(block).data_offset() else {
-            push_read(&mut segments, ReadSegment::Zero { len });
-            continue;
-        };
-        // Some files end where the disk ends, inside the last block.
-        let there = file_bytes.saturating_sub(place + within).min(len);
-        if there > 0 {
-            push_read(&mut segments, ReadSegment::Data { file_offset: place + within, len: there });
-        }
-        if there < len {
-            push_read(&mut segments, ReadSegment::Zero { len: len - there });
-        }
-    }
-    ReadGuard { _pin: pin, segments }
+    let segments = pin.core().layer().segments(offset, len);
+    ReadGuard { pin, segments }
 }
 
 /// What resolving a write came to.
@@ -183,50 +187,65 @@ pub(crate) fn try_resolve_write(ticket: Ticket, offset: u64, len: u64) -> Resolv
         return Resolved::Wait { blocks: 0, ticket };
     }
     let pin = Pin::new(ticket, offset, len, true);
-    let mut guard = WriteGuard { pin, segments: Vec::new(), first_writes: Vec::new() };
-    let bat = &guard.pin.core().bat;
-    for part in bat.shape.parts(offset, len) {
-        let entry = bat.get(part.block);
-        match entry.data_offset() {
+    let mut guard =
+        WriteGuard { pin, segments: Vec::new(), first_writes: Vec::new(), new_sectors: Vec::new() };
+    let shape = guard.pin.core().bat.shape;
+    for part in shape.parts(offset, len) {
+        let entry = guard.pin.core().bat.get(part.block);
+        match entry.place() {
             Some(_) if entry.is_held() => return Resolved::Held(guard.pin.ticket.clone()),
-            Some(place) => push_write(&mut guard.segments, place + part.within, part.len),
+            Some(place) => guard.add_placed(part, entry, place),
             None => return place_blocks(guard, offset, len),
         }
     }
     Resolved::Ready(guard)
 }
 
+impl WriteGuard {
+    /// A part of a block that has its place.
+    fn add_placed(&mut self, part: BlockPart, entry: Entry, place: u64) {
+        push_write(&mut self.segments, place + part.within, part.len);
+        let bitmaps = &self.pin.core().bitmaps;
+        let is_new = |bitmaps: &Bitmaps| entry.data_offset().is_none() && !bitmaps.holds(&part);
+        if bitmaps.as_ref().is_some_and(is_new) {
+            self.new_sectors.push((part, place));
+        }
+    }
+}
+
 /// The slow half: some block has no place yet.
 fn place_blocks(mut guard: WriteGuard, offset: u64, len: u64) -> Resolved {
     guard.segments.clear();
-    let core = guard.pin.ticket.core();
+    guard.new_sectors.clear();
+    let ticket = guard.pin.ticket.clone();
+    let core = ticket.core();
     let mut space = lock(&core.space);
     let shape = core.bat.shape;
     if shape.parts(offset, len).any(|part| core.bat.get(part.block).is_held()) {
         drop(space);
         return Resolved::Held(guard.pin.ticket.clone());
     }
-    let lacks_place = |entry: Entry| entry.data_offset().is_none() && !entry.in_transition();
-    let lacking = shape.parts(offset, len).filter(|part| lacks_place(core.bat.get(part.block))).count();
-    let blocks = crate::format::bytes(lacking);
+    let blocks = lacking(core, offset, len);
     if space.fresh_blocks() < blocks {
         drop(space);
         return Resolved::Wait { blocks, ticket: guard.pin.ticket.clone() };
     }
-    for part in shape.parts(offset, len) {
+    for part in core.bat.shape.parts(offset, len) {
         let entry = core.bat.get(part.block);
-        let place = if let Some(place) = entry.data_offset() {
-            place
+        if let Some(place) = entry.place() {
+            guard.add_placed(part, entry, place);
+            continue;
+        }
+        let place = if entry.in_transition() {
+            space.join(part.block)
         } else {
-            let place = if entry.in_transition() {
-                space.join(part.block)
-            } else {
-                core.bat.set(part.block, entry.with_transition());
-                space.allocate(part.block).expect("the space was counted under this lock")
-            };
-            guard.first_writes.push((part.block, place));
-            place
+            if core.shows_parent(entry) && !core.bat.shape.covers(&part) {
+                place_bitmap(core, &mut space, part.block);
+            }
+            core.bat.set(part.block, entry.with_transition());
+            space.allocate(part.block).expect("the space was counted under this lock")
         };
+        guard.first_writes.push((part, place));
         push_write(&mut guard.segments, place + part.within, part.len);
     }
     let ahead = space.runs_out();
@@ -235,6 +254,35 @@ fn place_blocks(mut guard: WriteGuard, offset: u64, len: u64) -> Resolved {
         core.growth.push(GrowthJob::Ahead);
     }
     Resolved::Ready(guard)
+}
+
+/// Blocks that a write needs space for. A sector bitmap counts as one: it takes no more.
+pub(crate) fn lacking(core: &Core, offset: u64, len: u64) -> u64 {
+    let (mut blocks, mut bitmap) = (0, None);
+    for part in core.bat.shape.parts(offset, len) {
+        let entry = core.bat.get(part.block);
+        if entry.place().is_some() || entry.in_transition() {
+            continue;
+        }
+        blocks += 1;
+        let chunk = part.block / core.bat.shape.chunk_ratio;
+        let partly = core.shows_parent(entry) && !core.bat.shape.covers(&part);
+        if partly && bitmap != Some(chunk) && core.bat.bitmap_place(chunk).is_none() {
+            bitmap = Some(chunk);
+            blocks += 1;
+        }
+    }
+    blocks
+}
+
+/// Makes sure that the chunk of `block` has a sector bitmap. One without any bit does no harm, so nothing undoes this.
+fn place_bitmap(core: &Core, space: &mut Space, block: u64) {
+    let chunk = block / core.bat.shape.chunk_ratio;
+    if core.bat.bitmap_place(chunk).is_none() {
+        let place = space.allocate_bitmap().expect("the space was counted under this lock");
+        core.bat.set_bitmap(chunk, place);
+        space.mark_dirty(MetaPage::Bat(core.bat.page_of_bitmap(chunk)));
+    }
 }
 
 /// Resolves a write and waits for space if need be.

@@ -1,7 +1,7 @@
 //! A disk image opened for reading: no byte of the file changes, whatever its log says.
 //!
 //! ```text
-//! read(range) -> BAT -> [Data | Zero] -> file read -> pages that only the log has are put over it
+//! read(range) -> BAT -> [data | zeros | ask the parent] -> file reads -> pages that only a log has are put over it
 //! ```
 //! **Invariant:** an `Image` submits nothing but reads.
 
@@ -9,24 +9,27 @@ use std::sync::Arc;
 
 use blockio::{BlockDevice, Completion, Geometry, IoBuf, IoError, IoOp, IoRequest};
 
+use crate::chain::Chain;
 use crate::error::VhdxError;
-use crate::format::{bytes, index};
+use crate::format::bytes;
 use crate::load::Loaded;
-use crate::pieces::{check_request, submit_all};
-use crate::resolve::{ReadSegment, push_read};
+use crate::pieces::{check_range, check_request};
+use crate::plan::{Plan, Source};
+use crate::resolve::{Layer, ReadSegment, Said};
 
 /// Read-only file system: what a write to a read-only image gets.
 pub(crate) const EROFS: i32 = 30;
 
-/// A disk image opened for reading.
+/// A disk image opened for reading, with its parents.
 #[derive(Clone, Debug)]
 pub struct Image {
     loaded: Arc<Loaded>,
+    chain: Arc<Chain>,
 }
 
 impl Image {
-    pub(crate) fn new(loaded: Loaded) -> Self {
-        Self { loaded: Arc::new(loaded) }
+    pub(crate) fn new(loaded: Arc<Loaded>, chain: Chain) -> Self {
+        Self { loaded, chain: Arc::new(chain) }
     }
 
     /// Where the bytes of a range of the disk are.
@@ -36,72 +39,49 @@ impl Image {
     /// # Errors
     /// [`IoError::OutOfRange`] when the range is not on the disk or not made of whole sectors.
     pub fn resolve_read(&self, offset: u64, len: u64) -> Result<Vec<ReadSegment>, IoError> {
-        crate::pieces::check_range(self.geometry(), "read", offset, len)?;
-        let mut segments = Vec::new();
-        for part in self.loaded.bat.shape.parts(offset, len) {
-            match self.loaded.bat.get(part.block).data_offset() {
-                Some(block) => self.push_data(&mut segments, block + part.within, part.len),
-                None => push_read(&mut segments, ReadSegment::Zero { len: part.len }),
-            }
-        }
-        Ok(segments)
+        check_range(self.geometry(), "read", offset, len)?;
+        Ok(self.loaded.layer().segments(offset, len))
     }
 
-    /// Where the file ends inside the last block, zeros follow.
-    fn push_data(&self, segments: &mut Vec<ReadSegment>, file_offset: u64, len: u64) {
-        let there = self.loaded.view.file_bytes.saturating_sub(file_offset).min(len);
-        if there > 0 {
-            push_read(segments, ReadSegment::Data { file_offset, len: there });
-        }
-        if there < len {
-            self.push_missing(segments, file_offset + there, len - there);
-        }
+    /// The image that this one differs from, with its own parents.
+    #[must_use]
+    pub fn parent(&self) -> Option<Self> {
+        self.chain.parent()
     }
 
-    /// Space past the end of the file reads as zeros, unless the log has pages for it.
-    fn push_missing(&self, segments: &mut Vec<ReadSegment>, file_offset: u64, len: u64) {
-        if self.loaded.view.patches.touches(file_offset..file_offset + len) {
-            push_read(segments, ReadSegment::Data { file_offset, len });
-        } else {
-            push_read(segments, ReadSegment::Zero { len });
-        }
+    /// Number of parents below each other.
+    #[must_use]
+    pub fn parents(&self) -> usize {
+        self.chain.layers().len()
     }
 
     fn read(&self, offset: u64, buf: &IoBuf, done: Completion) {
-        let segments = match self.resolve_read(offset, bytes(buf.len())) {
-            Ok(segments) => segments,
-            Err(error) => return done(Err(error)),
-        };
-        let (mut ops, mut patched, mut at) = (Vec::new(), Vec::new(), 0);
-        for segment in segments {
-            let part = buf.slice(at..at + index(segment.len()));
-            at += part.len();
-            match segment {
-                ReadSegment::Zero { .. } => part.fill_zero(),
-                ReadSegment::Data { file_offset, len } => {
-                    if self.loaded.view.patches.touches(file_offset..file_offset + len) {
-                        patched.push((file_offset, part.clone()));
-                    }
-                    if file_offset < self.loaded.view.file_bytes {
-                        ops.push(IoOp::Read { offset: file_offset, buf: part });
-                    } else {
-                        part.fill_zero();
-                    }
-                }
-            }
-        }
-        let done: Completion = if patched.is_empty() { done } else { self.patch_then(patched, done) };
-        submit_all(&*self.loaded.view.file, ops, done);
+        let mut plan = Plan::new(buf);
+        self.say(offset, bytes(buf.len()), &mut |image, said, len| match (image, said) {
+            (Some(image), Said::Data(file_offset)) => plan.data(Source::Image(image), file_offset, len),
+            _ => plan.zero(len),
+        });
+        plan.submit(done);
     }
 
-    fn patch_then(&self, patched: Vec<(u64, IoBuf)>, done: Completion) -> Completion {
-        let loaded = Arc::clone(&self.loaded);
-        Box::new(move |outcome| {
-            for (file_offset, part) in patched {
-                loaded.view.patches.apply(file_offset, &part);
-            }
-            done(outcome);
-        })
+    /// Tells `each` which image of the chain says what about a range, in order, with the number of bytes.
+    pub(crate) fn say<'a>(
+        &'a self,
+        offset: u64,
+        len: u64,
+        each: &mut dyn FnMut(Option<&'a Arc<Loaded>>, Said, u64),
+    ) {
+        let shape = self.loaded.bat.shape;
+        let mut at = offset;
+        for part in shape.parts(offset, len) {
+            self.loaded.layer().say(&part, &mut |said, len| {
+                match said {
+                    Said::Nothing => self.chain.say(part.block, || shape.span(part.block), (at, len), each),
+                    said => each(Some(&self.loaded), said, len),
+                }
+                at += len;
+            });
+        }
     }
 
     /// What `info` shows.
@@ -132,6 +112,18 @@ impl BlockDevice for Image {
             IoOp::WriteZeroes { offset, .. } => {
                 (request.done)(Err(IoError::Os { op: "write-zeroes", offset, errno: EROFS }));
             }
+        }
+    }
+}
+
+impl Loaded {
+    /// The image without its parents.
+    pub(crate) fn layer(&self) -> Layer<'_> {
+        Layer {
+            bat: &self.bat,
+            bitmaps: self.bitmaps.as_ref(),
+            file_bytes: self.view.file_bytes,
+            patches: Some(&self.view.patches),
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::bat::BlockState;
 use crate::error::VhdxError;
 use crate::findings::Findings;
 use crate::load::{Loaded, LogPolicy};
+use crate::locator::ParentPaths;
 use crate::replay::LogState;
 
 /// The kind of image.
@@ -55,6 +56,17 @@ pub struct BlockCounts {
     pub undefined: u64,
 }
 
+/// Which image a child differs from, in the words of its parent locator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ParentInfo {
+    /// The parent's data write id when the child was made.
+    pub linkage: Option<Uuid>,
+    /// A second one, while a merge changes the parent.
+    pub linkage2: Option<Uuid>,
+    /// Where it is.
+    pub paths: ParentPaths,
+}
+
 /// What an image is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Info {
@@ -82,6 +94,8 @@ pub struct Info {
     pub file_bytes: u64,
     /// Blocks by state, after replay.
     pub blocks: BlockCounts,
+    /// What a differencing image differs from.
+    pub parent: Option<ParentInfo>,
     /// Oddities that do no harm to reading.
     pub warnings: Vec<String>,
 }
@@ -122,14 +136,20 @@ pub(crate) fn describe(loaded: &Loaded, warnings: Vec<String>) -> Info {
         log,
         file_bytes: loaded.view.file_bytes,
         blocks: count(loaded),
+        parent: loaded.locator.as_ref().map(|locator| ParentInfo {
+            linkage: locator.linkage(),
+            linkage2: locator.linkage2(),
+            paths: locator.paths(),
+        }),
         warnings,
     }
 }
 
 fn count(loaded: &Loaded) -> BlockCounts {
     let mut counts = BlockCounts { total: loaded.bat.shape.blocks, ..BlockCounts::default() };
-    for block in 0..counts.total {
-        let slot = match loaded.bat.get(block).state() {
+    for (at, run, entry) in loaded.bat.runs() {
+        let blocks = loaded.bat.shape.blocks_before(at + run) - loaded.bat.shape.blocks_before(at);
+        let slot = match entry.state() {
             BlockState::NotPresent => &mut counts.not_present,
             BlockState::Undefined | BlockState::Reserved(_) => &mut counts.undefined,
             BlockState::Zero => &mut counts.zero,
@@ -137,7 +157,7 @@ fn count(loaded: &Loaded) -> BlockCounts {
             BlockState::Present => &mut counts.present,
             BlockState::Partial => &mut counts.partial,
         };
-        *slot += 1;
+        *slot += blocks;
     }
     counts
 }

@@ -45,6 +45,7 @@
 //! | write to a block that has its place | payload | 0 |
 //! | write to a new block | payload | 0 |
 //! | guest flush, k new blocks | one log entry | 1 |
+//! | guest flush, new sectors or blocks of a child | one log entry | 2 |
 //! | guest flush, payload only | none | 1 |
 //! | guest flush, nothing since the last | none | 0 |
 //! | end of a log generation, every 63 entries of 8 KiB | BAT pages in place, empty entry, two headers | 2 |
@@ -56,6 +57,10 @@
 //! (a crash leaves unlogged payload behind that) and growing it, in steps that double and whose flush is mostly one that
 //! the guest asked for anyway; and by zeroing what discards gave up, after the log has dropped it and the last request that
 //! could know the old place has ended.
+//!
+//! **A child needs a second one**, because where its block or sector is new, the parent showed before: the payload is made
+//! durable before the log says that it counts. A write to a block of which the parent shows the rest puts down its own
+//! sectors only and sets their bits; nothing is copied up.
 //!
 //! **A generation is half of the ring under an id of its own.** Its first entry is empty and durable before the header names
 //! the id, so a header never names a log that is not there. When the half is full, its pages are written in place and the
@@ -71,12 +76,14 @@
 //! # Bounds
 //!
 //! An image is untrusted input. Lengths are compared with the size of the file before memory is taken for them, arithmetic
-//! is checked, one interval map proves that no byte has two owners, and the work to search a log is bounded. Differencing
-//! images are recognised and refused by name.
+//! is checked, one interval map proves that no byte has two owners, and the work to search a log is bounded. The paths in a
+//! parent locator are followed only below the folders that the caller allows, see [`ParentResolver`].
 #![forbid(unsafe_code)]
 
 mod amend;
 mod bat;
+mod bitmap;
+mod chain;
 mod check;
 mod compact;
 mod convert;
@@ -91,36 +98,45 @@ mod format;
 mod grow;
 mod guard;
 mod header;
+mod host;
 mod image;
 mod info;
 mod load;
+mod locator;
 mod log;
 mod metadata;
 mod moves;
 mod open;
+mod owners;
 mod pieces;
+mod plan;
 mod recover;
 mod region;
 mod replay;
 mod resize;
 mod resolve;
+mod resolver;
 mod running;
 mod safe_size;
 mod space;
 mod trim;
 mod view;
+mod words;
 
 pub use check::{Report, check};
 pub use compact::{CompactProgress, CompactWatch, Compacted};
 pub use convert::{DataMap, Progress, from_raw, to_raw};
-pub use create::{Spec, create};
+pub use create::{ChildSpec, Spec, create, create_child};
 pub use disk::Disk;
 pub use error::{ErrorKind, VhdxError};
 pub use flush::Closed;
 pub use guard::{ReadGuard, WriteGuard};
+pub use host::HostFiles;
 pub use image::Image;
-pub use info::{BlockCounts, ImageKind, Info, LogInfo, info};
+pub use info::{BlockCounts, ImageKind, Info, LogInfo, ParentInfo, info};
+pub use locator::ParentPaths;
 pub use open::{Builder, Standby};
 pub use resize::{NewSize, Resized, resize};
 pub use resolve::{ReadSegment, WriteSegment};
+pub use resolver::{OpenFailure, ParentFiles, ParentResolver};
 pub use safe_size::minimum_safe_bytes;

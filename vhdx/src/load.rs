@@ -1,7 +1,7 @@
 //! Reading everything that an open image needs, in the order in which one structure vouches for the next.
 //!
 //! ```text
-//! file identifier -> headers -> log (replayed in memory) -> region tables -> metadata -> BAT -> interval map
+//! file identifier -> headers -> log (replayed in memory) -> region tables -> metadata -> BAT -> owners -> sector bitmaps
 //! ```
 //! **Invariant:** nothing here writes.
 
@@ -10,12 +10,17 @@ use std::sync::Arc;
 use blockio::ImageFile;
 use tracing::warn;
 
+use uuid::Uuid;
+
 use crate::bat::{Bat, BatShape};
+use crate::bitmap::Bitmaps;
 use crate::error::{VhdxError, corrupt};
 use crate::findings::Findings;
-use crate::format::{CREATOR_BYTES, FILE_SIGNATURE, HEADER_AREA_BYTES, MIB, index};
+use crate::format::{CREATOR_BYTES, FILE_SIGNATURE, HEADER_AREA_BYTES, index};
 use crate::header::CurrentHeader;
-use crate::metadata::{self, DiskParams};
+use crate::locator::Locator;
+use crate::metadata::{self, DiskParams, Metadata};
+use crate::owners::{self, Owners};
 use crate::region::{Area, Regions};
 use crate::replay::{LogState, read_log};
 use crate::view::View;
@@ -40,10 +45,14 @@ pub(crate) struct Loaded {
     pub(crate) regions: Regions,
     /// What the disk is.
     pub(crate) params: DiskParams,
+    /// Which image it differs from.
+    pub(crate) locator: Option<Locator>,
     /// Where the blocks are.
     pub(crate) bat: Bat,
-    /// Starts of blocks in the file, ascending, in MiB.
-    pub(crate) payload_mib: Vec<u64>,
+    /// Which sectors of partially present blocks are here; only with a parent.
+    pub(crate) bitmaps: Option<Bitmaps>,
+    /// What blocks and bitmaps own.
+    pub(crate) owners: Owners,
     /// What the log said.
     pub(crate) log: LogState,
     /// Who made the file.
@@ -121,13 +130,20 @@ impl Loaded {
         }
         let regions = Regions::read(&view, findings)?;
         check_areas(&areas(&header, &regions), view.view_bytes)?;
-        let params = metadata::read(&view, regions.metadata, findings)?;
+        let Metadata { params, locator } = metadata::read(&view, regions.metadata, findings)?;
         let bat = Bat::read(&view, regions.bat, BatShape::of(&params))?;
-        let payload_mib = match policy {
-            LogPolicy::InMemory => bat.check(&view, &params, &areas(&header, &regions), findings),
-            LogPolicy::Ignore => Vec::new(),
+        let owners = match policy {
+            LogPolicy::InMemory => {
+                owners::find(&bat, view.view_bytes, &params, &areas(&header, &regions), findings)
+            }
+            LogPolicy::Ignore => Owners::default(),
         };
-        Ok(Self { view, header, regions, params, bat, payload_mib, log, creator })
+        let bitmaps = match (params.has_parent, findings.errors.is_empty()) {
+            (true, true) => Some(Bitmaps::read(&view, &bat, &params, &owners.partial)?),
+            (true, false) => Some(Bitmaps::empty(&bat.shape, &params)),
+            (false, _) => None,
+        };
+        Ok(Self { view, header, regions, params, locator, bat, bitmaps, owners, log, creator })
     }
 
     /// The same for an open: the first error ends it, warnings go to the log.
@@ -135,7 +151,6 @@ impl Loaded {
         let mut findings = Findings::default();
         let loaded = Self::read(file, policy, &mut findings)?;
         let findings = findings.into_result()?;
-        loaded.refuse_parent()?;
         for text in &findings.warnings {
             warn!(file = %file.identity(), "{text}");
         }
@@ -149,18 +164,18 @@ impl Loaded {
 
     /// End of the last byte that anything owns, as a multiple of 1 MiB.
     pub(crate) fn used_end(&self) -> u64 {
-        let blocks = self.payload_mib.last().map_or(0, |start| start * MIB + self.params.block_bytes);
-        self.areas().iter().map(Area::end).fold(blocks, u64::max)
+        let owned = self.owners.spans(self.params.block_bytes).map(|(offset, len)| offset + len);
+        self.areas().iter().map(Area::end).chain(owned).fold(0, u64::max)
     }
 
-    fn refuse_parent(&self) -> Result<(), VhdxError> {
-        if self.params.has_parent {
-            return Err(VhdxError::Unsupported {
-                what: "a differencing image (it has a parent)".to_owned(),
-                hint: "merge it into its parent, or convert the chain to one image, with the tool that made it",
-            });
-        }
-        Ok(())
+    /// What children refer to.
+    pub(crate) fn data_write_id(&self) -> Uuid {
+        Uuid::from_bytes_le(self.header.header.data_write_id)
+    }
+
+    /// How messages call the file.
+    pub(crate) fn name(&self) -> String {
+        self.view.file.identity()
     }
 }
 

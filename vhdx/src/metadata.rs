@@ -20,8 +20,15 @@ use crate::format::{
     ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, METADATA_BYTES_MAX, MIB, MetadataEntry, MetadataTableHeader,
     PARAM_HAS_PARENT, PARAM_LEAVE_ALLOCATED, TABLE_BYTES, TABLE_ENTRIES_MAX, index,
 };
+use crate::locator::Locator;
 use crate::region::Area;
 use crate::view::View;
+
+/// Items of the system and of users, the bounds that Microsoft's parser has too.
+const SYSTEM_ITEMS_MAX: usize = 1023;
+const USER_ITEMS_MAX: usize = 1024;
+/// Bytes of items of either class.
+const CLASS_BYTES_MAX: u64 = 40 * MIB;
 
 /// What the virtual disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,13 +49,49 @@ pub(crate) struct DiskParams {
     pub(crate) has_parent: bool,
 }
 
+/// One metadata item, as it is copied from an image to another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Item {
+    pub(crate) id: Uuid,
+    pub(crate) flags: u32,
+    pub(crate) value: Vec<u8>,
+}
+
+/// What the metadata region says.
+#[derive(Clone, Debug)]
+pub(crate) struct Metadata {
+    /// What the disk is.
+    pub(crate) params: DiskParams,
+    /// Which image it differs from; only when it has a parent.
+    pub(crate) locator: Option<Locator>,
+}
+
 struct Items {
     region: Area,
+    /// Every entry of the table.
+    all: Vec<MetadataEntry>,
+    /// Items of the system.
     by_id: HashMap<Uuid, MetadataEntry>,
 }
 
+/// Items that describe the virtual disk and that nobody here knows: a child inherits them.
+pub(crate) fn inherited_items(view: &View, region: Area) -> Result<Vec<Item>, VhdxError> {
+    const KNOWN: [Uuid; 4] = [ITEM_DISK_SIZE, ITEM_DISK_ID, ITEM_LOGICAL_SECTOR, ITEM_PHYSICAL_SECTOR];
+    let items = read_table(view, region, &mut Findings::default())?;
+    let is_known = |entry: &MetadataEntry| {
+        entry.flags.get() & ITEM_IS_USER == 0 && KNOWN.contains(&Uuid::from_bytes_le(entry.id))
+    };
+    let inherits = |entry: &&MetadataEntry| entry.flags.get() & ITEM_IS_VIRTUAL_DISK != 0 && !is_known(entry);
+    let copy = |entry: &MetadataEntry| {
+        let at = region.offset + u64::from(entry.offset.get());
+        let value = view.read(at, entry.length.get() as usize, "metadata item")?;
+        Ok(Item { id: Uuid::from_bytes_le(entry.id), flags: entry.flags.get(), value })
+    };
+    items.all.iter().filter(inherits).map(copy).collect()
+}
+
 /// Reads and checks the region.
-pub(crate) fn read(view: &View, region: Area, findings: &mut Findings) -> Result<DiskParams, VhdxError> {
+pub(crate) fn read(view: &View, region: Area, findings: &mut Findings) -> Result<Metadata, VhdxError> {
     if region.length > METADATA_BYTES_MAX {
         return Err(VhdxError::Limit {
             what: "the length of the metadata region",
@@ -83,7 +126,8 @@ pub(crate) fn read(view: &View, region: Area, findings: &mut Findings) -> Result
     }
     items.check_parent(&found, findings)?;
     found.check().map_err(|found| corrupt("metadata item", region.offset, found))?;
-    Ok(found)
+    let locator = if found.has_parent { Some(items.locator(view)?) } else { None };
+    Ok(Metadata { params: found, locator })
 }
 
 /// Where in the file the size of the disk is written.
@@ -108,6 +152,7 @@ fn read_table(view: &View, region: Area, findings: &mut Findings) -> Result<Item
         ));
     }
     let (mut by_id, mut seen, mut spans) = (HashMap::new(), HashMap::new(), Vec::new());
+    let mut all = Vec::new();
     for number in 0..usize::from(count) {
         let place = region.offset + 32 + crate::format::bytes(number) * 32;
         let (entry, _) = MetadataEntry::ref_from_prefix(&rest[number * 32..]).expect("the count was checked");
@@ -119,17 +164,41 @@ fn read_table(view: &View, region: Area, findings: &mut Findings) -> Result<Item
         if entry.length.get() > 0 {
             spans.push((entry.offset.get(), entry.offset.get() + entry.length.get(), id));
         }
+        all.push(*entry);
         if !user {
             check_known(entry, place, id, findings)?;
             by_id.insert(id, *entry);
         }
     }
+    check_amount(&spans, &seen)?;
     spans.sort_unstable();
     if let Some(pair) = spans.windows(2).find(|pair| pair[0].1 > pair[1].0) {
         let found = format!("items {} and {} overlap at {:#x}", pair[0].2, pair[1].2, pair[1].0);
         return Err(corrupt("metadata table", region.offset, found));
     }
-    Ok(Items { region, by_id })
+    Ok(Items { region, all, by_id })
+}
+
+fn check_amount(spans: &[(u32, u32, Uuid)], seen: &HashMap<(Uuid, bool), ()>) -> Result<(), VhdxError> {
+    let users = seen.keys().filter(|(_, user)| *user).count();
+    let bytes: u64 = spans.iter().map(|(start, end, _)| u64::from(end - start)).sum();
+    let limit = |what, found, bound| Err(VhdxError::Limit { what, found, bound });
+    match () {
+        () if users > USER_ITEMS_MAX => limit(
+            "the number of user metadata items",
+            crate::format::bytes(users),
+            crate::format::bytes(USER_ITEMS_MAX),
+        ),
+        () if seen.len() - users > SYSTEM_ITEMS_MAX => limit(
+            "the number of metadata items",
+            crate::format::bytes(seen.len() - users),
+            crate::format::bytes(SYSTEM_ITEMS_MAX),
+        ),
+        () if bytes > 2 * CLASS_BYTES_MAX => {
+            limit("the length of all metadata items", bytes, 2 * CLASS_BYTES_MAX)
+        }
+        () => Ok(()),
+    }
 }
 
 fn check_entry(entry: &MetadataEntry, place: u64, region: Area) -> Result<Uuid, VhdxError> {
@@ -204,6 +273,12 @@ impl Items {
         Ok(at)
     }
 
+    fn locator(&self, view: &View) -> Result<Locator, VhdxError> {
+        let entry = self.by_id.get(&ITEM_PARENT_LOCATOR).expect("checked with the flag");
+        let at = self.region.offset + u64::from(entry.offset.get());
+        Locator::parse(&view.read(at, entry.length.get() as usize, "parent locator")?, at)
+    }
+
     fn check_parent(&self, params: &DiskParams, findings: &mut Findings) -> Result<(), VhdxError> {
         let locator = self.by_id.contains_key(&ITEM_PARENT_LOCATOR);
         match (params.has_parent, locator) {
@@ -248,38 +323,49 @@ impl DiskParams {
     }
 
     /// The first bytes of a metadata region that describes this disk; the rest of the region is zero.
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let flags = if self.fixed { PARAM_LEAVE_ALLOCATED } else { 0 };
+    pub(crate) fn encode(&self, locator: Option<&Locator>, inherited: &[Item]) -> Vec<u8> {
+        let fixed = if self.fixed { PARAM_LEAVE_ALLOCATED } else { 0 };
+        let parent = if self.has_parent { PARAM_HAS_PARENT } else { 0 };
         let block = u32::try_from(self.block_bytes).expect("at most 256 MiB");
-        let params = [block.to_le_bytes(), flags.to_le_bytes()].concat();
+        let params = [block.to_le_bytes(), (fixed | parent).to_le_bytes()].concat();
         let disk = ITEM_IS_VIRTUAL_DISK | ITEM_IS_REQUIRED;
-        let items: [(Uuid, u32, Vec<u8>); 5] = [
-            (ITEM_FILE_PARAMETERS, ITEM_IS_REQUIRED, params),
-            (ITEM_DISK_SIZE, disk, self.disk_bytes.to_le_bytes().to_vec()),
-            (ITEM_LOGICAL_SECTOR, disk, self.logical_sector.to_le_bytes().to_vec()),
-            (ITEM_PHYSICAL_SECTOR, disk, self.physical_sector.to_le_bytes().to_vec()),
-            (ITEM_DISK_ID, disk, self.disk_id.to_bytes_le().to_vec()),
+        let item = |id, flags, value| Item { id, flags, value };
+        let mut items = vec![
+            item(ITEM_FILE_PARAMETERS, ITEM_IS_REQUIRED, params),
+            item(ITEM_DISK_SIZE, disk, self.disk_bytes.to_le_bytes().to_vec()),
+            item(ITEM_LOGICAL_SECTOR, disk, self.logical_sector.to_le_bytes().to_vec()),
+            item(ITEM_PHYSICAL_SECTOR, disk, self.physical_sector.to_le_bytes().to_vec()),
+            item(ITEM_DISK_ID, disk, self.disk_id.to_bytes_le().to_vec()),
         ];
-        let mut region = vec![0; index(TABLE_BYTES)];
-        let header = MetadataTableHeader {
-            signature: *b"metadata",
-            reserved: 0.into(),
-            entry_count: 5.into(),
-            reserved2: [0; 20],
-        };
-        region[..32].copy_from_slice(header.as_bytes());
-        for (number, (id, flags, value)) in items.into_iter().enumerate() {
-            let entry = MetadataEntry {
-                id: id.to_bytes_le(),
-                offset: u32::try_from(region.len()).expect("small").into(),
-                length: u32::try_from(value.len()).expect("small").into(),
-                flags: flags.into(),
-                reserved: 0.into(),
-            };
-            let at = 32 + number * 32;
-            region[at..at + 32].copy_from_slice(entry.as_bytes());
-            region.extend(value);
-        }
-        region
+        items.extend_from_slice(inherited);
+        // Last, so that it has room to grow when the parent moves.
+        items.extend(locator.map(|locator| item(ITEM_PARENT_LOCATOR, ITEM_IS_REQUIRED, locator.encode())));
+        encode_items(&items)
     }
+}
+
+fn encode_items(items: &[Item]) -> Vec<u8> {
+    let mut region = vec![0; index(TABLE_BYTES)];
+    let header = MetadataTableHeader {
+        signature: *b"metadata",
+        reserved: 0.into(),
+        entry_count: u16::try_from(items.len()).expect("at most 2047 items").into(),
+        reserved2: [0; 20],
+    };
+    region[..32].copy_from_slice(header.as_bytes());
+    for (number, item) in items.iter().enumerate() {
+        // An empty item has no place.
+        let offset = if item.value.is_empty() { 0 } else { region.len() };
+        let entry = MetadataEntry {
+            id: item.id.to_bytes_le(),
+            offset: u32::try_from(offset).expect("a region is shorter than 4 GiB").into(),
+            length: u32::try_from(item.value.len()).expect("at most 1 MiB").into(),
+            flags: item.flags.into(),
+            reserved: 0.into(),
+        };
+        let at = 32 + number * 32;
+        region[at..at + 32].copy_from_slice(entry.as_bytes());
+        region.extend_from_slice(&item.value);
+    }
+    region
 }

@@ -23,6 +23,7 @@ use crate::disk::submit_modifying;
 use crate::error::{VhdxError, doing};
 use crate::flush::{FlushJob, For};
 use crate::format::{MIB, index};
+use crate::space::MetaPage;
 
 /// Bytes per read and write of a copy.
 const PIECE: u64 = 4 * MIB;
@@ -111,7 +112,7 @@ impl Moves {
         {
             core.bat.set(block, Entry::UNMAPPED);
             space.free_former(block, anchor);
-            space.mark_dirty(core.bat.page_of(block));
+            space.mark_dirty(MetaPage::Bat(core.bat.page_of(block)));
         }
     }
 
@@ -141,7 +142,7 @@ impl Moves {
         if ours {
             core.bat.set(block, Entry::ZERO);
             space.free(block, place);
-            space.mark_dirty(core.bat.page_of(block));
+            space.mark_dirty(MetaPage::Bat(core.bat.page_of(block)));
         }
         Ok(ours)
     }
@@ -192,7 +193,7 @@ impl Moves {
                 if entry.is_held() && entry.place() == Some(from) {
                     core.bat.set(block, entry.at(to));
                     space.free_former(block, from);
-                    space.mark_dirty(core.bat.page_of(block));
+                    space.mark_dirty(MetaPage::Bat(core.bat.page_of(block)));
                     moved += 1;
                 } else {
                     space.put_back(to);

@@ -13,10 +13,12 @@ use std::sync::Arc;
 use blockio::ImageFile;
 use uuid::Uuid;
 
+use crate::chain::{Chain, Origin};
 use crate::disk::Disk;
 use crate::error::VhdxError;
 use crate::image::{Image, check_granularity};
 use crate::load::{Loaded, LogPolicy};
+use crate::resolver::ParentResolver;
 
 /// Opens images.
 pub struct Builder {
@@ -24,13 +26,15 @@ pub struct Builder {
     options: Options,
 }
 
-/// How a writable disk behaves.
-#[derive(Clone, Copy, Debug, Default)]
+/// How a disk is opened and how it behaves.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
     /// Clear the id of a log that has no entry.
     pub(crate) repair: bool,
     /// Bytes to grow the file by; zero for the default.
     pub(crate) growth_bytes: u64,
+    /// Where to look for parents.
+    pub(crate) origin: Option<Origin>,
 }
 
 impl Builder {
@@ -38,6 +42,16 @@ impl Builder {
     #[must_use]
     pub fn open(file: Arc<dyn ImageFile>) -> Self {
         Self { file, options: Options::default() }
+    }
+
+    /// Says where the parents of a differencing image may be. `path` is where the image itself is, in the words of the
+    /// resolver: an absolute, `/`-separated path, from which relative paths are followed.
+    ///
+    /// Without this only images without a parent can be opened.
+    #[must_use]
+    pub fn parents(mut self, resolver: ParentResolver, path: &str) -> Self {
+        self.options.origin = Some(Origin { resolver, path: path.to_owned() });
+        self
     }
 
     /// Allows a writable open to clear a log id that no log entry bears (a killed qemu leaves this).
@@ -54,34 +68,41 @@ impl Builder {
         self
     }
 
-    /// Opens for reading. A dirty log is replayed in memory only.
+    /// Opens for reading. A dirty log is replayed in memory only, in parents too.
     ///
     /// # Errors
     /// By [`VhdxError::kind`]; nothing was changed.
     pub fn read_only(self) -> Result<Image, VhdxError> {
-        let (loaded, _) = Loaded::open(&self.file, LogPolicy::InMemory)?;
-        check_granularity(&loaded)?;
-        Ok(Image::new(loaded))
+        let (loaded, chain) = self.load(LogPolicy::InMemory)?;
+        Ok(Image::new(Arc::new(loaded), chain))
     }
 
-    /// Opens as the target of a migration: reads what there is to warm up and to fail early, replays and writes nothing.
+    /// Opens as the target of a migration: reads and checks what there is, parents included, to warm up and to fail early;
+    /// replays and writes nothing.
     ///
     /// # Errors
     /// By [`VhdxError::kind`]; nothing was changed.
     pub fn inactive(self) -> Result<Standby, VhdxError> {
-        let (loaded, _) = Loaded::open(&self.file, LogPolicy::Ignore)?;
-        check_granularity(&loaded)?;
-        Ok(Standby { loaded, options: self.options })
+        let (loaded, chain) = self.load(LogPolicy::Ignore)?;
+        Ok(Standby { loaded, chain, options: self.options })
     }
 
-    /// Opens for writing. The caller must hold the right to write the file, alone.
+    /// Opens for writing. The caller must hold the right to write the file, alone. Parents are opened for reading only.
     ///
-    /// A dirty log is replayed into the file. Beyond that, a disk that is never written leaves the file untouched.
+    /// A dirty log is replayed into the file, after all else was found good. Beyond that, a disk that is never written
+    /// leaves the file untouched.
     ///
     /// # Errors
     /// By [`VhdxError::kind`].
     pub fn writable(self) -> Result<Disk, VhdxError> {
         Disk::open(&self.file, self.options)
+    }
+
+    fn load(&self, policy: LogPolicy) -> Result<(Loaded, Chain), VhdxError> {
+        let (loaded, _) = Loaded::open(&self.file, policy)?;
+        check_granularity(&loaded)?;
+        let chain = Chain::open(&loaded, self.options.origin.as_ref())?;
+        Ok((loaded, chain))
     }
 }
 
@@ -98,10 +119,25 @@ impl std::fmt::Debug for Builder {
 #[derive(Debug)]
 pub struct Standby {
     loaded: Loaded,
+    chain: Chain,
     options: Options,
 }
 
 impl Standby {
+    /// Looks at everything again, without taking the disk over.
+    ///
+    /// # Errors
+    /// As [`Builder::inactive`].
+    pub fn reread(self) -> Result<Self, VhdxError> {
+        self.builder().inactive()
+    }
+
+    /// Number of parents below each other.
+    #[must_use]
+    pub fn parents(&self) -> usize {
+        self.chain.layers().len()
+    }
+
     /// Size of the virtual disk when it was looked at.
     #[must_use]
     pub fn disk_bytes(&self) -> u64 {

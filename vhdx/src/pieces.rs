@@ -30,16 +30,18 @@ impl Join {
     }
 }
 
-/// Submits all `ops` to the file; `done` learns the outcome of all.
-pub(crate) fn submit_all(file: &dyn ImageFile, ops: Vec<IoOp>, done: Completion) {
-    let mut ops = ops;
+/// Submits all `ops`, each to its file; `done` learns the outcome of all.
+pub(crate) fn submit_all(mut ops: Vec<(&dyn ImageFile, IoOp)>, done: Completion) {
     match ops.len() {
         0 => done(Ok(())),
-        1 => file.submit(IoRequest { op: ops.remove(0), done }),
+        1 => {
+            let (file, op) = ops.remove(0);
+            file.submit(IoRequest { op, done });
+        }
         many => {
             let join =
                 Arc::new(Join { left: AtomicUsize::new(many), outcome: Mutex::new((Ok(()), Some(done))) });
-            for op in ops {
+            for (file, op) in ops {
                 let join = Arc::clone(&join);
                 file.submit(IoRequest { op, done: Box::new(move |outcome| join.finished(outcome)) });
             }

@@ -18,13 +18,13 @@ use crate::open::Options;
 use crate::replay::{LogState, read_log};
 use crate::view::View;
 
-/// Replays the log of `file`, if there is one.
-pub(crate) fn recover(file: &Arc<dyn ImageFile>, options: Options) -> Result<(), VhdxError> {
+/// Replays the log of `file`, if there is one. Tells whether there was.
+pub(crate) fn recover(file: &Arc<dyn ImageFile>, options: &Options) -> Result<bool, VhdxError> {
     let view = View::of(file);
     read_identity(&view)?;
     let mut header = CurrentHeader::read(&view)?;
     let replay = match read_log(&view, &header)? {
-        LogState::Clean => return Ok(()),
+        LogState::Clean => return Ok(false),
         LogState::Orphan(log_id) if !options.repair => {
             let (file_offset, _) = header.log_area();
             return Err(VhdxError::OrphanLogId { log_id, file_offset });
@@ -39,7 +39,8 @@ pub(crate) fn recover(file: &Arc<dyn ImageFile>, options: Options) -> Result<(),
         flush(file)?;
         info!(file = %file.identity(), entries = replay.entries, "log replayed");
     }
-    clear_log_id(&**file, &mut header)
+    clear_log_id(&**file, &mut header)?;
+    Ok(true)
 }
 
 /// Says in both headers that there is no log. Three durable steps with what came before.

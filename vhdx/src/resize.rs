@@ -16,7 +16,7 @@ use std::sync::Arc;
 use blockio::{ImageFile, IoOp};
 
 use crate::amend::amend;
-use crate::bat::{BatShape, ENTRIES_PER_PAGE, Entry};
+use crate::bat::{BatShape, Entry};
 use crate::disk::Disk;
 use crate::error::{VhdxError, doing};
 use crate::format::{MIB, PAGE, REGION_TABLE_OFFSETS, index};
@@ -28,6 +28,7 @@ use crate::recover::recover;
 use crate::region::{self, Area};
 use crate::running::refuse_unwritable;
 use crate::safe_size::minimum_safe_bytes;
+use crate::words::WORDS_PER_PAGE;
 
 /// The size that a disk is to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,8 +60,14 @@ pub struct Resized {
 /// # Errors
 /// [`crate::ErrorKind::InvalidInput`] when the new size is not lawful or not safe, with nothing changed.
 pub fn resize(file: &Arc<dyn ImageFile>, size: NewSize) -> Result<Resized, VhdxError> {
-    recover(file, Options::default())?;
+    recover(file, &Options::default())?;
     let (loaded, mut findings) = Loaded::open(file, LogPolicy::InMemory)?;
+    if loaded.params.has_parent {
+        return Err(VhdxError::Unsupported {
+            what: "resizing a differencing image".to_owned(),
+            hint: "merge it into its parent first",
+        });
+    }
     if let Some(error) = findings.write_blockers.pop() {
         return Err(error);
     }
@@ -139,7 +146,7 @@ impl Resizing<'_> {
         let blocks_start = used_end.max(table.end());
         let file_bytes = self.file_bytes_with_new_blocks(blocks_start);
         self.set_len(file_bytes)?;
-        let first = if moved { 0 } else { self.old().entries / ENTRIES_PER_PAGE };
+        let first = if moved { 0 } else { self.old().entries / WORDS_PER_PAGE };
         self.write_slots(table, first, blocks_start)?;
         self.flush()?;
         let mut pages = self.size_pages()?;
@@ -179,7 +186,7 @@ impl Resizing<'_> {
 
     /// Writes the pages of the new table from `first` on, live slots as they are.
     fn write_slots(&self, table: Area, first: u64, blocks_start: u64) -> Result<(), VhdxError> {
-        let end = self.new.entries.div_ceil(ENTRIES_PER_PAGE);
+        let end = self.new.entries.div_ceil(WORDS_PER_PAGE);
         for page in first..end {
             let offset = table.offset + page * PAGE;
             if !self.is_live(page) && !self.params.fixed {
@@ -193,14 +200,14 @@ impl Resizing<'_> {
 
     /// Whether a page of the table holds entries of the disk as it is.
     fn is_live(&self, page: u64) -> bool {
-        page * ENTRIES_PER_PAGE < self.old().entries
+        page * WORDS_PER_PAGE < self.old().entries
     }
 
     fn page_with_new_blocks(&self, page: u64, blocks_start: u64) -> Vec<u8> {
         let mut content =
             if self.is_live(page) { self.loaded.bat.page_bytes(page) } else { vec![0; index(PAGE)] };
         let old_blocks = self.old().blocks;
-        for (at, slot) in (page * ENTRIES_PER_PAGE..).zip(content.chunks_exact_mut(8)) {
+        for (at, slot) in (page * WORDS_PER_PAGE..).zip(content.chunks_exact_mut(8)) {
             let added = self.new.block_at(at).and_then(|block| block.checked_sub(old_blocks));
             if let Some(number) = added.filter(|_| self.params.fixed) {
                 let entry = Entry::present(blocks_start + number * self.new.block_bytes);
@@ -213,11 +220,11 @@ impl Resizing<'_> {
     /// Empties the slots that the shrunken disk no longer has.
     fn clear_slots(&self) -> Result<(), VhdxError> {
         let table = self.loaded.regions.bat;
-        let page = self.new.entries / ENTRIES_PER_PAGE;
+        let page = self.new.entries / WORDS_PER_PAGE;
         let mut content = self.loaded.bat.page_bytes(page);
-        content[index(self.new.entries % ENTRIES_PER_PAGE) * 8..].fill(0);
+        content[index(self.new.entries % WORDS_PER_PAGE) * 8..].fill(0);
         self.write(table.offset + page * PAGE, &content, "BAT")?;
-        let end = self.old().entries.div_ceil(ENTRIES_PER_PAGE);
+        let end = self.old().entries.div_ceil(WORDS_PER_PAGE);
         self.zero(table.offset + (page + 1) * PAGE, table.offset + end * PAGE)
     }
 

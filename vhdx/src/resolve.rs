@@ -1,9 +1,14 @@
 //! From ranges of the disk to ranges of the file.
 //!
+//! ```text
+//!   part of a block --BAT--> data here | zeros | --sector bitmap--> run here, run in the parent, ...
+//! ```
 //! Resolving moves no bytes: the caller does the I/O and then completes. Neighbouring blocks that also lie next to each other
 //! in the file come out as one segment.
 
-use crate::bat::BatShape;
+use crate::bat::{Bat, BatShape, BlockState};
+use crate::bitmap::Bitmaps;
+use crate::view::Patches;
 
 /// What a part of a read is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +23,13 @@ pub enum ReadSegment {
     },
     /// Zeros.
     Zero {
+        /// Number of bytes.
+        len: u64,
+    },
+    /// These bytes of the parent's disk; zeros past its end.
+    Parent {
+        /// First byte on the disk.
+        disk_offset: u64,
         /// Number of bytes.
         len: u64,
     },
@@ -41,7 +53,7 @@ impl ReadSegment {
     #[must_use]
     pub fn len(&self) -> u64 {
         match self {
-            Self::Data { len, .. } | Self::Zero { len } => *len,
+            Self::Data { len, .. } | Self::Zero { len } | Self::Parent { len, .. } => *len,
         }
     }
 
@@ -82,6 +94,84 @@ impl BatShape {
     }
 }
 
+/// What an image says about some bytes of its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Said {
+    /// They lie here in the file.
+    Data(u64),
+    /// They are zeros.
+    Zero,
+    /// Nothing: ask the parent.
+    Nothing,
+}
+
+/// An image without its parents, as a read sees it.
+#[derive(Clone, Copy)]
+pub(crate) struct Layer<'a> {
+    pub(crate) bat: &'a Bat,
+    /// There are some only in an image with a parent.
+    pub(crate) bitmaps: Option<&'a Bitmaps>,
+    /// Bytes that are really in the file.
+    pub(crate) file_bytes: u64,
+    /// What only the log has, if the log was not replayed into the file.
+    pub(crate) patches: Option<&'a Patches>,
+}
+
+impl Layer<'_> {
+    /// Tells `each` what the image says about a part of a block, in order, with the number of bytes. Takes no lock.
+    pub(crate) fn say(&self, part: &BlockPart, each: &mut dyn FnMut(Said, u64)) {
+        let entry = self.bat.get(part.block);
+        match (entry.state(), self.bitmaps) {
+            (BlockState::Present, _) => self.data(entry.offset_field() + part.within, part.len, each),
+            (BlockState::Partial, Some(bitmaps)) => {
+                let mut at = entry.offset_field() + part.within;
+                bitmaps.runs(part, |here, len| {
+                    if here {
+                        self.data(at, len, each);
+                    } else {
+                        each(Said::Nothing, len);
+                    }
+                    at += len;
+                });
+            }
+            (BlockState::NotPresent, Some(_)) => each(Said::Nothing, part.len),
+            _ => each(Said::Zero, part.len),
+        }
+    }
+
+    /// Some files end where the disk ends, inside the last block; what is missing is zero, unless the log has it.
+    fn data(&self, file_offset: u64, len: u64, each: &mut dyn FnMut(Said, u64)) {
+        let there = self.file_bytes.saturating_sub(file_offset).min(len);
+        if there > 0 {
+            each(Said::Data(file_offset), there);
+        }
+        if there < len {
+            let missing = file_offset + there..file_offset + len;
+            let in_log = self.patches.is_some_and(|patches| patches.touches(missing.clone()));
+            each(if in_log { Said::Data(missing.start) } else { Said::Zero }, len - there);
+        }
+    }
+
+    /// The segments of a range of the disk, the parents left to the caller.
+    pub(crate) fn segments(&self, offset: u64, len: u64) -> Vec<ReadSegment> {
+        let (mut segments, mut at) = (Vec::new(), offset);
+        for part in self.bat.shape.parts(offset, len) {
+            self.say(&part, &mut |said, len| {
+                push_read(
+                    &mut segments,
+                    match said {
+                        Said::Data(file_offset) => ReadSegment::Data { file_offset, len },
+                        Said::Zero => ReadSegment::Zero { len },
+                        Said::Nothing => ReadSegment::Parent { disk_offset: at, len },
+                    },
+                );
+                at += len;
+            });
+        }
+        segments
+    }
+}
+
 /// Appends a segment, merged with the one before where both continue each other.
 pub(crate) fn push_read(segments: &mut Vec<ReadSegment>, next: ReadSegment) {
     match (segments.last_mut(), next) {
@@ -91,6 +181,10 @@ pub(crate) fn push_read(segments: &mut Vec<ReadSegment>, next: ReadSegment) {
         {
             *len += more;
         }
+        (
+            Some(ReadSegment::Parent { disk_offset, len }),
+            ReadSegment::Parent { disk_offset: at, len: more },
+        ) if *disk_offset + *len == at => *len += more,
         _ => segments.push(next),
     }
 }

@@ -8,10 +8,11 @@ use std::thread::{Builder as ThreadBuilder, JoinHandle};
 
 use blockio::{ImageFile, IoError};
 
+use crate::chain::Chain;
 use crate::core::Core;
 use crate::error::{VhdxError, corrupt};
 use crate::flush::{Closed, FlushJob, Session};
-use crate::format::{MIB, bytes};
+use crate::format::MIB;
 use crate::grow::{self, GrowthJob, STEP_MIN};
 use crate::image::check_granularity;
 use crate::load::{Loaded, LogPolicy};
@@ -27,22 +28,27 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Replays what there is to replay, reads the image and starts serving it.
-    pub(crate) fn open(file: &Arc<dyn ImageFile>, options: Options) -> Result<Self, VhdxError> {
-        recover(file, options)?;
-        let (loaded, mut findings) = Loaded::open(file, LogPolicy::InMemory)?;
+    /// Reads the image with its parents, replays what there is to replay and starts serving it.
+    ///
+    /// All that could keep the image from being written is looked at before the replay, the first change of the file.
+    pub(crate) fn open(file: &Arc<dyn ImageFile>, options: &Options) -> Result<Self, VhdxError> {
+        let (mut loaded, mut findings) = Loaded::open(file, LogPolicy::InMemory)?;
         check_granularity(&loaded)?;
-        match findings.write_blockers.pop() {
-            Some(error) => Err(error),
-            None => Self::start(loaded, options),
+        if let Some(error) = findings.write_blockers.pop() {
+            return Err(error);
         }
+        refuse_unwritable(&loaded)?;
+        let chain = Chain::open(&loaded, options.origin.as_ref())?;
+        if recover(file, options)? {
+            (loaded, _) = Loaded::open(file, LogPolicy::InMemory)?;
+        }
+        Self::start(loaded, chain, options)
     }
 
-    fn start(loaded: Loaded, options: Options) -> Result<Self, VhdxError> {
-        refuse_unwritable(&loaded)?;
+    fn start(loaded: Loaded, chain: Chain, options: &Options) -> Result<Self, VhdxError> {
         let (header, used_end) = (loaded.header, loaded.used_end());
         let areas_end = loaded.areas().iter().map(Area::end).fold(0, u64::max);
-        let core = Arc::new(core_of(loaded, options));
+        let core = Arc::new(core_of(loaded, chain, options));
         let session = Session::new(Arc::clone(&core), header, used_end, areas_end);
         let grower = Arc::clone(&core);
         let mut running = Self { core, threads: Vec::new() };
@@ -98,17 +104,17 @@ pub(crate) fn refuse_unwritable(loaded: &Loaded) -> Result<(), VhdxError> {
     Ok(())
 }
 
-fn core_of(loaded: Loaded, options: Options) -> Core {
+fn core_of(loaded: Loaded, chain: Chain, options: &Options) -> Core {
     let block_bytes = loaded.params.block_bytes;
-    let shape = loaded.bat.shape;
-    let blocks = loaded.payload_mib.iter().map(|start| (start * MIB, block_bytes));
-    let used = loaded.areas().iter().map(|area| (area.offset, area.length)).chain(blocks).collect();
-    let placed = (0..shape.blocks).filter(|block| loaded.bat.get(*block).data_offset().is_some()).count();
+    let owned = loaded.owners.spans(block_bytes);
+    let used = loaded.areas().iter().map(|area| (area.offset, area.length)).chain(owned).collect();
+    let unplaced = loaded.bat.shape.blocks - loaded.owners.placed;
     let step = match options.growth_bytes {
         0 => STEP_MIN.max(8 * block_bytes),
         fixed => fixed.next_multiple_of(MIB).max(block_bytes),
     };
-    let mut space = Space::new(block_bytes, shape.blocks - bytes(placed), gaps(used, block_bytes), step);
+    let mut space = Space::new(block_bytes, unplaced, gaps(used, block_bytes), step);
     space.fixed_step = options.growth_bytes != 0;
-    Core::new(loaded.view.file, loaded.params, loaded.bat, space, loaded.view.file_bytes)
+    let map = (loaded.bat, loaded.bitmaps);
+    Core::new(loaded.view.file, loaded.params, map, chain, space, loaded.view.file_bytes)
 }

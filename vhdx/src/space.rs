@@ -10,12 +10,48 @@
 //! **Invariant:** what is handed out reads as zeros, durably, and lies below a size of the file that is durable. That is why
 //! an allocation needs no flush of its own.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use blockio::IoRequest;
 
+use crate::bitmap::BITMAP_BYTES;
 use crate::core::Ticket;
 use crate::format::MIB;
+
+/// A page of metadata that the log carries.
+///
+/// The order is the one in which pages are logged. Several entries may be needed for one flush, and a crash may leave the
+/// first of them only; so a page comes before those that rely on it. A block in state 7 relies on its bits and on the BAT
+/// entry of its bitmap, which stands behind it in the table, hence bitmaps first, then the table from its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MetaPage {
+    /// A page of a sector bitmap, counted over all chunks.
+    Bitmap(u64),
+    /// A page of the BAT.
+    Bat(u64),
+}
+
+impl MetaPage {
+    fn rank(self) -> (bool, Reverse<u64>) {
+        match self {
+            Self::Bitmap(page) => (false, Reverse(page)),
+            Self::Bat(page) => (true, Reverse(page)),
+        }
+    }
+}
+
+impl Ord for MetaPage {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.rank().cmp(&other.rank())
+    }
+}
+
+impl PartialOrd for MetaPage {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
 
 /// A free part of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +81,10 @@ pub(crate) struct Space {
     stale: Vec<Extent>,
     freed: Vec<Extent>,
     pending: BTreeMap<u64, Pending>,
-    dirty: BTreeSet<u64>,
-    logging: BTreeSet<u64>,
+    dirty: BTreeSet<MetaPage>,
+    logging: BTreeSet<MetaPage>,
+    /// Payload must be durable before what is dirty may be logged.
+    barrier: bool,
     /// Blocks of the disk that have no place in the file.
     unplaced: u64,
     /// End of the file, durable.
@@ -65,8 +103,10 @@ pub(crate) struct Space {
 /// What a flush has to log.
 #[derive(Debug, Default)]
 pub(crate) struct Unlogged {
-    /// Pages of the BAT.
-    pub(crate) pages: Vec<u64>,
+    /// Pages, in the order in which they must be logged.
+    pub(crate) pages: Vec<MetaPage>,
+    /// Payload must be durable before they are.
+    pub(crate) barrier: bool,
     /// Space that these pages give up.
     pub(crate) freed: Vec<Extent>,
 }
@@ -84,6 +124,7 @@ impl Space {
             pending: BTreeMap::new(),
             dirty: BTreeSet::new(),
             logging: BTreeSet::new(),
+            barrier: false,
             unplaced,
             file_end: 0,
             growing: false,
@@ -210,6 +251,19 @@ impl Space {
         None
     }
 
+    /// Hands out a place for a sector bitmap; from a rest that is too small for a block if there is one.
+    pub(crate) fn allocate_bitmap(&mut self) -> Option<u64> {
+        let block_bytes = self.block_bytes;
+        let rest = self.fresh.iter_mut().find(|extent| extent.len % block_bytes >= BITMAP_BYTES);
+        let extent = match rest {
+            Some(rest) => rest,
+            None => self.fresh.iter_mut().find(|extent| extent.len >= BITMAP_BYTES)?,
+        };
+        // From the end, so that a rest stays a rest.
+        extent.len -= BITMAP_BYTES;
+        Some(extent.offset + extent.len)
+    }
+
     /// A writer of a pending block is done. True for the first one: it publishes the block.
     pub(crate) fn settle(&mut self, block: u64, offset: u64) -> bool {
         let ours = self.pending.get(&block).is_some_and(|pending| pending.offset == offset);
@@ -235,9 +289,14 @@ impl Space {
         true
     }
 
-    /// A page of the BAT changed.
-    pub(crate) fn mark_dirty(&mut self, page: u64) {
+    /// A page of metadata changed.
+    pub(crate) fn mark_dirty(&mut self, page: MetaPage) {
         self.dirty.insert(page);
+    }
+
+    /// What was made dirty uncovers payload where something else than zeros was seen before.
+    pub(crate) fn require_barrier(&mut self) {
+        self.barrier = true;
     }
 
     /// A block gave up its place; reusable when the log says so, durably.
@@ -246,15 +305,19 @@ impl Space {
         self.freed.push(Extent { offset, len: self.block_bytes, former_block: Some(block) });
     }
 
-    /// Whether the mapping of this page is durable.
-    pub(crate) fn is_durable(&self, page: u64) -> bool {
+    /// Whether what this page says is durable.
+    pub(crate) fn is_durable(&self, page: MetaPage) -> bool {
         !self.dirty.contains(&page) && !self.logging.contains(&page)
     }
 
     /// Takes everything that the next log entries must say.
     pub(crate) fn take_unlogged(&mut self) -> Unlogged {
         self.logging = std::mem::take(&mut self.dirty);
-        Unlogged { pages: self.logging.iter().copied().collect(), freed: std::mem::take(&mut self.freed) }
+        Unlogged {
+            pages: self.logging.iter().copied().collect(),
+            barrier: std::mem::take(&mut self.barrier),
+            freed: std::mem::take(&mut self.freed),
+        }
     }
 
     /// What was taken is durable.
@@ -289,6 +352,25 @@ mod tests {
         let mut space = Space::new(2 * MIB, 10, Vec::new(), 64 * MIB);
         space.add_fresh(Extent { offset: 8 * MIB, len: 5 * MIB, former_block: None });
         space
+    }
+
+    #[test]
+    fn pages_are_logged_before_those_that_rely_on_them() {
+        let mut space = space();
+        for page in [MetaPage::Bat(3), MetaPage::Bitmap(9), MetaPage::Bat(7), MetaPage::Bitmap(2)] {
+            space.mark_dirty(page);
+        }
+        let wanted = [MetaPage::Bitmap(9), MetaPage::Bitmap(2), MetaPage::Bat(7), MetaPage::Bat(3)];
+        assert_eq!(space.take_unlogged().pages, wanted);
+    }
+
+    #[test]
+    fn bitmaps_fit_into_rests_and_cost_at_most_one_block_otherwise() {
+        let mut space = space();
+        assert_eq!(space.allocate_bitmap(), Some(12 * MIB), "five MiB are two blocks and a rest");
+        assert_eq!(space.fresh_blocks(), 2);
+        assert_eq!(space.allocate_bitmap(), Some(11 * MIB));
+        assert_eq!(space.fresh_blocks(), 1);
     }
 
     #[test]

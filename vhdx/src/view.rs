@@ -121,6 +121,12 @@ impl View {
         Self { file: Arc::clone(file), file_bytes, view_bytes: file_bytes, patches: Patches::default() }
     }
 
+    /// Whether the range is known to read as zeros, without reading it.
+    pub(crate) fn is_hole(&self, range: Range<u64>) -> bool {
+        !self.patches.touches(range.clone())
+            && self.file.data_from(range.start).is_none_or(|data| data.start >= range.end)
+    }
+
     /// Reads `len` bytes of `structure`. The range must lie in the file as it is after replay.
     pub(crate) fn read(
         &self,

@@ -5,8 +5,8 @@ mod common;
 use std::sync::Arc;
 
 use blockio::{BlockDevice, ImageFile};
-use common::{assert_sound, bytes_at, content_hash, image_file, read_only, sha256, unpack};
-use vhdx::{Builder, ErrorKind, LogInfo};
+use common::{assert_sound, bytes_at, content_hash, image_file, read_only, sha256, text, unpack};
+use vhdx::{Builder, ErrorKind, HostFiles, LogInfo, ParentResolver};
 
 /// Content as expected, read-only (nothing written), and again after a writable open has replayed the log.
 fn check(name: &str, contents: &str) {
@@ -110,14 +110,40 @@ fn an_orphan_log_id_is_named_and_repaired_only_on_demand() {
 }
 
 #[test]
-fn a_differencing_image_is_known_and_refused_by_name() {
+fn a_child_and_its_parent_read_as_one_disk() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let parent = unpack("syn-parent.vhdx", folder.path());
+    let child = unpack("syn-child.avhdx", folder.path());
+    let before = (sha256(&parent), sha256(&child));
+    let file = image_file(&child);
+    assert_eq!(vhdx::info(&file).expect("it is an image").kind, vhdx::ImageKind::Differencing);
+    let allowed = ParentResolver::new(Arc::new(HostFiles::default())).root(text(folder.path()));
+    let open = || Builder::open(Arc::clone(&file)).parents(allowed.clone(), text(&child));
+
+    let content = "d18586bbe25e891b3a70ce2372861080cf356ed9ddedeae274b0a1b26c7b8e6c";
+    assert_eq!(content_hash(&open().read_only().expect("it opens"), folder.path()), content);
+    assert_eq!(open().inactive().expect("it opens").parents(), 1);
+    open().writable().expect("it opens").close().expect("it closes");
+    assert_eq!((sha256(&parent), sha256(&child)), before, "nothing was written");
+
+    // Where only the parent speaks, a write changes its own sectors and no others.
+    let disk = open().writable().expect("it opens");
+    let whole = bytes_at(&disk, 0, 12 << 20);
+    disk.write_at(7 << 20, &[0xab; 512]).expect("it is writable");
+    disk.close().expect("it closes");
+    let mut wanted = whole;
+    wanted[7 << 20..(7 << 20) + 512].fill(0xab);
+    assert!(bytes_at(&open().read_only().expect("it opens"), 0, 12 << 20) == wanted);
+    assert_sound(&file);
+    assert_eq!(sha256(&parent), before.0, "a parent is never written");
+}
+
+#[test]
+fn without_leave_to_look_for_parents_a_child_is_refused_by_name() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = image_file(&unpack("syn-child.avhdx", folder.path()));
-    assert_eq!(vhdx::info(&file).expect("it is an image").kind, vhdx::ImageKind::Differencing);
     let open = || Builder::open(Arc::clone(&file));
     for refused in [open().read_only().err(), open().writable().err(), open().inactive().err()] {
-        let error = refused.expect("it has a parent");
-        assert_eq!(error.kind(), ErrorKind::Unsupported);
-        assert!(error.to_string().contains("differencing"), "{error}");
+        assert_eq!(refused.expect("it has a parent").kind(), ErrorKind::ParentNotFound);
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! One narrow trait, submit and complete. The blocking calls are built on it, so an implementation has two methods.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc;
 
@@ -238,6 +239,13 @@ pub trait ImageFile: BlockDevice {
 
     /// Something that two handles of one file have in common, whatever path led to them.
     fn identity(&self) -> String;
+
+    /// The next range at or after `from` that may hold other bytes than zeros; none if only zeros follow. A file that does
+    /// not know its holes names everything.
+    fn data_from(&self, from: u64) -> Option<Range<u64>> {
+        let end = self.geometry().size_bytes;
+        (from < end).then_some(from..end)
+    }
 }
 
 impl<T: BlockDevice + ?Sized> BlockDevice for Arc<T> {
@@ -261,5 +269,8 @@ impl<T: ImageFile + ?Sized> ImageFile for Arc<T> {
     }
     fn identity(&self) -> String {
         (**self).identity()
+    }
+    fn data_from(&self, from: u64) -> Option<Range<u64>> {
+        (**self).data_from(from)
     }
 }

@@ -8,6 +8,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -204,6 +205,10 @@ impl ImageFile for FileDevice {
             Err(_) => format!("path:{}", self.target.path.display()),
         }
     }
+
+    fn data_from(&self, from: u64) -> Option<Range<u64>> {
+        self.target.data_from(from)
+    }
 }
 
 impl fmt::Debug for FileDevice {
@@ -253,6 +258,21 @@ impl Target {
         let whole = bytes / u64::from(self.block_bytes) * u64::from(self.block_bytes);
         self.size_bytes.store(whole, Ordering::Release);
         Ok(whole)
+    }
+
+    /// The next data after the holes at `from`; everything, where the file system does not tell.
+    fn data_from(&self, from: u64) -> Option<Range<u64>> {
+        let size = self.size();
+        if from >= size || self.is_block {
+            return (from < size).then_some(from..size);
+        }
+        let start = match rustix::fs::seek(&self.fd, SeekFrom::Data(from)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return None,
+            Err(_) => return Some(from..size),
+        };
+        let end = rustix::fs::seek(&self.fd, SeekFrom::Hole(start)).unwrap_or(size);
+        Some(start..end.min(size).max(start))
     }
 
     fn set_len(&self, size_bytes: u64) -> Result<(), IoError> {

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -138,6 +139,19 @@ impl ImageFile for MemoryDevice {
 
     fn identity(&self) -> String {
         format!("memory:{}", self.identity)
+    }
+
+    fn data_from(&self, from: u64) -> Option<Range<u64>> {
+        let pages = self.content.pages.read().unwrap_or_else(PoisonError::into_inner);
+        let first = from / PAGE_BYTES as u64;
+        let here = pages.written.contains_key(&first).then_some(first);
+        let page = here.or_else(|| pages.written.keys().copied().filter(|page| *page > first).min())?;
+        let mut end = page + 1;
+        while pages.written.contains_key(&end) {
+            end += 1;
+        }
+        let range = (page * PAGE_BYTES as u64).max(from)..(end * PAGE_BYTES as u64).min(pages.size_bytes);
+        (!range.is_empty()).then_some(range)
     }
 }
 

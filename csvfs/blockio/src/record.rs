@@ -10,6 +10,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::crash::{Change, SECTOR_BYTES, Survivors, Unflushed};
@@ -168,6 +169,10 @@ impl<D: ImageFile> ImageFile for Recorder<D> {
 
     fn identity(&self) -> String {
         self.inner.identity()
+    }
+
+    fn data_from(&self, from: u64) -> Option<Range<u64>> {
+        self.inner.data_from(from)
     }
 }
 
