@@ -54,6 +54,14 @@ fn failed(doing: &str, path: &std::path::Path, error: &VhdxError) -> Error {
         }
         ErrorKind::Truncated => "the file was cut off, perhaps while it was copied; copy it again",
         ErrorKind::Incomplete => "make the image again",
+        ErrorKind::ParentNotFound | ErrorKind::PathOutsideRoot => {
+            "name the folders that hold its parents; `csvctl vhdx info` shows where they were"
+        }
+        ErrorKind::ParentMismatch | ErrorKind::ChainCycle => {
+            "the chain was broken or changed; bring back the right files, from a backup if need be"
+        }
+        ErrorKind::ParentLocked => "close the parent where it is open, then try again",
+        ErrorKind::ChainTooDeep => "merge some of its parents first",
         ErrorKind::Limit => "the image lies outside what is supported",
         ErrorKind::InvalidInput => "see --help",
         ErrorKind::Poisoned | ErrorKind::Io => "is there room, and is the file's disk all right?",
