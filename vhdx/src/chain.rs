@@ -37,6 +37,13 @@ pub(crate) struct Origin {
     pub(crate) path: String,
 }
 
+impl Origin {
+    /// The same for another image of the chain.
+    pub(crate) fn at(&self, path: &str) -> Self {
+        Self { resolver: self.resolver.clone(), path: path.to_owned() }
+    }
+}
+
 /// The parents of an image, nearest first.
 #[derive(Debug)]
 pub(crate) struct Chain {
@@ -66,6 +73,11 @@ impl Chain {
     /// The layers, nearest first.
     pub(crate) fn layers(&self) -> &[Arc<Loaded>] {
         &self.layers
+    }
+
+    /// Where the layers were found.
+    pub(crate) fn paths(&self) -> &[String] {
+        &self.paths
     }
 
     /// The nearest parent with its own parents.

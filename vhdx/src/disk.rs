@@ -10,9 +10,10 @@ use std::sync::Arc;
 use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp, IoRequest};
 
 use crate::bat::Entry;
+use crate::chain::Origin;
 use crate::core::{Core, Ticket};
 use crate::error::VhdxError;
-use crate::exchange::{Admitted, Exchange};
+use crate::exchange::{Admitted, Exchange, Next};
 use crate::flush::{Closed, FlushJob};
 use crate::format::{bytes, index};
 use crate::grow::GrowthJob;
@@ -94,7 +95,20 @@ impl Disk {
         &self,
         change: impl FnOnce(&Arc<dyn ImageFile>) -> Result<T, VhdxError>,
     ) -> Result<T, VhdxError> {
+        self.behind.exchange(|file, _| Ok((change(file)?, None)))
+    }
+
+    /// The same, and goes on with another image if `change` names one.
+    pub(crate) fn exchange_for<T>(
+        &self,
+        change: impl FnOnce(&Arc<dyn ImageFile>, &Options) -> Result<(T, Option<Next>), VhdxError>,
+    ) -> Result<T, VhdxError> {
         self.behind.exchange(change)
+    }
+
+    /// Where the image lies and where its parents may be, if that was said.
+    pub(crate) fn origin(&self) -> Option<Origin> {
+        self.behind.options().origin
     }
 
     /// Blocks that have their place in the file.

@@ -23,10 +23,15 @@ use crate::running::Running;
 
 /// What stands behind a disk.
 pub(crate) struct Exchange {
-    /// Held during an exchange, and by those who wait for its end.
-    one_at_a_time: Mutex<()>,
+    /// How the image is opened. Held during an exchange, and by those who wait for its end.
+    one_at_a_time: Mutex<Options>,
     slot: RwLock<Slot>,
-    options: Options,
+}
+
+/// Another image that takes the place of the one that was closed.
+pub(crate) struct Next {
+    pub(crate) file: Arc<dyn ImageFile>,
+    pub(crate) options: Options,
 }
 
 enum Slot {
@@ -47,7 +52,7 @@ pub(crate) enum Admitted {
 
 impl Exchange {
     pub(crate) fn new(running: Running, options: Options) -> Self {
-        Self { one_at_a_time: Mutex::new(()), slot: RwLock::new(Slot::Running(running)), options }
+        Self { one_at_a_time: Mutex::new(options), slot: RwLock::new(Slot::Running(running)) }
     }
 
     fn with<T>(&self, look: impl FnOnce(&Slot) -> T) -> T {
@@ -109,20 +114,39 @@ impl Exchange {
         })
     }
 
-    /// Closes the image cleanly, lets `change` have the file, and opens it again. Requests that come meanwhile wait.
+    /// How the image is opened, as it is when no exchange runs.
+    pub(crate) fn options(&self) -> Options {
+        lock(&self.one_at_a_time).clone()
+    }
+
+    /// Closes the image cleanly, lets `change` have the file, and opens it again, or another that `change` names. Requests
+    /// that come meanwhile wait.
     ///
-    /// When `change` fails, the image is served again as it then is. When it cannot be opened again, the disk stops.
+    /// When `change` fails, or what it names cannot be opened, the image is served again as it then is. When that cannot be
+    /// opened again, the disk stops.
     pub(crate) fn exchange<T>(
         &self,
-        change: impl FnOnce(&Arc<dyn ImageFile>) -> Result<T, VhdxError>,
+        change: impl FnOnce(&Arc<dyn ImageFile>, &Options) -> Result<(T, Option<Next>), VhdxError>,
     ) -> Result<T, VhdxError> {
-        let _alone = lock(&self.one_at_a_time);
+        let mut options = lock(&self.one_at_a_time);
         let old = self.hold()?;
         let core = Arc::clone(&old.core);
         let outcome = old.close().and_then(|_| {
-            let outcome = change(&core.file);
-            let next = Running::open(&core.file, &self.options).map_err(|error| core.poison(&error))?;
-            Ok((outcome, next))
+            let changed = change(&core.file, &options).and_then(|(value, next)| match next {
+                Some(next) => {
+                    let running = Running::open(&next.file, &next.options)?;
+                    *options = next.options;
+                    Ok((value, Some(running)))
+                }
+                None => Ok((value, None)),
+            });
+            match changed {
+                Ok((value, Some(running))) => Ok((Ok(value), running)),
+                changed => {
+                    let same = Running::open(&core.file, &options).map_err(|error| core.poison(&error))?;
+                    Ok((changed.map(|(value, _)| value), same))
+                }
+            }
         });
         match outcome {
             Ok((outcome, next)) => {

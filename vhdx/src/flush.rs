@@ -67,6 +67,8 @@ pub(crate) struct Session {
     used_end: u64,
     /// End of everything but the blocks: they may move or go.
     areas_end: u64,
+    /// The id that says that the guest's data changed, if it was chosen beforehand.
+    data_write_id: Option<Uuid>,
     log: Option<LogWriter>,
     /// Pages of this generation that are durable in the log and not yet in place.
     logged: BTreeMap<u64, Vec<u8>>,
@@ -78,12 +80,18 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn new(core: Arc<Core>, header: CurrentHeader, used_end: u64, areas_end: u64) -> Self {
+    pub(crate) fn new(
+        core: Arc<Core>,
+        header: CurrentHeader,
+        (used_end, areas_end): (u64, u64),
+        data_write_id: Option<Uuid>,
+    ) -> Self {
         Self {
             core,
             header,
             used_end,
             areas_end,
+            data_write_id,
             log: None,
             logged: BTreeMap::new(),
             appended: Vec::new(),
@@ -149,10 +157,10 @@ impl Session {
         let first = log.append(&[], fresh.offset + fresh.len);
         self.write(first)?;
         self.flush_file("the first log entry")?;
-        let id = log.id;
+        let (id, data_write_id) = (log.id, self.data_write_id());
         self.header.update(&*self.core.file, |header| {
             if whom == For::TheGuest {
-                header.data_write_id = Uuid::new_v4().to_bytes_le();
+                header.data_write_id = data_write_id;
             }
             header.log_id = id.to_bytes_le();
             header.log_version = 0.into();
@@ -163,9 +171,14 @@ impl Session {
         Ok(())
     }
 
+    fn data_write_id(&self) -> [u8; 16] {
+        self.data_write_id.unwrap_or_else(Uuid::new_v4).to_bytes_le()
+    }
+
     /// The session began for housekeeping, and now the guest writes.
     fn announce_changes(&mut self) -> Result<(), VhdxError> {
-        self.header.update(&*self.core.file, |header| header.data_write_id = Uuid::new_v4().to_bytes_le())?;
+        let data_write_id = self.data_write_id();
+        self.header.update(&*self.core.file, |header| header.data_write_id = data_write_id)?;
         self.flush_file("the header")?;
         self.header_behind = true;
         Ok(())

@@ -55,6 +55,11 @@ impl Image {
         self.chain.layers().len()
     }
 
+    /// The parents.
+    pub(crate) fn chain(&self) -> &Chain {
+        &self.chain
+    }
+
     fn read(&self, offset: u64, buf: &IoBuf, done: Completion) {
         let mut plan = Plan::new(buf);
         self.say(offset, bytes(buf.len()), &mut |image, said, len| match (image, said) {

@@ -78,6 +78,43 @@
 //! An image is untrusted input. Lengths are compared with the size of the file before memory is taken for them, arithmetic
 //! is checked, one interval map proves that no byte has two owners, and the work to search a log is bounded. The paths in a
 //! parent locator are followed only below the folders that the caller allows, see [`ParentResolver`].
+//!
+//! # A chain, from its base to a merge
+//!
+//! ```
+//! use std::collections::BTreeMap;
+//! use std::sync::Arc;
+//! use blockio::{BlockDevice, ImageFile, MemoryDevice};
+//! use vhdx::{Builder, ChildSpec, ParentResolver, Spec};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let file = || -> Arc<dyn ImageFile> { Arc::new(MemoryDevice::new(0)) };
+//! let (base, child, top) = (file(), file(), file());
+//! // On a host this is `HostFiles`: files below the folders that are named, and no others.
+//! let folder = BTreeMap::from([
+//!     ("/vms/base.vhdx".to_owned(), Arc::clone(&base)),
+//!     ("/vms/child.avhdx".to_owned(), Arc::clone(&child)),
+//! ]);
+//! let parents = ParentResolver::new(Arc::new(folder)).root("/vms");
+//!
+//! vhdx::create(&base, &Spec::dynamic(1 << 30))?;
+//! let image = Builder::open(Arc::clone(&base)).read_only()?;
+//! let spec = ChildSpec::new(parents.paths("/vms/child.avhdx", "/vms/base.vhdx")?);
+//! vhdx::create_child(&child, &image, &spec)?;
+//!
+//! let disk = Builder::open(Arc::clone(&child)).parents(parents, "/vms/child.avhdx").writable()?;
+//! disk.write_at(0, &[1; 512])?; // one sector of a block; the parent shows the others
+//! disk.snapshot(&top, "/vms/top.avhdx")?; // the guest goes on in `top`
+//! disk.write_at(512, &[2; 512])?;
+//! disk.merge_parent(&child, &base, &mut |_| ())?; // `child` may go
+//! let mut sectors = [0; 1024];
+//! disk.read_at(0, &mut sectors)?;
+//! assert_eq!((sectors[0], sectors[512]), (1, 2));
+//! assert_eq!(disk.parent().map(|base| base.parents()), Some(0));
+//! disk.close()?;
+//! # Ok(())
+//! # }
+//! ```
 #![forbid(unsafe_code)]
 
 mod amend;
@@ -104,6 +141,7 @@ mod info;
 mod load;
 mod locator;
 mod log;
+mod merge;
 mod metadata;
 mod moves;
 mod open;
@@ -118,6 +156,7 @@ mod resolve;
 mod resolver;
 mod running;
 mod safe_size;
+mod snapshot;
 mod space;
 mod trim;
 mod view;
@@ -135,6 +174,7 @@ pub use host::HostFiles;
 pub use image::Image;
 pub use info::{BlockCounts, ImageKind, Info, LogInfo, ParentInfo, info};
 pub use locator::ParentPaths;
+pub use merge::merge;
 pub use open::{Builder, Standby};
 pub use resize::{NewSize, Resized, resize};
 pub use resolve::{ReadSegment, WriteSegment};

@@ -175,6 +175,11 @@ impl Locator {
         self.set(LINKAGE, Some(id.braced().to_string()));
     }
 
+    /// The parent will bear this id too, or no other any more.
+    pub(crate) fn set_linkage2(&mut self, id: Option<Uuid>) {
+        self.set(LINKAGE2, id.map(|id| id.braced().to_string()));
+    }
+
     /// One way to the parent.
     pub(crate) fn path(&self, kind: PathKind) -> Option<&str> {
         self.get(kind.key()).filter(|path| !path.is_empty())
@@ -244,7 +249,7 @@ mod tests {
             ParentPaths { relative: Some(r".\Grundplatte ä.vhdx".to_owned()), ..ParentPaths::default() };
         let mut locator = Locator::new(Uuid::from_u128(7), &paths);
         locator.set("someone_elses", Some("kept".to_owned()));
-        locator.set(LINKAGE2, Some(Uuid::from_u128(9).braced().to_string()));
+        locator.set_linkage2(Some(Uuid::from_u128(9)));
         let read = Locator::parse(&locator.encode(), 0).expect("it is lawful");
         assert_eq!(read, locator);
         assert!(read.matches(Uuid::from_u128(7)) && read.matches(Uuid::from_u128(9)));

@@ -7,7 +7,8 @@
 //! **Invariant:** every size that leaves this module is in its lawful range, so that no later division or loop depends on
 //! the file's good will.
 
-use std::collections::HashMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 
 use uuid::Uuid;
 use zerocopy::{FromBytes, IntoBytes};
@@ -18,9 +19,10 @@ use crate::format::{
     BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, DISK_BYTES_MAX, ITEM_DISK_ID, ITEM_DISK_SIZE, ITEM_FILE_PARAMETERS,
     ITEM_INCOMPLETE, ITEM_IS_REQUIRED, ITEM_IS_USER, ITEM_IS_VIRTUAL_DISK, ITEM_LOGICAL_SECTOR,
     ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, METADATA_BYTES_MAX, MIB, MetadataEntry, MetadataTableHeader,
-    PARAM_HAS_PARENT, PARAM_LEAVE_ALLOCATED, TABLE_BYTES, TABLE_ENTRIES_MAX, index,
+    PAGE, PARAM_HAS_PARENT, PARAM_LEAVE_ALLOCATED, TABLE_BYTES, TABLE_ENTRIES_MAX, index,
 };
 use crate::locator::Locator;
+use crate::log::Page;
 use crate::region::Area;
 use crate::view::View;
 
@@ -88,6 +90,47 @@ pub(crate) fn inherited_items(view: &View, region: Area) -> Result<Vec<Item>, Vh
         Ok(Item { id: Uuid::from_bytes_le(entry.id), flags: entry.flags.get(), value })
     };
     items.all.iter().filter(inherits).map(copy).collect()
+}
+
+/// The pages of the region with another parent locator.
+pub(crate) fn locator_pages(view: &View, region: Area, locator: &Locator) -> Result<Vec<Page>, VhdxError> {
+    let items = read_table(view, region, &mut Findings::default())?;
+    let is_locator = |entry: &MetadataEntry| {
+        entry.id == ITEM_PARENT_LOCATOR.to_bytes_le() && entry.flags.get() & ITEM_IS_USER == 0
+    };
+    let number = items.all.iter().position(is_locator);
+    let number =
+        number.ok_or_else(|| corrupt("metadata table", region.offset, "there is no parent locator"))?;
+    let value = locator.encode();
+    let (offset, length) =
+        (items.room_for(number, value.len())?, u32::try_from(value.len()).expect("it has room"));
+    let entry = MetadataEntry { offset: offset.into(), length: length.into(), ..items.all[number] };
+    let mut pages = BTreeMap::new();
+    let place = region.offset + 32 + crate::format::bytes(number) * 32;
+    for (at, content) in [(place, entry.as_bytes()), (region.offset + u64::from(offset), &value)] {
+        overlay(&mut pages, view, at, content)?;
+    }
+    Ok(pages.into_iter().map(|(file_offset, content)| Page { file_offset, content }).collect())
+}
+
+/// Puts bytes over the pages that hold them.
+fn overlay(
+    pages: &mut BTreeMap<u64, Vec<u8>>,
+    view: &View,
+    at: u64,
+    content: &[u8],
+) -> Result<(), VhdxError> {
+    let (mut at, mut left) = (at, content);
+    while !left.is_empty() {
+        let (page, within) = (at / PAGE * PAGE, index(at % PAGE));
+        let count = left.len().min(index(PAGE) - within);
+        if let Entry::Vacant(slot) = pages.entry(page) {
+            slot.insert(view.read(page, index(PAGE), "metadata region")?);
+        }
+        pages.get_mut(&page).expect("just read")[within..within + count].copy_from_slice(&left[..count]);
+        (at, left) = (at + crate::format::bytes(count), &left[count..]);
+    }
+    Ok(())
 }
 
 /// Reads and checks the region.
@@ -271,6 +314,36 @@ impl Items {
             return Err(corrupt("metadata item", at, found));
         }
         Ok(at)
+    }
+
+    /// Where `len` bytes of an item have room: in its own place, else behind all others.
+    fn room_for(&self, number: usize, len: usize) -> Result<u32, VhdxError> {
+        let len = crate::format::bytes(len);
+        let others =
+            self.all.iter().enumerate().filter(|(other, entry)| *other != number && entry.length.get() > 0);
+        let spans: Vec<(u64, u64)> = others
+            .map(|(_, entry)| {
+                (u64::from(entry.offset.get()), u64::from(entry.offset.get() + entry.length.get()))
+            })
+            .collect();
+        let behind = spans.iter().map(|span| span.1).fold(TABLE_BYTES, u64::max);
+        let is_free = |start: &u64| {
+            let end = start + len;
+            *start >= TABLE_BYTES
+                && end <= self.region.length
+                && spans.iter().all(|span| end <= span.0 || span.1 <= *start)
+        };
+        let place = [u64::from(self.all[number].offset.get()), behind]
+            .into_iter()
+            .find(is_free)
+            .filter(|_| len <= MIB);
+        place.map(|place| u32::try_from(place).expect("a region is shorter than 4 GiB")).ok_or(
+            VhdxError::Limit {
+                what: "the length of the parent locator",
+                found: len,
+                bound: self.region.length.saturating_sub(behind).min(MIB),
+            },
+        )
     }
 
     fn locator(&self, view: &View) -> Result<Locator, VhdxError> {

@@ -35,6 +35,8 @@ pub(crate) struct Options {
     pub(crate) growth_bytes: u64,
     /// Where to look for parents.
     pub(crate) origin: Option<Origin>,
+    /// The id that says that the guest's data changed, if it is not to be drawn when that happens.
+    pub(crate) data_write_id: Option<Uuid>,
 }
 
 impl Builder {

@@ -49,7 +49,7 @@ impl Running {
         let (header, used_end) = (loaded.header, loaded.used_end());
         let areas_end = loaded.areas().iter().map(Area::end).fold(0, u64::max);
         let core = Arc::new(core_of(loaded, chain, options));
-        let session = Session::new(Arc::clone(&core), header, used_end, areas_end);
+        let session = Session::new(Arc::clone(&core), header, (used_end, areas_end), options.data_write_id);
         let grower = Arc::clone(&core);
         let mut running = Self { core, threads: Vec::new() };
         running.spawn("vhdx-flush", move || session.run())?;

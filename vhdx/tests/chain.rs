@@ -2,60 +2,14 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use blockio::{BlockDevice, FileDevice, ImageFile, IoOp, MemoryDevice, OpenOptions};
-use common::{MIB, assert_sound, bytes_at, text};
+use blockio::{BlockDevice, FileDevice, ImageFile, IoOp, OpenOptions};
+use common::{Folder, MIB, assert_sound, bytes_at, path, text};
 use proptest::prelude::*;
 use vhdx::{
-    Builder, ChildSpec, Disk, ErrorKind, HostFiles, Image, ParentPaths, ParentResolver, Spec, create,
-    create_child,
+    Builder, ChildSpec, ErrorKind, HostFiles, ParentPaths, ParentResolver, Spec, create, create_child,
 };
-
-/// A folder in memory.
-#[derive(Clone, Default)]
-struct Folder(BTreeMap<String, Arc<dyn ImageFile>>);
-
-impl Folder {
-    fn add(&mut self, name: &str) -> Arc<dyn ImageFile> {
-        let file: Arc<dyn ImageFile> = Arc::new(MemoryDevice::new(0));
-        self.0.insert(path(name), Arc::clone(&file));
-        file
-    }
-
-    fn resolver(&self) -> ParentResolver {
-        ParentResolver::new(Arc::new(self.0.clone())).root("/vms")
-    }
-
-    fn open(&self, name: &str) -> Builder {
-        Builder::open(Arc::clone(&self.0[&path(name)])).parents(self.resolver(), &path(name))
-    }
-
-    fn image(&self, name: &str) -> Image {
-        self.open(name).read_only().expect("it opens")
-    }
-
-    fn disk(&self, name: &str) -> Disk {
-        self.open(name).growth_bytes(2 * MIB).writable().expect("it opens for writing")
-    }
-
-    fn base(&mut self, name: &str, spec: &Spec) {
-        create(&self.add(name), spec).expect("it is created");
-    }
-
-    fn child(&mut self, name: &str, parent: &str, change: impl FnOnce(&mut ChildSpec)) {
-        let paths = self.resolver().paths(&path(name), &path(parent)).expect("both are paths");
-        let mut spec = ChildSpec { block_bytes: MIB, ..ChildSpec::new(paths) };
-        change(&mut spec);
-        let parent = self.image(parent);
-        create_child(&self.add(name), &parent, &spec).expect("it is created");
-    }
-}
-
-fn path(name: &str) -> String {
-    format!("/vms/{name}")
-}
 
 const SIZE: u64 = 5 * MIB + 512;
 

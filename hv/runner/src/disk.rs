@@ -70,7 +70,8 @@ impl RunnerDisk {
     fn builder(&self, volumes: &Volumes) -> Result<Builder, Failure> {
         let at = VolumePath { volume: self.spec.volume.clone(), path: self.spec.path.clone() };
         let file: Arc<File> = volumes.open_file(&at)?;
-        Ok(Builder::open(file as Arc<dyn ImageFile>))
+        let path = format!("/{}", at.path.trim_start_matches('/'));
+        Ok(Builder::open(file as Arc<dyn ImageFile>).parents(volumes.parents(&at.volume)?, &path))
     }
 
     fn refused(&self, error: &VhdxError) -> Failure {

@@ -12,6 +12,7 @@ mod disk;
 mod failure;
 mod lease;
 mod link;
+mod parents;
 mod runner;
 mod saved;
 mod volume;

@@ -8,6 +8,7 @@ use csvfs::Superblock;
 use csvfs::node::{Creation, File, FsError, Node, NodeParams, ROOT_INO};
 use lockmgr::lease::LeaseReader;
 use lockmgr::{ClientId, Epoch, NodeId, Term, VolumeId};
+use vhdx::ParentResolver;
 use wire::Local;
 
 use crate::config::{RunnerConfig, VolumePath, VolumeSpec};
@@ -62,6 +63,11 @@ impl Volumes {
         let node = self.node(&at.volume)?;
         let attr = node.resolve(&at.path).map_err(|error| not_opened(at, &error))?;
         node.open(attr.ino).map_err(|error| not_opened(at, &error))
+    }
+
+    /// Where the parents of a disk on `volume` may be.
+    pub(crate) fn parents(&self, volume: &str) -> Result<ParentResolver, Failure> {
+        Ok(crate::parents::on_volume(volume, self.node(volume)?))
     }
 
     /// Opens a file for new content, with the directories above it.

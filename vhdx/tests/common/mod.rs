@@ -1,12 +1,13 @@
 //! What the tests share: files, foreign tools, patterns.
 #![expect(dead_code, reason = "every test program uses another part")]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use blockio::{BlockDevice, FileDevice, ImageFile, OpenOptions};
-use vhdx::{Builder, Image, Report};
+use blockio::{BlockDevice, FileDevice, ImageFile, MemoryDevice, OpenOptions};
+use vhdx::{Builder, ChildSpec, Disk, Image, ParentResolver, Report, Spec, create, create_child};
 
 pub(crate) const MIB: u64 = 1 << 20;
 
@@ -111,4 +112,49 @@ impl Random {
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
     }
+}
+
+/// A folder in memory.
+#[derive(Clone, Default)]
+pub(crate) struct Folder(pub(crate) BTreeMap<String, Arc<dyn ImageFile>>);
+
+impl Folder {
+    pub(crate) fn add(&mut self, name: &str) -> Arc<dyn ImageFile> {
+        let file: Arc<dyn ImageFile> = Arc::new(MemoryDevice::new(0));
+        self.0.insert(path(name), Arc::clone(&file));
+        file
+    }
+
+    pub(crate) fn resolver(&self) -> ParentResolver {
+        ParentResolver::new(Arc::new(self.0.clone())).root("/vms")
+    }
+
+    pub(crate) fn open(&self, name: &str) -> Builder {
+        Builder::open(Arc::clone(&self.0[&path(name)])).parents(self.resolver(), &path(name))
+    }
+
+    pub(crate) fn image(&self, name: &str) -> Image {
+        self.open(name).read_only().expect("it opens")
+    }
+
+    pub(crate) fn disk(&self, name: &str) -> Disk {
+        self.open(name).growth_bytes(2 * MIB).writable().expect("it opens for writing")
+    }
+
+    pub(crate) fn base(&mut self, name: &str, spec: &Spec) {
+        create(&self.add(name), spec).expect("it is created");
+    }
+
+    pub(crate) fn child(&mut self, name: &str, parent: &str, change: impl FnOnce(&mut ChildSpec)) {
+        let paths = self.resolver().paths(&path(name), &path(parent)).expect("both are paths");
+        let mut spec = ChildSpec { block_bytes: MIB, ..ChildSpec::new(paths) };
+        change(&mut spec);
+        let parent = self.image(parent);
+        create_child(&self.add(name), &parent, &spec).expect("it is created");
+    }
+}
+
+/// Where [`Folder`] keeps a file.
+pub(crate) fn path(name: &str) -> String {
+    format!("/vms/{name}")
 }
