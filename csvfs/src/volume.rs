@@ -136,7 +136,7 @@ impl Volume {
     /// # Errors
     /// As [`Volume::create`].
     pub fn check_create(device: &dyn BlockDevice, params: &CreateParams) -> Result<u64, VolumeError> {
-        let lun_bytes = usable_bytes(device);
+        let lun_bytes = usable_bytes(device.geometry().size_bytes);
         check_name(&params.name)?;
         if lun_bytes < layout::LUN_BYTES_MIN {
             let size_bytes = device.geometry().size_bytes;
@@ -150,8 +150,8 @@ impl Volume {
     }
 }
 
-fn usable_bytes(device: &dyn BlockDevice) -> u64 {
-    let size = device.geometry().size_bytes;
+/// What a volume uses of a LUN of `size` bytes.
+pub(crate) fn usable_bytes(size: u64) -> u64 {
     size - size % layout::BLOCK_BYTES
 }
 
@@ -229,6 +229,13 @@ impl Superblock {
         }
         tracing::warn!(volume = %self.volume, name = %self.name, "upgrading the volume: pools and intent logs");
         let next = Self { incompat: self.incompat | added, generation: self.generation + 1, ..self };
+        write_superblocks(device, &next)?;
+        Ok(next)
+    }
+
+    /// The volume with another size, written to both copies.
+    pub(crate) fn resized(self, device: &dyn BlockDevice, lun_bytes: u64) -> Result<Self, VolumeError> {
+        let next = Self { lun_bytes, generation: self.generation + 1, ..self };
         write_superblocks(device, &next)?;
         Ok(next)
     }

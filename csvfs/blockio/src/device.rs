@@ -189,6 +189,11 @@ pub trait BlockDevice: Send + Sync {
     /// Rights have changed: what waits for one is looked at again.
     fn rights_changed(&self) {}
 
+    /// The size in bytes, asked anew where somebody else may have changed it.
+    fn size_now(&self) -> u64 {
+        self.geometry().size_bytes
+    }
+
     /// Submits and waits.
     ///
     /// # Errors
@@ -260,6 +265,9 @@ impl<T: BlockDevice + ?Sized> BlockDevice for Arc<T> {
     }
     fn rights_changed(&self) {
         (**self).rights_changed();
+    }
+    fn size_now(&self) -> u64 {
+        (**self).size_now()
     }
 }
 

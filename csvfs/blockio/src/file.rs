@@ -159,6 +159,10 @@ impl BlockDevice for FileDevice {
         }
     }
 
+    fn size_now(&self) -> u64 {
+        self.target.measure().unwrap_or_else(|_| self.target.size())
+    }
+
     fn submit(&self, request: IoRequest) {
         self.push(Job::plan(request, &self.target));
     }

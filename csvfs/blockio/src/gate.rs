@@ -100,6 +100,10 @@ impl<D: BlockDevice> BlockDevice for GatedDevice<D> {
         self.inner.geometry()
     }
 
+    fn size_now(&self) -> u64 {
+        self.inner.size_now()
+    }
+
     fn submit(&self, request: IoRequest) {
         match self.right.check() {
             Permission::Granted => self.inner.submit_under(request, &self.right),

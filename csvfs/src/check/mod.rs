@@ -78,6 +78,9 @@ pub(crate) fn check_tables(
     lun_bytes: u64,
     chunks: &[Chunk],
 ) -> Result<CheckReport, StoreError> {
+    // An extension that was cut short is finished by the next coordinator; until then the tables know less than the LUN.
+    let lun_bytes =
+        snapshot.area_blocks()?.map_or(lun_bytes, |blocks| lun_bytes.min(blocks * layout::BLOCK_BYTES));
     let mut findings = Findings::default();
     let inodes = tree::check(snapshot, &mut findings)?;
     space::check(snapshot, lun_bytes, chunks, inodes, &mut findings)?;

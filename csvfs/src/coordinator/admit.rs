@@ -255,7 +255,8 @@ fn kept(op: Option<&Op>) -> bool {
             | Op::RemoveXattr(_)
             | Op::TakePool(_)
             | Op::ReturnPool(_)
-            | Op::Merge(_),
+            | Op::Merge(_)
+            | Op::Extend(_),
         ) => true,
         _ => false,
     }

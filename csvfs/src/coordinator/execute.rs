@@ -34,6 +34,7 @@ impl Core {
             Op::TakePool(op) => self.take_pool(tables, work, op),
             Op::ReturnPool(op) => self.return_pool(tables, client, op),
             Op::Merge(op) => self.merge(tables, client, op),
+            Op::Extend(_) => self.extend(tables),
             Op::StatFs(_) => Ok(self.stat_fs(client)),
             Op::ListGrants(op) => Ok(self.list_grants(op.ino)),
             Op::GetXattr(op) => Self::get_xattr(tables, op),

@@ -16,6 +16,7 @@ mod batch;
 mod chores;
 mod core;
 mod execute;
+mod extend;
 mod files;
 mod grants;
 mod mailbox;

@@ -14,6 +14,7 @@ use lockmgr::engine::LockEngine;
 
 use super::batch::Server;
 use super::core::{Core, Grace, Outbox};
+use super::extend::account_for;
 use super::mailbox::Mailbox;
 use super::pools::Pools;
 use super::scarcity::Scarcity;
@@ -67,12 +68,11 @@ fn take_ownership(params: &OpenParams) -> Result<(), OpenError> {
 
 fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, OpenError> {
     let transaction = store.begin()?;
-    let tables = transaction.tables()?;
+    let mut tables = transaction.tables()?;
     finish_growth(&tables, store)?;
-    let alloc = Allocator::new(tables.free()?)
+    let mut alloc = Allocator::new(tables.free()?)
         .map_err(|error| StoreError::Damaged { what: format!("the table of free space: {error}") })?;
-    let area_blocks = block.lun_bytes / BLOCK_BYTES;
-    let held_back = (area_blocks / HELD_BACK_PART).max(HELD_BACK_BLOCKS_MIN);
+    let accounted = account_for(&mut tables, &mut alloc, block.lun_bytes)?;
     let pools = Pools::load(&tables)?;
     let sessions = load_sessions(&tables)?;
     let now = params.clock.now();
@@ -90,7 +90,7 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         clock: params.clock.clone(),
         timing: params.timing,
         alloc,
-        held_back,
+        held_back: held_back(block.lun_bytes),
         pools,
         scarcity: Scarcity::default(),
         globals: tables.globals()?,
@@ -119,8 +119,17 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
     };
     core.hold_back();
     drop(tables);
-    transaction.abort()?;
+    if accounted {
+        transaction.commit()?;
+    } else {
+        transaction.abort()?;
+    }
     Ok(core)
+}
+
+/// Blocks that files do not get on a LUN of this size.
+pub(super) fn held_back(lun_bytes: u64) -> u64 {
+    (lun_bytes / BLOCK_BYTES / HELD_BACK_PART).max(HELD_BACK_BLOCKS_MIN)
 }
 
 /// A crash may have come between the commit that took chunks and the slot that lists them.

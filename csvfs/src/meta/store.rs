@@ -218,6 +218,7 @@ fn fill_new(tables: &mut Tables<'_>, chunk: Chunk, lun_bytes: u64) -> Result<(),
     tables.put_inode(crate::ROOT_INO, &root)?;
     tables.put_globals(Globals { next_ino: crate::ROOT_INO + 1, inodes: 1 })?;
     tables.put_chunk(chunk.offset / BLOCK_BYTES, chunk.bytes / BLOCK_BYTES)?;
+    tables.put_area_blocks(lun_bytes / BLOCK_BYTES)?;
     let first = (chunk.offset + chunk.bytes) / BLOCK_BYTES;
     tables.put_free(first, lun_bytes / BLOCK_BYTES - first)
 }

@@ -36,6 +36,7 @@ type Raw = &'static [u8];
 pub(crate) type ReadTable = ReadOnlyTable<Raw, Raw>;
 pub(crate) type Tables<'t> = View<Table<'t, Raw, Raw>>;
 
+const AREA_BLOCKS: &[u8] = b"area_blocks";
 const READ: &str = "read metadata";
 const WRITE: &str = "write metadata";
 
@@ -438,7 +439,20 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     }
 }
 
+impl<T: ReadableTable<Raw, Raw>> View<T> {
+    /// How much of the LUN the tables account for, in blocks; none in a volume of an older version.
+    pub(crate) fn area_blocks(&self) -> Result<Option<u64>, StoreError> {
+        let value = get(&self.globals, AREA_BLOCKS)?;
+        value.map(|bytes| read_u64(&bytes).ok_or_else(|| damaged("the size of the data area"))).transpose()
+    }
+}
+
 impl Tables<'_> {
+    pub(crate) fn put_area_blocks(&mut self, blocks: u64) -> Result<(), StoreError> {
+        self.changed = true;
+        put(&mut self.globals, AREA_BLOCKS, &blocks.to_le_bytes())
+    }
+
     /// Whether anything was written in this transaction.
     pub(crate) fn changed(&self) -> bool {
         self.changed

@@ -201,6 +201,12 @@ impl Core {
         }
     }
 
+    /// Size of the LUN in bytes; asked anew when something is said to end beyond it, at `end`.
+    pub(super) fn lun_bytes(&self, end: u64) -> u64 {
+        let known = self.device.geometry().size_bytes;
+        if end <= known { known } else { self.device.size_now() }
+    }
+
     /// All files of the table.
     pub(super) fn all_files(&self) -> Vec<Arc<Inode>> {
         self.files().values().cloned().collect()

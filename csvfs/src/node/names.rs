@@ -240,6 +240,17 @@ impl Node {
         }
     }
 
+    /// Has the volume use all of a LUN that has grown; gives the sizes before and after.
+    ///
+    /// # Errors
+    /// When the coordinator refuses, as for a LUN that has become smaller.
+    pub fn extend(&self) -> Result<(u64, u64), FsError> {
+        match self.ask(Op::Extend(pb::Extend {}))? {
+            Answer::Extended(sizes) => Ok((sizes.old_bytes, sizes.new_bytes)),
+            other => Err(unexpected("Extend", &other)),
+        }
+    }
+
     /// Has the coordinator walk all metadata.
     ///
     /// # Errors

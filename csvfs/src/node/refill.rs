@@ -10,7 +10,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use blockio::BlockDevice;
 use pb::request::Op;
 
 use super::FsError;
@@ -20,6 +19,7 @@ use super::names::unexpected;
 use super::pool::{LunRun, Pool};
 use super::rank::{self, Ranked};
 use super::session::Answered;
+use super::space::last_byte;
 use super::sync::FlushDone;
 use crate::format::log_record::{LANES, LogId};
 use crate::proto as pb;
@@ -137,7 +137,7 @@ impl Core {
             pb::reply::Result::Pool(pool) => pool,
             other => return Err(unexpected("TakePool", &other)),
         };
-        let lun_bytes = self.device.geometry().size_bytes;
+        let lun_bytes = self.lun_bytes(last_byte(&pool.runs));
         let good = |run: &pb::Extent| {
             let whole = run.lun_offset.is_multiple_of(BLOCK_BYTES) && run.length.is_multiple_of(BLOCK_BYTES);
             let end = run.lun_offset.checked_add(run.length);

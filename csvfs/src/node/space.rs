@@ -126,7 +126,7 @@ impl Inode {
         if state.grant.mode == Mode::Null {
             return Err(FsError::Protocol("a map without a grant".into()));
         }
-        let (end, new_bytes) = state.map.learn(at, &map, self.core.device.geometry().size_bytes)?;
+        let (end, new_bytes) = state.map.learn(at, &map, self.core.lun_bytes(last_byte(&map.extents)))?;
         if end <= at {
             return Err(FsError::Protocol(format!(
                 "the map of inode {} goes on at {at} with nothing",
@@ -202,6 +202,11 @@ impl State {
             !op.is_read() && op.offset < to && op.offset + op.buf.len() as u64 > from
         });
     }
+}
+
+/// Where on the LUN the last of the extents ends.
+pub(super) fn last_byte(extents: &[pb::Extent]) -> u64 {
+    extents.iter().map(|extent| extent.lun_offset.saturating_add(extent.length)).max().unwrap_or(0)
 }
 
 fn bytes_of(ranges: &[std::ops::Range<u64>]) -> u64 {

@@ -150,6 +150,10 @@ impl pb::admin_server::Admin for Admin {
         answer(volume::check(&self.core, request.into_inner()).await)
     }
 
+    async fn volume_extend(&self, request: Request<pb::VolumeExtendRequest>) -> Answer<pb::VolumeExtended> {
+        answer(volume::extend(&self.core, request.into_inner()).await)
+    }
+
     async fn file_stat(&self, request: Request<pb::FileRequest>) -> Answer<pb::FileStatus> {
         answer(file::stat(&self.core, request.into_inner().path).await)
     }

@@ -2,6 +2,7 @@
 
 mod check;
 mod create;
+mod extend;
 mod list;
 mod move_;
 mod show;
@@ -28,6 +29,8 @@ pub(crate) enum VolumeCommand {
     Move(move_::Move),
     /// Check the whole structure of a volume; exit code 4 when there are problems
     Check(check::Check),
+    /// Use all of a LUN that has grown, while the volume is used
+    Extend(extend::Extend),
 }
 
 impl VolumeCommand {
@@ -39,6 +42,7 @@ impl VolumeCommand {
             Self::State(command) => command.run(context).await,
             Self::Move(command) => command.run(context).await,
             Self::Check(command) => command.run(context).await,
+            Self::Extend(command) => command.run(context).await,
         }
     }
 }

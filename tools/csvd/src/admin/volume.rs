@@ -242,3 +242,20 @@ pub(super) async fn check(
         orphans: report.orphans,
     })
 }
+
+/// Has the volume use all of a LUN that has grown.
+pub(super) async fn extend(
+    core: &Arc<Core>,
+    request: pb::VolumeExtendRequest,
+) -> Result<pb::VolumeExtended, Error> {
+    let state = core.state();
+    let record = view::volume(&state, &request.name)?;
+    let volume = core
+        .volumes
+        .get(record.id)
+        .ok_or_else(|| Error::conflict(format!("volume {} is not open yet", record.name)))?;
+    let node = volume.node_or_why()?;
+    let extended = tokio::task::spawn_blocking(move || node.extend()).await.map_err(Error::failed)?;
+    let (old_bytes, new_bytes) = extended.map_err(|error| failed("volume extend", &request.name, &error))?;
+    Ok(pb::VolumeExtended { volume: request.name, old_bytes, new_bytes })
+}
