@@ -220,18 +220,25 @@ impl Session {
             self.header_behind = false;
         }
         let growth = if pages.is_empty() { None } else { grow::extend_ahead(&self.core) };
-        if unlogged.barrier {
+        let outcome = self.make_durable(&pages, unlogged.barrier);
+        if let Some(growth) = growth {
+            // Also after a failure: those who wait for the growth must learn that it is over.
+            grow::finish(&self.core, outcome.is_ok().then_some(growth));
+        }
+        outcome?;
+        lock(&self.core.space).logged(unlogged);
+        Ok(())
+    }
+
+    /// Logs the pages and flushes: payload, size of the file and log at once, unless payload must come first.
+    fn make_durable(&mut self, pages: &[Page], barrier: bool) -> Result<(), VhdxError> {
+        if barrier {
             self.flush_file("the payload")?;
         }
         for pages in pages.chunks(PAGES_PER_ENTRY) {
             self.log(pages)?;
         }
-        self.flush_log()?;
-        if let Some(growth) = growth {
-            grow::finish(&self.core, [growth]);
-        }
-        lock(&self.core.space).logged(unlogged);
-        Ok(())
+        self.flush_log()
     }
 
     /// Appends one entry; ends the generation first if its half of the ring is full.

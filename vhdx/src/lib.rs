@@ -46,6 +46,7 @@
 //! | write to a new block | payload | 0 |
 //! | guest flush, k new blocks | one log entry | 1 |
 //! | guest flush, new sectors or blocks of a child | one log entry | 2 |
+//! | the same, new blocks in more than 126 pages of the BAT | one log entry per 126 pages | 1, and 1 per half of the ring |
 //! | guest flush, payload only | none | 1 |
 //! | guest flush, nothing since the last | none | 0 |
 //! | end of a log generation, every 63 entries of 8 KiB | BAT pages in place, empty entry, two headers | 2 |

@@ -144,3 +144,23 @@ fn forced_writes_to_durable_blocks_cost_no_flush() {
     assert_eq!(cost(&file, || fua(0, 2)), (0, 1), "its mapping is durable");
     assert_eq!(cost(&file, || fua(MIB, 3)).0, 1, "a new block needs the log");
 }
+
+// One page of the BAT maps 512 blocks, so these writes touch 130 pages: more than one entry, and more than half the ring.
+#[test]
+fn blocks_in_more_pages_than_an_entry_holds_cost_one_flush_per_entry_and_survive() {
+    let file = image(&Spec { block_bytes: MIB, ..Spec::dynamic(130 * 512 * MIB) });
+    let disk = open(&file);
+    disk.write_at(0, &[1; 512]).expect("it is writable");
+    disk.flush().expect("it flushes");
+    for page in 0..130 {
+        disk.write_at(page * 512 * MIB, &[2; 512]).expect("it is writable");
+    }
+    // Two entries, and the end of a generation between them.
+    assert!(cost(&file, || disk.flush().expect("it flushes")).0 <= 2 + 2 * 2);
+    // Killed: only the log has what was acknowledged.
+    drop(disk);
+    let image = read_only(&(file as Arc<dyn ImageFile>));
+    for page in 0..130 {
+        assert!(common::bytes_at(&image, page * 512 * MIB, 512) == [2; 512], "block {} is lost", page * 512);
+    }
+}

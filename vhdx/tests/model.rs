@@ -197,6 +197,30 @@ fn a_failed_flush_stops_the_disk_for_good() {
     assert_sound(&survivor);
 }
 
+// The flush thread grows the file along with a flush: whoever waits for that growth must hear of the failure.
+#[test]
+fn nobody_waits_for_ever_for_growth_that_a_failed_flush_ended() {
+    let (fault, file) = faulty();
+    let disk = Builder::open(file).growth_bytes(8 * MIB).writable().expect("it opens for writing");
+    disk.write_at(0, &vec![1; index(5 * MIB)]).expect("it is writable");
+    // Three of eight blocks are left: low enough for the next flush to bring more, which a request for four waits for.
+    fault.hold(Some(OpKind::Flush));
+    let (tell, told) = channel();
+    let submit = |op| {
+        let tell = tell.clone();
+        disk.submit(IoRequest { op, done: Box::new(move |outcome| drop(tell.send(outcome))) });
+    };
+    submit(IoOp::Flush);
+    fault.wait_held(1);
+    submit(IoOp::Write { offset: 5 * MIB, buf: IoBuf::zeroed(index(4 * MIB)), fua: false });
+    fault.fail(OpKind::Flush, 1, 5);
+    fault.release();
+    for outcome in [told.recv(), told.recv()] {
+        let outcome = outcome.expect("every request is answered");
+        assert!(matches!(outcome, Err(IoError::Poisoned { .. })), "{outcome:?}");
+    }
+}
+
 #[test]
 fn a_failed_first_write_leaves_the_block_as_it_was() {
     let (fault, file) = faulty();
