@@ -11,6 +11,7 @@
 
 mod buffer;
 mod crash;
+mod cuts;
 mod device;
 mod fault;
 mod file;
@@ -28,6 +29,7 @@ mod uring;
 
 pub use buffer::{AlignedBuf, IO_ALIGN, IoBuf, Memory};
 pub use crash::{Change, Unflushed};
+pub use cuts::Cuts;
 pub use device::{BlockDevice, Completion, Geometry, ImageFile, IoError, IoOp, IoRequest};
 pub use fault::{FaultDevice, OpKind};
 pub use file::{FileDevice, OpenOptions};

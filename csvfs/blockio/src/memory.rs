@@ -36,7 +36,8 @@ struct Content {
 #[derive(Clone, Default)]
 struct Pages {
     size_bytes: u64,
-    written: HashMap<u64, Box<Page>>,
+    /// Shared with the devices that were forked from this one, until one of them writes the page.
+    written: HashMap<u64, Arc<Page>>,
 }
 
 impl MemoryDevice {
@@ -60,7 +61,7 @@ impl MemoryDevice {
         Self::holding(pages, 1)
     }
 
-    /// A new device with a copy of the content as it is now.
+    /// A new device with the content as it is now. Cheap: pages are shared until one side writes them.
     #[must_use]
     pub fn fork(&self) -> Self {
         let pages = self.content.pages.read().unwrap_or_else(PoisonError::into_inner).clone();
@@ -262,7 +263,7 @@ impl Pages {
                 && let Some(bytes) = self.written.get_mut(&edge)
             {
                 let within = small(from % PAGE_BYTES as u64);
-                bytes[within..within + small(to - from)].fill(0);
+                Arc::make_mut(bytes)[within..within + small(to - from)].fill(0);
             }
         }
     }
@@ -275,6 +276,6 @@ impl Pages {
     }
 
     fn page(&mut self, page: u64) -> &mut Page {
-        self.written.entry(page).or_insert_with(|| Box::new([0; PAGE_BYTES]))
+        Arc::make_mut(self.written.entry(page).or_insert_with(|| Arc::new([0; PAGE_BYTES])))
     }
 }

@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::crash::{Change, SECTOR_BYTES, Survivors, Unflushed};
+use crate::cuts::Cuts;
 use crate::{BlockDevice, Geometry, ImageFile, IoError, IoOp, IoRequest, MemoryDevice};
 
 /// One entry of a [`Recorder`]'s log.
@@ -72,6 +73,12 @@ impl<D: BlockDevice> Recorder<D> {
     #[must_use]
     pub fn log(&self) -> Vec<Record> {
         lock(&self.log).records.clone()
+    }
+
+    /// Every moment at which the power could be cut, in order.
+    #[must_use]
+    pub fn cuts(&self) -> Cuts {
+        Cuts::new(self.base.fork(), self.log())
     }
 
     /// The image after a power cut when the log was `prefix` entries long.
