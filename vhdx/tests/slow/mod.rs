@@ -1,7 +1,7 @@
 //! A second reader, written from the format reference alone: slow, short, and without a line of the crate under test.
 //!
 //! ```text
-//! headers -> log (every start tried) -> pages laid over the file -> regions -> metadata -> BAT -> sector by sector
+//! headers -> log (every start tried) -> pages laid over the file -> regions -> metadata -> BAT -> bytes
 //! ```
 //! It judges what the crate writes, and the crate judges it: both read every sample and every image of a crash alike. Where
 //! the crate is lazy or clever (caches, in-memory patches, one pass over the ring), this one does the obvious thing each time.
@@ -108,13 +108,16 @@ impl Slow {
         if parents.is_empty() { Ok(slow) } else { slow.over(Self::chain(parents)?) }
     }
 
-    /// The bytes of a range of the virtual disk, sector by sector; zeros past its end.
+    /// The bytes of a range of the virtual disk; zeros past its end.
     pub(crate) fn read(&self, offset: u64, len: u64) -> Outcome<Vec<u8>> {
         let mut content = Vec::new();
         let mut at = offset;
         while at < offset + len {
-            let piece = (self.sector_bytes - at % self.sector_bytes).min(offset + len - at);
-            content.extend(self.read_within_sector(at, piece)?);
+            // Only a block that is partly present needs a look at every sector.
+            let partly = at < self.disk_bytes && self.entry(at / self.block_bytes)? & 7 == 7;
+            let unit = if partly { self.sector_bytes } else { self.block_bytes };
+            let piece = (unit - at % unit).min(offset + len - at);
+            content.extend(self.read_within(at, piece)?);
             at += piece;
         }
         Ok(content)
@@ -133,10 +136,15 @@ impl Slow {
         Ok(false)
     }
 
-    fn read_within_sector(&self, at: u64, len: u64) -> Outcome<Vec<u8>> {
+    fn read_within(&self, at: u64, len: u64) -> Outcome<Vec<u8>> {
         let zeros = || vec![0; small(len)];
         if at >= self.disk_bytes {
             return Ok(zeros());
+        }
+        if at + len > self.disk_bytes {
+            let mut content = self.read_within(at, self.disk_bytes - at)?;
+            content.resize(small(len), 0);
+            return Ok(content);
         }
         let (block, within) = (at / self.block_bytes, at % self.block_bytes);
         let entry = self.entry(block)?;
