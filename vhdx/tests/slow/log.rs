@@ -51,7 +51,7 @@ impl Entry {
         for number in 0..self.descriptors() {
             let descriptor = &self.bytes[small(64 + number * 32)..][..32];
             let offset = u64_at(descriptor, 16);
-            if u64_at(descriptor, 24) != self.sequence() || offset % SECTOR != 0 {
+            if u64_at(descriptor, 24) != self.sequence() || !offset.is_multiple_of(SECTOR) {
                 return None;
             }
             patches.push(match &descriptor[..4] {
@@ -129,9 +129,9 @@ fn entry(ring: &[u8], id: &[u8; 16], at: u64) -> Option<Entry> {
         && id_at(head, 32) == *id
         && u64_at(head, 16) > 0
         && len >= SECTOR
-        && len % SECTOR == 0
+        && len.is_multiple_of(SECTOR)
         && len <= ring.len() as u64
-        && tail % SECTOR == 0
+        && tail.is_multiple_of(SECTOR)
         && tail < ring.len() as u64;
     if !plausible {
         return None;
@@ -160,7 +160,7 @@ impl Patch {
         let target = &mut content[small(from - offset)..small(to - offset)];
         match self {
             Self::Page { bytes, .. } => {
-                target.copy_from_slice(&bytes[small(from - start)..small(to - start)])
+                target.copy_from_slice(&bytes[small(from - start)..small(to - start)]);
             }
             Self::Zero { .. } => target.fill(0),
         }
