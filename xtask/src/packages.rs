@@ -32,6 +32,7 @@ pub(crate) const TEST: &[Need] = &[
     need("ld", "binutils"),
     need("qemu-img", "qemu-utils"),
     need("qemu-io", "qemu-utils"),
+    need("qemu-nbd", "qemu-utils"),
     need("mke2fs", "e2fsprogs"),
     need("e2fsck", "e2fsprogs"),
     need("debugfs", "e2fsprogs"),
