@@ -32,6 +32,7 @@ use crate::metadata::DiskParams;
 use crate::plan::Source;
 use crate::resolve::{BlockPart, Layer, Said};
 use crate::space::{MetaPage, Space, Unlogged};
+use crate::mutation::Mutation;
 
 /// Locks a mutex whose holders cannot leave it half-changed.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -157,6 +158,7 @@ pub(crate) struct Core {
     drained: (Mutex<()>, Condvar),
     closed: AtomicBool,
     poison: OnceLock<String>,
+    pub(crate) mutation: Option<Mutation>,
 }
 
 impl Core {
@@ -188,6 +190,7 @@ impl Core {
             drained: (Mutex::new(()), Condvar::new()),
             closed: AtomicBool::new(false),
             poison: OnceLock::new(),
+            mutation: None,
         }
     }
 
@@ -198,6 +201,11 @@ impl Core {
             block_bytes: self.params.logical_sector,
             can_discard: !self.params.fixed,
         }
+    }
+
+    /// Whether a test leaves this step out.
+    pub(crate) fn skips(&self, step: Mutation) -> bool {
+        self.mutation == Some(step)
     }
 
     /// Whether requests may go on.

@@ -26,6 +26,7 @@ use crate::format::MIB;
 use crate::grow;
 use crate::header::CurrentHeader;
 use crate::log::{Encoded, LogWriter, PAGES_PER_ENTRY, Page};
+use crate::mutation::Mutation;
 use crate::recover::clear_log_id;
 use crate::space::Extent;
 
@@ -156,7 +157,7 @@ impl Session {
         let mut log = LogWriter::new(ring_offset, ring_bytes);
         let first = log.append(&[], fresh.offset + fresh.len);
         self.write(first)?;
-        self.flush_file("the first log entry")?;
+        self.flush_before(Mutation::HeaderBeforeLog, "the first log entry")?;
         let (id, data_write_id) = (log.id, self.data_write_id());
         self.header.update(&*self.core.file, |header| {
             if whom == For::TheGuest {
@@ -188,7 +189,8 @@ impl Session {
     fn cut_and_grow(&self) -> Result<Extent, VhdxError> {
         let set_len =
             |size| self.file().set_len(size).map_err(doing(format!("setting the file's size to {size}")));
-        if self.core.file_bytes.load(Ordering::SeqCst) != self.used_end {
+        let has_tail = self.core.file_bytes.load(Ordering::SeqCst) != self.used_end;
+        if has_tail && !self.core.skips(Mutation::TrustTail) {
             set_len(self.used_end)?;
         }
         let wanted = grow::next_step(&mut lock(&self.core.space));
@@ -233,7 +235,7 @@ impl Session {
     /// Logs the pages and flushes: payload, size of the file and log at once, unless payload must come first.
     fn make_durable(&mut self, pages: &[Page], barrier: bool) -> Result<(), VhdxError> {
         if barrier {
-            self.flush_file("the payload")?;
+            self.flush_before(Mutation::SkipBarrier, "the payload")?;
         }
         for pages in pages.chunks(PAGES_PER_ENTRY) {
             self.log(pages)?;
@@ -246,7 +248,7 @@ impl Session {
         let log = self.log.as_ref().expect("the session has begun");
         if !log.fits(pages.len()) {
             // What this flush has logged so far must be in place too when its generation ends.
-            if !self.appended.is_empty() {
+            if !self.appended.is_empty() && !self.core.skips(Mutation::SplitFlush) {
                 self.flush_log()?;
             }
             self.end_generation()?;
@@ -260,7 +262,7 @@ impl Session {
 
     /// Makes the log durable, and everything else in the file that was complete.
     fn flush_log(&mut self) -> Result<(), VhdxError> {
-        self.flush_file("the log")?;
+        self.flush_before(Mutation::AcknowledgeUnflushed, "the log")?;
         self.logged.extend(self.appended.drain(..).map(|page| (page.file_offset, page.content)));
         Ok(())
     }
@@ -269,10 +271,11 @@ impl Session {
         self.write_in_place()?;
         let file_bytes = lock(&self.core.space).file_end;
         let log = self.log.as_mut().expect("the session has begun");
-        let mut next = log.successor();
+        let same_half = self.core.skips(Mutation::SameHalf);
+        let mut next = if same_half { log.restarted() } else { log.successor() };
         let first = next.append(&[], file_bytes);
         self.write(first)?;
-        self.flush_file("the end of a log generation")?;
+        self.flush_before(Mutation::HeaderBeforeLog, "the end of a log generation")?;
         let id = next.id;
         self.header.update(&*self.core.file, |header| header.log_id = id.to_bytes_le())?;
         self.flush_file("the header")?;
@@ -304,7 +307,7 @@ impl Session {
         if self.log.is_some() {
             self.flush()?;
             self.write_in_place()?;
-            self.flush_file("the BAT")?;
+            self.flush_before(Mutation::UnflushedClose, "the BAT")?;
             clear_log_id(&*self.core.file, &mut self.header)?;
             self.log = None;
             self.core.session.store(false, Ordering::SeqCst);
@@ -329,6 +332,11 @@ impl Session {
     fn write(&self, entry: Encoded) -> Result<(), VhdxError> {
         let at = entry.file_offset;
         self.file().write_at(at, &entry.content).map_err(doing(format!("writing a log entry at {at:#x}")))
+    }
+
+    /// A flush that the next step relies on, unless a test leaves it out.
+    fn flush_before(&self, unless: Mutation, what: &str) -> Result<(), VhdxError> {
+        if self.core.skips(unless) { Ok(()) } else { self.flush_file(what) }
     }
 
     fn flush_file(&self, what: &str) -> Result<(), VhdxError> {

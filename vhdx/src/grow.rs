@@ -15,6 +15,7 @@ use crate::disk::submit_modifying;
 use crate::error::{VhdxError, doing};
 use crate::flush::{FlushJob, For};
 use crate::format::MIB;
+use crate::mutation::Mutation;
 use crate::space::{Extent, Space};
 
 /// First growth step, unless eight blocks are more.
@@ -99,6 +100,9 @@ fn grow(core: &Arc<Core>, needed: u64) -> Result<(), IoError> {
     }
     space.growing = true;
     let step = next_step(&mut space);
+    if core.skips(Mutation::ReuseEarly) {
+        space.reuse_early();
+    }
     let stale = space.take_stale(step, |block| core.busy.is_idle(block));
     drop(space);
     let outcome = if stale.is_empty() {
@@ -113,6 +117,10 @@ fn grow(core: &Arc<Core>, needed: u64) -> Result<(), IoError> {
             return Err(error);
         }
     };
+    if core.skips(Mutation::UnflushedZeros) {
+        finish(core, extents);
+        return Ok(());
+    }
     let flushed = core.file.flush().map_err(doing("flushing the grown file"));
     if let Err(error) = flushed {
         let error = core.poison(&error);
@@ -145,7 +153,7 @@ fn extend(core: &Core, step: u64, needed: u64) -> Result<Extent, IoError> {
 
 /// Zeroes space of unknown content.
 fn zero(core: &Core, stale: Vec<Extent>) -> Result<Vec<Extent>, IoError> {
-    for extent in &stale {
+    for extent in stale.iter().filter(|_| !core.skips(Mutation::KeepLeftovers)) {
         let op = IoOp::WriteZeroes { offset: extent.offset, len: extent.len, may_unmap: true };
         if let Err(error) = core.file.run(op) {
             lock(&core.space).put_stale(stale);

@@ -20,6 +20,7 @@ use crate::grow::GrowthJob;
 use crate::image::Image;
 use crate::resolve::{BlockPart, ReadSegment, WriteSegment, push_write};
 use crate::space::{MetaPage, Space};
+use crate::mutation::Mutation;
 
 /// Pins the blocks of a range.
 pub(crate) struct Pin {
@@ -107,6 +108,9 @@ impl WriteGuard {
 
     /// Whether finding these bytes after a crash needs nothing more than what is durable already.
     pub(crate) fn mapping_is_durable(&self) -> bool {
+        if self.pin.core().skips(Mutation::TrustMapping) {
+            return true;
+        }
         if !self.first_writes.is_empty() || !self.new_sectors.is_empty() {
             return false;
         }

@@ -145,6 +145,7 @@ mod log;
 mod merge;
 mod metadata;
 mod moves;
+mod mutation;
 mod open;
 mod owners;
 mod pieces;
@@ -176,6 +177,8 @@ pub use image::Image;
 pub use info::{BlockCounts, ImageKind, Info, LogInfo, ParentInfo, info};
 pub use locator::ParentPaths;
 pub use merge::merge;
+#[doc(hidden)]
+pub use mutation::Mutation;
 pub use open::{Builder, Standby};
 pub use resize::{NewSize, Resized, resize};
 pub use resolve::{ReadSegment, WriteSegment};

@@ -60,6 +60,11 @@ impl LogWriter {
         Self { start, head: start, id: Uuid::new_v4(), ..*self }
     }
 
+    /// What would be the generation after this one if it took the same half.
+    pub(crate) fn restarted(&self) -> Self {
+        Self { head: self.start, id: Uuid::new_v4(), ..*self }
+    }
+
     /// Whether an entry with `pages` pages fits into what is left of the half.
     pub(crate) fn fits(&self, pages: usize) -> bool {
         self.head + entry_bytes(pages) <= self.start + self.half_bytes

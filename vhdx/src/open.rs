@@ -19,6 +19,7 @@ use crate::error::VhdxError;
 use crate::image::{Image, check_granularity};
 use crate::load::{Loaded, LogPolicy};
 use crate::resolver::ParentResolver;
+use crate::mutation::Mutation;
 
 /// Opens images.
 pub struct Builder {
@@ -37,6 +38,8 @@ pub(crate) struct Options {
     pub(crate) origin: Option<Origin>,
     /// The id that says that the guest's data changed, if it is not to be drawn when that happens.
     pub(crate) data_write_id: Option<Uuid>,
+    /// The step of the protocol that a test leaves out.
+    pub(crate) mutation: Option<Mutation>,
 }
 
 impl Builder {
@@ -67,6 +70,15 @@ impl Builder {
     #[must_use]
     pub fn growth_bytes(mut self, growth_bytes: u64) -> Self {
         self.options.growth_bytes = growth_bytes;
+        self
+    }
+
+    /// Leaves a step of the protocol out: images written so are not safe.
+    #[cfg(feature = "mutations")]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn without(mut self, step: Mutation) -> Self {
+        self.options.mutation = Some(step);
         self
     }
 

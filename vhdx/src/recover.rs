@@ -14,6 +14,7 @@ use uuid::Uuid;
 use crate::error::{VhdxError, doing};
 use crate::header::CurrentHeader;
 use crate::load::read_identity;
+use crate::mutation::Mutation;
 use crate::open::Options;
 use crate::replay::{LogState, read_log};
 use crate::view::View;
@@ -36,7 +37,9 @@ pub(crate) fn recover(file: &Arc<dyn ImageFile>, options: &Options) -> Result<bo
     flush(file)?;
     if let Some(replay) = replay {
         replay.write_to(&**file, view.file_bytes)?;
-        flush(file)?;
+        if options.mutation != Some(Mutation::UnflushedReplay) {
+            flush(file)?;
+        }
         info!(file = %file.identity(), entries = replay.entries, "log replayed");
     }
     clear_log_id(&**file, &mut header)?;

@@ -116,5 +116,7 @@ fn core_of(loaded: Loaded, chain: Chain, options: &Options) -> Core {
     let mut space = Space::new(block_bytes, unplaced, gaps(used, block_bytes), step);
     space.fixed_step = options.growth_bytes != 0;
     let map = (loaded.bat, loaded.bitmaps);
-    Core::new(loaded.view.file, loaded.params, map, chain, space, loaded.view.file_bytes)
+    let mut core = Core::new(loaded.view.file, loaded.params, map, chain, space, loaded.view.file_bytes);
+    core.mutation = options.mutation;
+    core
 }

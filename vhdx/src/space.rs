@@ -193,6 +193,11 @@ impl Space {
         taken
     }
 
+    /// Treats what blocks gave up as if the log had dropped it.
+    pub(crate) fn reuse_early(&mut self) {
+        self.stale.append(&mut self.freed);
+    }
+
     /// Puts space back that could not be zeroed.
     pub(crate) fn put_stale(&mut self, extents: impl IntoIterator<Item = Extent>) {
         self.stale.extend(extents);
