@@ -29,10 +29,10 @@ use crate::format::{PAGE, index};
 use crate::grow::GrowthJob;
 use crate::log::Page;
 use crate::metadata::DiskParams;
+use crate::mutation::Mutation;
 use crate::plan::Source;
 use crate::resolve::{BlockPart, Layer, Said};
 use crate::space::{MetaPage, Space, Unlogged};
-use crate::mutation::Mutation;
 
 /// Locks a mutex whose holders cannot leave it half-changed.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -18,9 +18,9 @@ use crate::bitmap::Bitmaps;
 use crate::core::{Core, Ticket, lock};
 use crate::grow::GrowthJob;
 use crate::image::Image;
+use crate::mutation::Mutation;
 use crate::resolve::{BlockPart, ReadSegment, WriteSegment, push_write};
 use crate::space::{MetaPage, Space};
-use crate::mutation::Mutation;
 
 /// Pins the blocks of a range.
 pub(crate) struct Pin {

@@ -18,8 +18,8 @@ use crate::disk::Disk;
 use crate::error::VhdxError;
 use crate::image::{Image, check_granularity};
 use crate::load::{Loaded, LogPolicy};
-use crate::resolver::ParentResolver;
 use crate::mutation::Mutation;
+use crate::resolver::ParentResolver;
 
 /// Opens images.
 pub struct Builder {
