@@ -89,7 +89,8 @@ fn a_vm_of_a_dead_node_is_failed_with_its_reason_and_what_it_wrote_is_there() {
     for image in ["dying-system.vhdx", "dying-scratch.vhdx"] {
         Ctl::local().must(&["vhdx", "create", text(&cluster.mount(1).join(image)), "--size", "32M"]);
     }
-    let guest = Guest::start(&cluster, "dying", "dying-system.vhdx", "dying-scratch.vhdx", 1024);
+    let stays = ["--on-node-loss", "stay"];
+    let guest = Guest::start_with(&cluster, "dying", "dying-system.vhdx", "dying-scratch.vhdx", 1024, &stays);
     let acked = guest.progress(&cluster, 1, 100);
     cluster.fault(1, "kill");
     let vm =
@@ -100,6 +101,31 @@ fn a_vm_of_a_dead_node_is_failed_with_its_reason_and_what_it_wrote_is_there() {
     let started = cluster.ctl(2).must(&["vm", "start", "dying"]);
     assert_eq!((&started["state"], &started["owner"]), (&"running".into(), &cluster.name(2).into()));
     cluster.ctl(3).must(&["vm", "stop", "dying"]);
+}
+
+// Invariant H1: what ran on a dead node runs again on exactly one other, by itself, from what it had acknowledged.
+#[test]
+fn a_vm_of_a_dead_node_runs_again_on_another_node_by_itself() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    for image in ["ha-system.vhdx", "ha-scratch.vhdx"] {
+        Ctl::local().must(&["vhdx", "create", text(&cluster.mount(1).join(image)), "--size", "32M"]);
+    }
+    let guest = Guest::start(&cluster, "ha", "ha-system.vhdx", "ha-scratch.vhdx", 1024);
+    let _ = guest.progress(&cluster, 1, 100);
+    let before = cluster.ctl(2).must(&["vm", "show", "ha"])["epoch"].as_u64().expect("an epoch");
+    cluster.fault(1, "kill");
+    let elsewhere = |vm: &Value| vm["state"] == "running" && vm["owner"] != cluster.name(1).as_str();
+    let vm = until("the restart", || cluster.ctl(2).must(&["vm", "show", "ha"]), elsewhere);
+    assert!(vm["epoch"].as_u64() > Some(before), "a restart is a new epoch: {vm}");
+    let acked = guest.progress(&cluster, 2, 100);
+    let events = cluster.ctl(3).must(&["events"]).to_string();
+    assert!(events.contains("vm.restarted"), "{events}");
+    cluster.ctl(3).must(&["vm", "stop", "ha"]);
+    let folder = TempDir::new().unwrap();
+    let _ = guest.verify(&cluster, "ha-scratch.vhdx", acked, folder.path());
 }
 
 // Invariant H7: a node with another cluster's certificate is told so at once, and the others do not notice it.

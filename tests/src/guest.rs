@@ -26,13 +26,30 @@ impl Guest {
     /// When it is refused.
     #[must_use]
     pub fn start(cluster: &Cluster, name: &str, read_disk: &str, written_disk: &str, range: u64) -> Self {
+        Self::start_with(cluster, name, read_disk, written_disk, range, &[])
+    }
+
+    /// The same with further options of `vm create`.
+    ///
+    /// # Panics
+    /// When it is refused.
+    #[must_use]
+    pub fn start_with(
+        cluster: &Cluster,
+        name: &str,
+        read_disk: &str,
+        written_disk: &str,
+        range: u64,
+        options: &[&str],
+    ) -> Self {
         let layout = Layout { range, sectors: 1, seed: 7 };
         let disk = |image: &str| cluster.mount(1).join(image).to_str().expect("a UTF-8 path").to_owned();
         let cmdline = format!("verify=0 write=1 range={range} sectors=1 batch=8 pages=256 seed=7");
         let (read_disk, written_disk) = (disk(read_disk), disk(written_disk));
         let ctl = cluster.ctl(1);
         let disks = ["--disk", &read_disk, "--disk", &written_disk];
-        ctl.must(&[&["vm", "create", name, "--memory", "64M", "--cmdline", &cmdline][..], &disks].concat());
+        let create = ["vm", "create", name, "--memory", "64M", "--cmdline", &cmdline];
+        ctl.must(&[&create[..], &disks, options].concat());
         ctl.must(&["vm", "start", name]);
         Self { name: name.into(), layout }
     }

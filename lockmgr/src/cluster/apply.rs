@@ -59,6 +59,7 @@ impl ClusterState {
                 spec,
                 saved: None,
                 reason: String::new(),
+                restarts_left: 0,
             }),
             Command::UpdateVm(update) => self.update_vm(update),
             Command::DeleteVm { name, expect_epoch } => self.delete_vm(name, expect_epoch),

@@ -173,6 +173,7 @@ mod tests {
             spec: Vec::new().into(),
             saved: None,
             reason: String::new(),
+            restarts_left: 0,
         };
         state.vms.insert("web".to_owned(), vm);
         state.apply(Command::RemoveMember { node: NodeId(2), expect: Epoch(0) }, at(1)).expect("off");

@@ -50,6 +50,7 @@ fn vm_record() -> impl Strategy<Value = VmRecord> {
             spec: Bytes::from_static(b"spec"),
             saved: peer.map(|peer| format!("saved/{peer}")),
             reason: String::new(),
+            restarts_left: id.into(),
         },
     )
 }

@@ -212,6 +212,7 @@ impl From<&VmRecord> for pb::Vm {
             spec: vm.spec.clone(),
             saved: vm.saved.clone(),
             reason: vm.reason.clone(),
+            restarts_left: vm.restarts_left,
         }
     }
 }
@@ -230,6 +231,7 @@ impl TryFrom<pb::Vm> for VmRecord {
             saved: vm.saved,
             name: vm.name,
             reason: vm.reason,
+            restarts_left: vm.restarts_left,
         })
     }
 }

@@ -172,6 +172,8 @@ pub struct VmRecord {
     pub saved: Option<String>,
     /// Why it is in this state, where that needs a reason; empty otherwise.
     pub reason: String,
+    /// It ran on a node that is gone and shall run again: attempts that are left. 0 when nothing is to be done by itself.
+    pub restarts_left: u32,
 }
 
 impl VmRecord {

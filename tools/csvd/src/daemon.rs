@@ -94,6 +94,7 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
     membership::start(core);
     vms::adopt(core).await;
     core.runtime.spawn(volumes::run(Arc::clone(core)));
+    core.runtime.spawn(vms::restart_lost(Arc::clone(core)));
     core.stop.cancelled().await;
     let in_order = async {
         vms::end_all(core).await;

@@ -11,6 +11,7 @@
 
 mod control;
 mod disks;
+mod ha;
 mod migration;
 mod runner;
 
@@ -28,6 +29,7 @@ use uuid::Uuid;
 use crate::core::Core;
 use crate::view;
 
+pub(crate) use ha::{Priority, lost, run as restart_lost};
 pub(crate) use migration::{Moves, check as check_migrate, incoming, migrate};
 use runner::Runner;
 
@@ -227,6 +229,7 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
         record.epoch += 1;
         record.peer = None;
         record.reason = String::new();
+        record.restarts_left = 0;
     });
     core.propose(command).await.map_err(during)?;
     let mut starting = view::vm(&core.state(), name)?.clone();
@@ -395,6 +398,7 @@ pub(crate) async fn stop(core: &Arc<Core>, name: &str, force: bool) -> Result<pb
         let command = record.update(|record| {
             record.state = VmState::Stopped;
             record.reason = String::new();
+            record.restarts_left = 0;
         });
         core.propose(command).await.map_err(|error| error.during(format!("vm stop {name}")))?;
         return described(core, name);
@@ -524,21 +528,15 @@ async fn record_lost(core: &Arc<Core>) -> Result<(), ProposeError> {
 
 /// The changes that record the end of what ran here before this epoch.
 fn lost_with_last_epoch(core: &Core, state: &ClusterState) -> Vec<Command> {
-    let lost = state.vms.values().filter(|vm| {
+    let gone = state.vms.values().filter(|vm| {
         vm.owner == core.me
             && matches!(
                 vm.state,
                 VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating
             )
     });
-    let ended = |vm: &VmRecord| {
-        vm.update(|record| {
-            record.state = VmState::Failed;
-            record.peer = None;
-            record.reason = format!("node {} was restarted", core.config.name);
-        })
-    };
-    lost.map(ended).collect()
+    let ended = |vm: &VmRecord| lost(vm, format!("node {} was restarted", core.config.name));
+    gone.map(ended).collect()
 }
 
 /// The daemon ends: its VMs are stopped in order.

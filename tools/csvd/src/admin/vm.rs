@@ -29,6 +29,7 @@ pub(super) async fn create(core: &Arc<Core>, request: pb::VmCreateRequest) -> Re
         initrd: request.initrd,
         cmdline: request.cmdline,
         priority: request.priority,
+        on_node_loss: request.on_node_loss,
     };
     vms::create(core, &request.name, spec).await
 }

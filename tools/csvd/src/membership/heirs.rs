@@ -7,8 +7,12 @@
 //! | fenced, or left in order | the node that is up with the fewest volumes is appointed |
 //! | being fenced, or its fence failed | nothing yet: it may still write (A1, A4) |
 //!
+//! A VM that ran on a node that is gone has failed, and is given to the node that is up with the fewest VMs, which starts
+//! it again (vms/ha.rs): those of high priority first. One that was halted or being saved stays where its user left it.
+//!
 //! **Invariant:** nobody is appointed while the former owner's incarnation may be alive.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use lockmgr::NodeId;
@@ -17,6 +21,7 @@ use lockmgr::cluster::{
 };
 
 use crate::view;
+use crate::vms::{Priority, lost};
 
 /// The changes that the records ask for. `retry_failed`: also let another node try a volume that could not be opened.
 pub(crate) fn appoint(state: &ClusterState, retry_failed: bool) -> Vec<Command> {
@@ -27,6 +32,7 @@ pub(crate) fn appoint(state: &ClusterState, retry_failed: bool) -> Vec<Command> 
         .filter_map(|volume| new_owner(state, volume, retry_failed, &mut load))
         .collect();
     commands.extend(lost_vms(state));
+    commands.extend(restarts(state));
     commands
 }
 
@@ -81,7 +87,37 @@ fn next_after(state: &ClusterState, owner: NodeId) -> Option<&Member> {
     up().find(|member| member.id > owner).or_else(|| up().next())
 }
 
-/// VMs that the records put on an incarnation that is over. (Restarting them elsewhere is not decided here.)
+/// VMs that shall run again and wait on a node that is gone: each gets another one.
+fn restarts(state: &ClusterState) -> Vec<Command> {
+    let mut waiting: Vec<_> = state
+        .vms
+        .values()
+        .filter(|vm| {
+            vm.restarts_left > 0 && vm.state == VmState::Failed && view::is_certainly_off(state, vm.owner)
+        })
+        .collect();
+    waiting.sort_by_key(|vm| (Reverse(Priority::of(vm)), &vm.name));
+    let mut load = vm_loads(state);
+    let to_lightest = |vm: &VmRecord| {
+        let (node, vms) = load.iter_mut().min_by_key(|(node, vms)| (**vms, **node))?;
+        *vms += 1;
+        let node = *node;
+        Some(vm.update(|record| {
+            record.owner = node;
+            record.epoch += 1;
+            record.peer = None;
+        }))
+    };
+    waiting.into_iter().filter_map(to_lightest).collect()
+}
+
+/// VMs per node that is up.
+fn vm_loads(state: &ClusterState) -> BTreeMap<NodeId, usize> {
+    let up = state.members.values().filter(|member| member.state == MemberState::Up);
+    up.map(|member| (member.id, state.vms.values().filter(|vm| vm.owner == member.id).count())).collect()
+}
+
+/// VMs that the records put on an incarnation that is over.
 fn lost_vms(state: &ClusterState) -> Vec<Command> {
     let lost = state.vms.values().filter(|vm| {
         let owner = state.members.get(&vm.owner);
@@ -94,11 +130,8 @@ fn lost_vms(state: &ClusterState) -> Vec<Command> {
 fn verdict(vm: &VmRecord, node: &str) -> Option<Command> {
     match vm.state {
         VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating => {
-            Some(vm.update(|record| {
-                record.state = VmState::Failed;
-                record.peer = None;
-                record.reason = format!("node {node}, where it ran, was cut off");
-            }))
+            let reason = format!("node {node}, where it ran, was cut off");
+            Some(lost(vm, reason))
         }
         VmState::Saved if vm.reason.is_empty() => Some(vm.update(|record| {
             record.reason = format!("node {node}, which was to go on with it, is gone; its memory is kept");
@@ -109,8 +142,10 @@ fn verdict(vm: &VmRecord, node: &str) -> Option<Command> {
 
 #[cfg(test)]
 mod tests {
+    use api::pb;
     use lockmgr::cluster::FenceKind;
     use lockmgr::{Epoch, Term, VolumeId};
+    use prost::Message;
     use uuid::Uuid;
 
     use super::*;
@@ -188,6 +223,41 @@ mod tests {
         assert!(matches!(commands.as_slice(), [Command::MoveVolume { to: NodeId(1), .. }]), "{commands:?}");
     }
 
+    // Those that matter most go first, to where the least runs; nothing is given away while its node may be alive (A1).
+    #[test]
+    fn vms_of_a_dead_node_are_spread_by_priority_and_only_after_its_fence() {
+        let vm = |name: &str, priority: &str| VmRecord {
+            name: name.into(),
+            id: Uuid::nil(),
+            owner: NodeId(1),
+            epoch: 3,
+            state: VmState::Failed,
+            peer: None,
+            spec: pb::VmSpec { priority: priority.into(), ..pb::VmSpec::default() }.encode_to_vec().into(),
+            saved: None,
+            reason: String::new(),
+            restarts_left: 1,
+        };
+        for (fence, given) in [(Fencing, 0), (FenceFailed, 0), (Fenced, 3)] {
+            let mut state = state(&[(1, 2, fence), (2, 1, Up), (3, 1, Up)], 2, 1);
+            for (name, priority) in [("a", "low"), ("b", "medium"), ("c", "high")] {
+                state.vms.insert(name.into(), vm(name, priority));
+            }
+            let commands = restarts(&state);
+            assert_eq!(commands.len(), given, "{fence}");
+            let order: Vec<_> = commands
+                .iter()
+                .map(|command| match command {
+                    Command::UpdateVm(update) => {
+                        (update.to.name.as_str(), update.to.owner.0, update.to.epoch)
+                    }
+                    other => panic!("{other:?}"),
+                })
+                .collect();
+            assert_eq!(order, [("c", 2, 4), ("b", 3, 4), ("a", 2, 4)][..given]);
+        }
+    }
+
     // Invariant H6: whatever became of its node, a VM says why it does not run.
     #[test]
     fn a_vm_of_a_node_that_is_gone_says_why_it_does_not_run() {
@@ -203,6 +273,7 @@ mod tests {
                 spec: Vec::new().into(),
                 saved: None,
                 reason: reason.into(),
+                restarts_left: 0,
             };
             state.vms.insert("web".into(), vm);
             lost_vms(&state)

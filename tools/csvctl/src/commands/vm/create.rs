@@ -33,6 +33,15 @@ pub(crate) struct Create {
     /// Who goes first when many VMs start
     #[arg(long, value_enum, default_value_t = Priority::Medium)]
     priority: Priority,
+    /// What becomes of it when its node is lost: another node starts it again, or it stays off
+    #[arg(long, value_enum, default_value_t = OnNodeLoss::Restart)]
+    on_node_loss: OnNodeLoss,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OnNodeLoss {
+    Restart,
+    Stay,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -56,6 +65,11 @@ impl Create {
                 Priority::High => "high",
                 Priority::Medium => "medium",
                 Priority::Low => "low",
+            }
+            .to_owned(),
+            on_node_loss: match self.on_node_loss {
+                OnNodeLoss::Restart => "restart",
+                OnNodeLoss::Stay => "stay",
             }
             .to_owned(),
         };
