@@ -7,6 +7,7 @@ mod coherence;
 mod faults;
 mod members;
 mod moves;
+mod nbd;
 mod nodes;
 mod refusals;
 mod vm;

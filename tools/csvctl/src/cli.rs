@@ -6,7 +6,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
     cluster::ClusterCommand, completions::Completions, dev::DevCommand, events::Events, file::FileCommand,
-    health::Health, man::Man, node::NodeCommand, vhdx::VhdxCommand, vm::VmCommand, volume::VolumeCommand,
+    health::Health, man::Man, nbd::NbdCommand, node::NodeCommand, vhdx::VhdxCommand, vm::VmCommand,
+    volume::VolumeCommand,
 };
 
 /// Work with a cluster of shared volumes and the virtual machines on them
@@ -59,6 +60,9 @@ pub(crate) enum Command {
     /// Work with VHDX images, on any path
     #[command(subcommand)]
     Vhdx(VhdxCommand),
+    /// Serve images to the hypervisors and tools of others
+    #[command(subcommand)]
+    Nbd(NbdCommand),
     /// Work with virtual machines
     #[command(subcommand)]
     Vm(VmCommand),

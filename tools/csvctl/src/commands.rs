@@ -7,6 +7,7 @@ pub(crate) mod events;
 pub(crate) mod file;
 pub(crate) mod health;
 pub(crate) mod man;
+pub(crate) mod nbd;
 pub(crate) mod node;
 pub(crate) mod vhdx;
 pub(crate) mod vm;
@@ -26,6 +27,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Error
         Command::Volume(command) => command.run(context).await,
         Command::File(command) => command.run(context).await,
         Command::Vhdx(command) => command.run(context),
+        Command::Nbd(command) => command.run(context).await,
         Command::Vm(command) => command.run(context).await,
         Command::Events(command) => command.run(context).await,
         Command::Health(command) => command.run(context).await,

@@ -32,7 +32,7 @@ impl VhdxCommand {
 }
 
 /// An error of the image library, for the user.
-fn failed(doing: &str, path: &std::path::Path, error: &VhdxError) -> Error {
+pub(super) fn failed(doing: &str, path: &std::path::Path, error: &VhdxError) -> Error {
     let kind = match error.kind() {
         ErrorKind::InvalidInput => api::Kind::Usage,
         _ => api::Kind::Failed,
