@@ -9,6 +9,7 @@ mod members;
 mod moves;
 mod nbd;
 mod nodes;
+mod redirect;
 mod refusals;
 mod vm;
 

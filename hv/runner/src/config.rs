@@ -100,6 +100,12 @@ pub struct VolumePath {
     pub path: String,
 }
 
+/// Where the daemon that listens at `node_socket` gives its processes a way to LUNs that they have lost.
+#[must_use]
+pub fn blocks_socket(node_socket: &Path) -> PathBuf {
+    node_socket.with_file_name("blocks.sock")
+}
+
 impl RunnerConfig {
     /// Reads and checks a configuration file.
     ///

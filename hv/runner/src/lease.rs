@@ -1,7 +1,6 @@
 //! Watches the node's lease: I/O that waited for a renewal goes on, and a lease that is over ends the VM.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use lockmgr::Epoch;
 use lockmgr::lease::LeaseReader;
 
 use crate::failure::Failure;
-use crate::volume::Gate;
+use crate::path::Gates;
 
 /// A look at the page at least this often, should a wake-up be missed.
 const LOOK: Duration = Duration::from_secs(1);
@@ -26,7 +25,7 @@ pub(crate) fn open(path: &Path) -> Result<LeaseReader, Failure> {
 pub(crate) fn watch(
     lease: LeaseReader,
     epoch: Epoch,
-    gates: Vec<Arc<Gate>>,
+    gates: Gates,
     over: impl FnOnce(String) + Send + 'static,
 ) -> Result<(), Failure> {
     thread::Builder::new()
@@ -37,11 +36,11 @@ pub(crate) fn watch(
             loop {
                 match lease.check(epoch) {
                     Permission::Revoked(why) => {
-                        gates.iter().for_each(|gate| gate.reconsider());
+                        gates.all().iter().for_each(|gate| gate.reconsider());
                         return over(why);
                     }
                     Permission::Granted => {
-                        gates.iter().filter(|gate| gate.held() > 0).for_each(|gate| gate.reconsider());
+                        gates.all().iter().filter(|gate| gate.held() > 0).for_each(|gate| gate.reconsider());
                     }
                     Permission::Wait => {}
                 }

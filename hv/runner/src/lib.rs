@@ -1,7 +1,7 @@
 //! The hv process as a library: what a supervisor needs to start one and to talk to it, and the process itself.
 //!
 //! ```text
-//!   guest -> hv::Vm -> vhdx::Disk -> csvfs File -> GatedDevice -> LUN          no other process in between
+//!   guest -> hv::Vm -> vhdx::Disk -> csvfs File -> PathDevice -> gate -> LUN   no other process in between
 //!                                       \-> NodeLink -- node socket --> csvd -> coordinator     metadata only
 //!   supervisor --control socket--> Runner: status, pause, resume, save, abandon, activate, console, stop
 //! ```
@@ -13,10 +13,12 @@ mod failure;
 mod lease;
 mod link;
 mod parents;
+mod path;
 mod runner;
 mod saved;
 mod volume;
 
 pub use control::serve_control;
 pub use failure::Failure;
+pub use path::PathOrder;
 pub use runner::{Ended, Runner};

@@ -17,6 +17,7 @@ use prost::Message;
 use wire::{BlockingCallbacks, BlockingConnection, Local, WireError, service};
 
 use crate::failure::Failure;
+use crate::path::{Path, PathOrder};
 
 /// Waits between attempts to reach the daemon again: short at first, as a restart takes a moment.
 const RETRY_MIN: Duration = Duration::from_millis(20);
@@ -37,6 +38,7 @@ pub(crate) struct NodeLink {
 #[derive(Default)]
 struct Attached {
     node: Option<Weak<Node>>,
+    path: Option<Weak<Path>>,
     /// The newest term that was seen.
     term: u64,
 }
@@ -76,6 +78,21 @@ impl NodeLink {
         }
     }
 
+    /// Orders about this volume's LUN go to this path from now on.
+    pub(crate) fn register_path(&self, volume: &[u8], path: &Arc<Path>) {
+        self.volumes().entry(volume.to_vec()).or_default().path = Some(Arc::downgrade(path));
+    }
+
+    fn order(&self, body: &[u8]) {
+        let Ok(order) = PathOrder::decode(body) else {
+            return tracing::warn!("an unreadable order about a path was dropped");
+        };
+        let path = self.volumes().get(&order.volume).and_then(|volume| volume.path.clone());
+        if let Some(path) = path.and_then(|path| path.upgrade()) {
+            path.follow(&order);
+        }
+    }
+
     fn announcement(&self, volume: &[u8], term: u64) -> pb::Push {
         let what = pb::push::What::NewCoordinator(pb::NewCoordinator { node: self.local.node.into() });
         pb::Push { volume: volume.to_vec().into(), term, what: Some(what) }
@@ -84,10 +101,10 @@ impl NodeLink {
     fn try_connect(self: &Arc<Self>) -> Result<(), WireError> {
         let (pushed, closed) = (Arc::downgrade(self), Arc::downgrade(self));
         let callbacks = BlockingCallbacks {
-            pushed: Box::new(move |service, body| {
-                if let Some(link) = pushed.upgrade().filter(|_| service == service::CSVFS_PUSH) {
-                    link.deliver(&body);
-                }
+            pushed: Box::new(move |service, body| match (pushed.upgrade(), service) {
+                (Some(link), service::CSVFS_PUSH) => link.deliver(&body),
+                (Some(link), service::PATHS) => link.order(&body),
+                _ => {}
             }),
             closed: Box::new(move |error| {
                 if let Some(link) = closed.upgrade() {
@@ -116,7 +133,7 @@ impl NodeLink {
         let mut volumes = self.volumes();
         match volumes.get_mut(volume) {
             Some(known) => known.term = known.term.max(term),
-            None => drop(volumes.insert(volume.to_vec(), Attached { node: None, term })),
+            None => drop(volumes.insert(volume.to_vec(), Attached { term, ..Attached::default() })),
         }
     }
 

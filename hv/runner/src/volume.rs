@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use blockio::{BlockDevice, GatedDevice, OpenOptions, open_uri};
-use csvfs::Superblock;
 use csvfs::node::{Creation, File, FsError, Node, NodeParams, ROOT_INO};
 use lockmgr::lease::LeaseReader;
 use lockmgr::{ClientId, Epoch, NodeId, Term, VolumeId};
@@ -14,24 +12,22 @@ use wire::Local;
 use crate::config::{RunnerConfig, VolumePath, VolumeSpec};
 use crate::failure::Failure;
 use crate::link::{NodeLink, VolumeLink};
+use crate::path::{Gates, Path};
 
-/// Requests of one VM in flight on one LUN.
-const QUEUE_DEPTH: u32 = 128;
 /// Directories and files that this process makes belong to root alone.
 const DIRECTORY: Creation = Creation { mode: 0o700, umask: 0, uid: 0, gid: 0 };
 const FILE: Creation = Creation { mode: 0o600, umask: 0, uid: 0, gid: 0 };
 
-/// The LUN as the VM's I/O reaches it.
-pub(crate) type Gate = GatedDevice<Arc<dyn BlockDevice>>;
-
 /// All volumes of this process.
 pub(crate) struct Volumes {
     volumes: BTreeMap<String, Volume>,
+    gates: Gates,
 }
 
 struct Volume {
     node: Arc<Node>,
-    gate: Arc<Gate>,
+    /// Orders for it come over the link as long as it is here.
+    _path: Arc<Path>,
 }
 
 impl Volumes {
@@ -39,6 +35,7 @@ impl Volumes {
     pub(crate) fn open(config: &RunnerConfig, lease: &LeaseReader) -> Result<Self, Failure> {
         let mut links: BTreeMap<_, Arc<NodeLink>> = BTreeMap::new();
         let mut volumes = BTreeMap::new();
+        let gates = Gates::default();
         for spec in &config.volumes {
             let link = match links.get(&spec.node_socket) {
                 Some(link) => Arc::clone(link),
@@ -48,14 +45,14 @@ impl Volumes {
                     link
                 }
             };
-            volumes.insert(spec.name.clone(), attach(config, spec, lease, &link)?);
+            volumes.insert(spec.name.clone(), attach(config, spec, (lease, &gates), &link)?);
         }
-        Ok(Self { volumes })
+        Ok(Self { volumes, gates })
     }
 
     /// The gates, to be asked again when the lease was renewed.
-    pub(crate) fn gates(&self) -> Vec<Arc<Gate>> {
-        self.volumes.values().map(|volume| Arc::clone(&volume.gate)).collect()
+    pub(crate) fn gates(&self) -> Gates {
+        self.gates.clone()
     }
 
     /// Opens an existing file.
@@ -116,21 +113,19 @@ fn local(config: &RunnerConfig) -> Local {
 fn attach(
     config: &RunnerConfig,
     spec: &VolumeSpec,
-    lease: &LeaseReader,
+    (lease, gates): (&LeaseReader, &Gates),
     link: &Arc<NodeLink>,
 ) -> Result<Volume, Failure> {
-    let options = OpenOptions { queue_depth: QUEUE_DEPTH, ..OpenOptions::default() };
-    let device = open_uri(&spec.lun_uri, options).map_err(|error| {
+    let path = Path::open(config, spec, lease, gates).map_err(|error| {
         Failure::new(
             format!("cannot open the LUN of volume {}: {error}", spec.name),
-            "is the LUN visible on this node?",
+            "compare `csvctl volume show` with the LUN's path on this node",
         )
     })?;
-    let right = lease.clone().right_of(Epoch(config.node_epoch));
-    let gate = Arc::new(GatedDevice::new(device, Arc::new(right)));
-    check_identity(spec, gate.inner())?;
+    // Before it attaches: with the answer come the orders.
+    link.register_path(spec.id.as_bytes(), &path);
     let node = Node::attach(NodeParams {
-        device: Arc::clone(&gate) as Arc<dyn BlockDevice>,
+        device: path.device(),
         link: Arc::new(VolumeLink(Arc::clone(link))),
         client: ClientId {
             node: NodeId(config.node),
@@ -148,27 +143,7 @@ fn attach(
         )
     })?;
     link.register(spec.id.as_bytes(), &node, spec.term);
-    Ok(Volume { node, gate })
-}
-
-/// The LUN must be the one that the records mean: a path may lead to another one after a reboot.
-fn check_identity(spec: &VolumeSpec, device: &Arc<dyn BlockDevice>) -> Result<(), Failure> {
-    let found = Superblock::read(&**device).map_err(|error| {
-        Failure::new(
-            format!("the LUN {} does not hold volume {}: {error}", spec.lun_uri, spec.name),
-            "compare `csvctl volume show` with the LUN's path on this node",
-        )
-    })?;
-    if found.volume == VolumeId(spec.id) {
-        return Ok(());
-    }
-    Err(Failure::new(
-        format!(
-            "the LUN {} holds volume {} ({}), not {} ({})",
-            spec.lun_uri, found.name, found.volume, spec.name, spec.id
-        ),
-        "compare `csvctl volume show` with the LUN's path on this node",
-    ))
+    Ok(Volume { node, _path: path })
 }
 
 fn directory(node: &Arc<Node>, parent: u64, name: &str) -> Result<u64, FsError> {

@@ -6,9 +6,10 @@ use std::sync::Arc;
 use rustls_pki_types::ServerName;
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_util::task::TaskTracker;
 
-use crate::driver::{self, in_time};
+use crate::driver::{self, Greeted, in_time};
 use crate::hello::Proof;
 use crate::identity::tls_error;
 use crate::{Class, Connection, Endpoint, Handler, Local, Partition, Via, WireError, authority};
@@ -35,6 +36,17 @@ pub(crate) async fn connect_tls_with(
     handler: Arc<dyn Handler>,
     tasks: &TaskTracker,
 ) -> Result<Connection, WireError> {
+    let greeted = greet_tls(address, endpoint, expected_node, class).await?;
+    Ok(driver::start(greeted, handler, endpoint.partition.clone(), tasks))
+}
+
+/// Connects and exchanges hellos.
+pub(crate) async fn greet_tls(
+    address: &str,
+    endpoint: &Endpoint,
+    expected_node: u16,
+    class: Class,
+) -> Result<Greeted<TlsStream<TcpStream>>, WireError> {
     let doing = format!("connect to node {expected_node} at {address}");
     let handshake = async {
         endpoint.partition.passable().await;
@@ -54,8 +66,7 @@ pub(crate) async fn connect_tls_with(
             _ => error,
         })
     };
-    let greeted = in_time(&doing, handshake).await?;
-    Ok(driver::start(greeted, handler, endpoint.partition.clone(), tasks))
+    in_time(&doing, handshake).await
 }
 
 /// Connects to a process of this node over a Unix socket.

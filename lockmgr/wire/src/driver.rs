@@ -37,6 +37,18 @@ pub(crate) struct Greeted<S> {
     peer: Peer,
 }
 
+impl<S: AsyncRead + AsyncWrite> Greeted<S> {
+    /// The stream without frames: both directions, what has come with the hello, and who it is.
+    pub(crate) fn into_bytes(self) -> (ReadHalf<S>, WriteHalf<S>, BytesMut, Peer) {
+        let parts = self.frames.into_parts();
+        (parts.io, self.out, parts.read_buf, self.peer)
+    }
+
+    pub(crate) fn class(&self) -> Class {
+        self.peer.class
+    }
+}
+
 /// Limits a step of the handshake in time.
 pub(crate) async fn in_time<T>(
     doing: &str,

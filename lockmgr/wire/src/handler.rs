@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
-use crate::{Connection, JoinReply, JoinRequest, Peer, Refusal, RefusalCode};
+use crate::{ByteStream, Connection, JoinReply, JoinRequest, Peer, Refusal, RefusalCode};
 
 /// Receives the requests and pushes of all connections of a server or a mesh.
 ///
@@ -28,6 +28,11 @@ pub trait Handler: Send + Sync + 'static {
     /// Takes a message that wants no answer.
     fn pushed(&self, from: Peer, _conn: Connection, service: u16, _body: Bytes) {
         tracing::warn!(peer = %from, service, "push for an unknown service dropped");
+    }
+
+    /// A peer has opened a stream of bytes. Must not block.
+    fn streamed(&self, stream: ByteStream) {
+        tracing::warn!(peer = %stream.peer(), "a stream that nobody wants was closed");
     }
 
     /// A connection is up.

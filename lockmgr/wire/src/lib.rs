@@ -3,6 +3,7 @@
 //! ```text
 //!   Mesh ── one connection per peer and class, reconnects by itself
 //!    │
+//!   ByteStream ── after the hello, bytes as they are: redirected blocks
 //!   Connection ── calls (many in flight), pushes; both ends may call
 //!    │   reader task ── frames in order ── Handler
 //!    │   writer task ── drains its queue, then flushes once
@@ -30,6 +31,7 @@ mod mesh;
 mod partition;
 mod peer;
 mod server;
+mod stream;
 mod ticket;
 
 pub use blocking::{BlockingCallbacks, BlockingConnection, BlockingHandler, BlockingServer};
@@ -46,6 +48,7 @@ pub use mesh::{Mesh, PeerStatus};
 pub use partition::Partition;
 pub use peer::{Class, Peer, Via};
 pub use server::Server;
+pub use stream::{ByteStream, connect_stream};
 pub use ticket::{Digest, JoinToken, sha256};
 
 /// What a frame is for. A number that the receiver does not serve is refused as [`RefusalCode::Unsupported`].
@@ -60,6 +63,8 @@ pub mod service {
     pub const CSVFS: u16 = 10;
     /// A push from a volume's coordinator to one of its clients.
     pub const CSVFS_PUSH: u16 = 11;
+    /// How a node's processes are to reach a LUN.
+    pub const PATHS: u16 = 12;
     /// Virtual machines and their moves.
     pub const VM: u16 = 20;
     /// Control of an `hv` process.

@@ -150,6 +150,10 @@ impl Mesh {
         let mut lane = match class {
             Class::Control => slot.control.subscribe(),
             Class::Bulk => self.bulk_lane(&slot).subscribe(),
+            Class::Blocks => {
+                let reason = Arc::from("streams have no lane: each is opened for itself");
+                return Err(WireError::NotConnected { node, reason });
+            }
         };
         loop {
             {
@@ -326,7 +330,9 @@ impl Lane {
     fn state(&self) -> &watch::Sender<LaneState> {
         match self.class {
             Class::Control => &self.slot.control,
-            Class::Bulk => self.slot.bulk.get_or_init(|| watch::Sender::new(LaneState::Fresh)),
+            Class::Bulk | Class::Blocks => {
+                self.slot.bulk.get_or_init(|| watch::Sender::new(LaneState::Fresh))
+            }
         }
     }
 }

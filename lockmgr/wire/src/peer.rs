@@ -8,8 +8,10 @@ use std::sync::Arc;
 pub enum Class {
     /// Raft, heartbeats, metadata, grants and recalls.
     Control,
-    /// Snapshots, migration streams, redirected blocks.
+    /// Snapshots, migration streams.
     Bulk,
+    /// Redirected blocks: bytes that are handed over as they are, without frames.
+    Blocks,
 }
 
 impl Class {
@@ -17,6 +19,7 @@ impl Class {
         match self {
             Self::Control => 0,
             Self::Bulk => 1,
+            Self::Blocks => 2,
         }
     }
 
@@ -24,6 +27,7 @@ impl Class {
         match number {
             0 => Some(Self::Control),
             1 => Some(Self::Bulk),
+            2 => Some(Self::Blocks),
             _ => None,
         }
     }
@@ -34,6 +38,7 @@ impl fmt::Display for Class {
         f.write_str(match self {
             Self::Control => "control",
             Self::Bulk => "bulk",
+            Self::Blocks => "blocks",
         })
     }
 }

@@ -18,7 +18,7 @@ use crate::driver::{self, Greeted, in_time};
 use crate::hello::Proof;
 use crate::identity::{node_of_certificate, tls_error};
 use crate::join;
-use crate::{Class, Endpoint, Handler, Local, Partition, Via, WireError};
+use crate::{ByteStream, Class, Endpoint, Handler, Local, Partition, Via, WireError};
 
 /// Connections of one server at once; further ones wait in the listener.
 const CONNECTIONS_MAX: usize = 1024;
@@ -137,6 +137,9 @@ impl<S: Source> Accepting<S> {
             }
             None => return,
         };
+        if greeted.class() == Class::Blocks {
+            return self.handler.streamed(ByteStream::new(greeted, self.source.partition()));
+        }
         let connection =
             driver::start(greeted, Arc::clone(&self.handler), self.source.partition(), &self.tasks);
         if self.closing.run_until_cancelled(connection.closed()).await.is_none() {

@@ -146,6 +146,13 @@ impl pb::admin_server::Admin for Admin {
         answer(volume::move_(&self.core, request.into_inner()).await)
     }
 
+    async fn volume_io_mode(&self, request: Request<pb::VolumeIoModeRequest>) -> Answer<pb::VolumeStates> {
+        answer(
+            to_its_end(&self.core, |core| async move { volume::io_mode(&core, request.into_inner()).await })
+                .await,
+        )
+    }
+
     async fn volume_check(&self, request: Request<pb::VolumeCheckRequest>) -> Answer<pb::CheckReport> {
         answer(volume::check(&self.core, request.into_inner()).await)
     }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use bytes::Bytes;
 use csvfs::node::Node;
 use csvfs::proto as pb;
+use hv_runner::PathOrder;
 use lockmgr::{NodeId, Term, VolumeId};
 use prost::Message;
 use wire::{Connection, service};
@@ -72,6 +73,23 @@ impl Clients {
                 term: term.0,
                 what: Some(pb::push::What::NewCoordinator(pb::NewCoordinator { node: owner.0.into() })),
             });
+        }
+    }
+
+    /// Tells the processes among a volume's clients how to reach its LUN.
+    pub(crate) fn order(&self, volume: VolumeId, order: &PathOrder) {
+        let table = self.lock();
+        let processes: Vec<_> = table
+            .iter()
+            .filter_map(|((of, _), client)| match client {
+                Client::Process(connection) if *of == volume => Some(connection.clone()),
+                _ => None,
+            })
+            .collect();
+        drop(table);
+        for process in processes {
+            // One that has just ended needs no orders.
+            drop(process.push(service::PATHS, order.encode_to_vec().into()));
         }
     }
 

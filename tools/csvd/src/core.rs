@@ -14,6 +14,7 @@ use wire::Mesh;
 
 use crate::clients::Clients;
 use crate::membership::Membership;
+use crate::redirect::{PeerKey, ProcessKey, Sessions};
 use crate::vms::Vms;
 use crate::volumes::Volumes;
 
@@ -32,6 +33,12 @@ pub(crate) struct Core {
     pub(crate) membership: Membership,
     pub(crate) volumes: Volumes,
     pub(crate) vms: Vms,
+    /// Cuts this node's paths to all LUNs, for rehearsals.
+    pub(crate) lun_cut: blockio::Switch,
+    /// Nodes that reach LUNs through this one.
+    pub(crate) peer_sessions: Sessions<PeerKey>,
+    /// Processes of this node that reach LUNs through the daemon.
+    pub(crate) process_sessions: Sessions<ProcessKey>,
     /// Moves whenever something that `wait` and `health` look at has changed beside the records.
     pub(crate) pulse: Pulse,
     /// Cancelled when the daemon shall end: nothing new is begun, and what there is is put away in order.
@@ -62,6 +69,9 @@ impl Core {
             clients: Clients::default(),
             volumes: Volumes::default(),
             vms: Vms::default(),
+            lun_cut: blockio::Switch::default(),
+            peer_sessions: Sessions::default(),
+            process_sessions: Sessions::default(),
             pulse: Pulse::default(),
             stop,
             done: CancellationToken::new(),

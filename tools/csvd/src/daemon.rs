@@ -25,7 +25,7 @@ use wire::{Endpoint, Identity, Local, Mesh, Server, WireError};
 use crate::core::Core;
 use crate::dispatch::Dispatcher;
 use crate::pid_file::PidFile;
-use crate::{admin, membership, node_socket, vms, volumes};
+use crate::{admin, membership, node_socket, redirect, vms, volumes};
 
 /// Longest time for an end in order: VMs flush their disks, coordinators commit.
 const IN_ORDER_WITHIN: Duration = Duration::from_secs(12);
@@ -91,6 +91,7 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
         joined = membership::begin_epoch(core) => joined?,
     }
     let processes = node_socket::serve(core)?;
+    redirect::serve_processes(core)?;
     membership::start(core);
     vms::adopt(core).await;
     core.runtime.spawn(volumes::run(Arc::clone(core)));

@@ -7,10 +7,12 @@ use csvfs::proto as pb;
 use futures::future::BoxFuture;
 use lockmgr::NodeId;
 use prost::Message;
-use wire::{Class, Connection, Handler, JoinReply, JoinRequest, Peer, Refusal, RefusalCode, service};
+use wire::{
+    ByteStream, Class, Connection, Handler, JoinReply, JoinRequest, Peer, Refusal, RefusalCode, service,
+};
 
 use crate::core::Core;
-use crate::{forward, membership, router};
+use crate::{forward, membership, redirect, router};
 
 /// The handler of all connections between nodes. Frames that come before the daemon is complete are refused; the
 /// sender tries again.
@@ -71,6 +73,13 @@ impl Handler for Dispatcher {
             tracing::warn!(peer = %from, service, "push for an unknown service dropped");
         } else if let Err(error) = router::deliver(core, body) {
             tracing::warn!(peer = %from, %error, "unreadable push dropped");
+        }
+    }
+
+    fn streamed(&self, stream: ByteStream) {
+        match self.core.get() {
+            Some(core) => redirect::serve(core, stream),
+            None => tracing::debug!(peer = %stream.peer(), "a stream came before the node was complete"),
         }
     }
 

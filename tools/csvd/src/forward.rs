@@ -11,6 +11,7 @@ use wire::service;
 
 use crate::core::Core;
 use crate::messages::{NodeAnswer, NodeOp, NodeReply, NodeRequest, OfClient};
+use crate::redirect::{self, orders};
 use crate::volumes::moves;
 use crate::{admin, membership, view, vms};
 
@@ -67,6 +68,23 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
         }
         NodeOp::IsClientGone(asked) => {
             is_client_gone(core, &asked)?;
+            done
+        }
+        NodeOp::VolumeIoMode(request) => {
+            orders::io_mode(core, request).await?;
+            done
+        }
+        NodeOp::EndSession(session) => {
+            redirect::end_session(core, session).await?;
+            done
+        }
+        NodeOp::EndOver(asked) => {
+            redirect::end_over(core, asked).await?;
+            done
+        }
+        NodeOp::Testify(verdict) => {
+            let node = u16::try_from(verdict.node).map_err(|_| Error::usage("no such node"))?;
+            membership::testify(core, NodeId(node), Epoch(verdict.epoch), verdict.reason);
             done
         }
         NodeOp::Convict(verdict) => {

@@ -29,6 +29,7 @@ mod membership;
 mod messages;
 mod node_socket;
 mod pid_file;
+mod redirect;
 mod router;
 mod view;
 mod vms;

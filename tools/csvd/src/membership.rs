@@ -136,6 +136,15 @@ pub(crate) fn convict(core: &Arc<Core>, node: NodeId, epoch: Epoch, reason: Stri
     drop(core.membership.convicts.send(Convict { node, epoch, reason, seen_here: false }));
 }
 
+/// Another node's detector holds an incarnation for dead. That counts where this node cannot tell itself: it does not hear
+/// the node either, and reaches no LUN directly on which the node's heartbeats would show.
+pub(crate) fn testify(core: &Arc<Core>, node: NodeId, epoch: Epoch, reason: String) {
+    let reads_a_lun = core.volumes.all().iter().any(|volume| volume.is_direct());
+    if !reads_a_lun && !core.membership.hears(node, epoch) {
+        convict(core, node, epoch, reason);
+    }
+}
+
 /// This node's detector holds an incarnation for dead.
 fn found_dead(core: &Arc<Core>, node: NodeId, epoch: Epoch, reason: String) {
     drop(core.membership.convicts.send(Convict { node, epoch, reason, seen_here: true }));

@@ -43,7 +43,7 @@ pub(crate) struct ClientPush {
 /// Service `ADMIN`: something that only the receiver can do.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeRequest {
-    #[prost(oneof = "NodeOp", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    #[prost(oneof = "NodeOp", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 50, 51, 52, 53")]
     pub(crate) op: Option<NodeOp>,
 }
 
@@ -86,6 +86,18 @@ pub(crate) enum NodeOp {
     /// To the client's node: done when it is gone for certain, an error otherwise.
     #[prost(message, tag = "14")]
     IsClientGone(OfClient),
+    /// To any node: take the detour to a volume, or leave it.
+    #[prost(message, tag = "50")]
+    VolumeIoMode(pb::VolumeIoModeRequest),
+    /// To the peer that the sender went through: done when nothing of that session is under way any more.
+    #[prost(message, tag = "51")]
+    EndSession(SessionOf),
+    /// To any node: done when nothing of incarnations that are over is under way through it.
+    #[prost(message, tag = "52")]
+    EndOver(EndOver),
+    /// To the leader: the sender's detector holds this node for dead.
+    #[prost(message, tag = "53")]
+    Testify(Convict),
 }
 
 /// See [`NodeOp::AwaitCoordinator`].
@@ -108,6 +120,25 @@ pub(crate) struct OfClient {
     pub(crate) epoch: u64,
     #[prost(uint64, tag = "4")]
     pub(crate) serial: u64,
+}
+
+/// A session of redirected I/O, see [`NodeOp::EndSession`].
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct SessionOf {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(crate) volume: Vec<u8>,
+    #[prost(uint32, tag = "2")]
+    pub(crate) node: u32,
+    #[prost(uint64, tag = "3")]
+    pub(crate) epoch: u64,
+}
+
+/// See [`NodeOp::EndOver`].
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct EndOver {
+    /// The receiver's records must have come so far.
+    #[prost(uint64, tag = "1")]
+    pub(crate) applied: u64,
 }
 
 /// See [`NodeOp::Convict`].

@@ -17,7 +17,7 @@ use wire::{Connection, Handler, Local, Peer, Refusal, RefusalCode, Server, Via, 
 
 use crate::clients::Client;
 use crate::core::Core;
-use crate::router;
+use crate::{redirect, router};
 
 /// Listens on the node's socket; only root may connect.
 pub(crate) fn serve(core: &Arc<Core>) -> Result<Server, Error> {
@@ -106,6 +106,9 @@ impl Handler for Processes {
                 let volume = router::volume_of(&request)
                     .ok_or_else(|| Refusal::new(RefusalCode::Invalid, "the request names no volume"))?;
                 if matches!(request.op, Some(pb::request::Op::Attach(_))) {
+                    let order = redirect::orders::order(&self.core, volume);
+                    // One that has just ended needs no orders.
+                    drop(conn.push(service::PATHS, order.encode_to_vec().into()));
                     self.core.clients.add(volume, serial, Client::Process(conn));
                 }
                 Ok(request)

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::queue::Workers;
-use crate::{BlockDevice, Completion, Geometry, IoError, IoOp, IoRequest};
+use crate::{BlockDevice, Completion, Geometry, IoError, IoOp, IoRequest, WriteRight};
 
 /// Cuts and mends all devices that were given it.
 #[derive(Clone, Debug, Default)]
@@ -45,9 +45,24 @@ impl<D: BlockDevice> BlockDevice for CutDevice<D> {
     }
 
     fn submit(&self, request: IoRequest) {
-        if !self.switch.is_cut() {
-            return self.inner.submit(request);
-        }
+        if self.switch.is_cut() { self.refuse(request) } else { self.inner.submit(request) }
+    }
+
+    fn submit_under(&self, request: IoRequest, right: &Arc<dyn WriteRight>) {
+        if self.switch.is_cut() { self.refuse(request) } else { self.inner.submit_under(request, right) }
+    }
+
+    fn rights_changed(&self) {
+        self.inner.rights_changed();
+    }
+
+    fn size_now(&self) -> u64 {
+        self.inner.size_now()
+    }
+}
+
+impl<D> CutDevice<D> {
+    fn refuse(&self, request: IoRequest) {
         let (op, offset) = match request.op {
             IoOp::Read { offset, .. } => ("read", offset),
             IoOp::Write { offset, .. } => ("write", offset),

@@ -10,7 +10,8 @@ use super::failure::{Blame, blame};
 use super::steering;
 use crate::{BlockDevice, Completion, Geometry, IoError, IoOp, IoRequest};
 
-const STACK_BYTES: usize = 256 << 10;
+/// The owner's code runs here too, TLS handshakes among it.
+const STACK_BYTES: usize = 2 << 20;
 
 /// The way that requests take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,6 +120,8 @@ impl PathDevice {
         let direct = ways.direct();
         let (device, detour, reason) = match direct {
             Ok(device) => (device, None, "file data goes straight to the LUN".to_owned()),
+            // Another device under this name is no lost way: nobody else's is taken for it.
+            Err(wrong) if blame(&wrong) == Blame::Device => return Err(wrong),
             Err(lost) => match ways.detour() {
                 Ok(detour) => (detour.device(), Some(detour), format!("the direct path is lost: {lost}")),
                 Err(_) => return Err(lost),
@@ -186,13 +189,23 @@ impl PathDevice {
         }
     }
 
-    /// Takes the detour from now on, or the direct way if it works. Waits until the ways were looked at.
-    pub fn redirect_by_hand(&self, wanted: bool) -> PathStatus {
+    /// As [`Self::redirect_by_hand`], without waiting.
+    pub fn order_redirected(&self, wanted: bool) {
+        drop(self.order(wanted));
+    }
+
+    fn order(&self, wanted: bool) -> MutexGuard<'_, State> {
         let mut state = self.shared.lock();
         state.by_hand = wanted;
         state.ordered += 1;
-        let mine = state.ordered;
         self.shared.changed.notify_all();
+        state
+    }
+
+    /// Takes the detour from now on, or the direct way if it works. Waits until the ways were looked at.
+    pub fn redirect_by_hand(&self, wanted: bool) -> PathStatus {
+        let state = self.order(wanted);
+        let mine = state.ordered;
         let unseen = |state: &mut State| state.answered < mine && !state.closing;
         let state = self.shared.changed.wait_while(state, unseen).unwrap_or_else(PoisonError::into_inner);
         state.status.clone()
@@ -285,6 +298,11 @@ impl BlockDevice for PathDevice {
             (state.open.clone(), state.geometry)
         };
         open.map_or(known, |device| device.geometry())
+    }
+
+    fn size_now(&self) -> u64 {
+        let open = self.shared.lock().open.clone();
+        open.map_or_else(|| self.geometry().size_bytes, |device| device.size_now())
     }
 
     fn submit(&self, request: IoRequest) {

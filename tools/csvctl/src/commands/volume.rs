@@ -3,6 +3,7 @@
 mod check;
 mod create;
 mod extend;
+mod io_mode;
 mod list;
 mod move_;
 mod show;
@@ -27,6 +28,8 @@ pub(crate) enum VolumeCommand {
     State(state::State),
     /// Move a volume's coordinator to another node, while it is used
     Move(move_::Move),
+    /// Choose by hand how file data goes to the LUN
+    IoMode(io_mode::IoMode),
     /// Check the whole structure of a volume; exit code 4 when there are problems
     Check(check::Check),
     /// Use all of a LUN that has grown, while the volume is used
@@ -41,6 +44,7 @@ impl VolumeCommand {
             Self::Show(command) => command.run(context).await,
             Self::State(command) => command.run(context).await,
             Self::Move(command) => command.run(context).await,
+            Self::IoMode(command) => command.run(context).await,
             Self::Check(command) => command.run(context).await,
             Self::Extend(command) => command.run(context).await,
         }

@@ -6,6 +6,7 @@ use api::{Error, pb};
 use lockmgr::cluster::{ClusterState, Member, MemberState, RaftStatus};
 
 use crate::core::Core;
+use crate::redirect::orders;
 use crate::view;
 
 pub(super) fn show(core: &Arc<Core>) -> pb::Cluster {
@@ -64,9 +65,11 @@ pub(super) fn fault(core: &Arc<Core>, action: &str) -> Result<pb::Done, Error> {
     match action {
         "partition" => core.mesh.set_partitioned(true),
         "heal" => core.mesh.set_partitioned(false),
+        "lun-fail" => orders::cut(core, true),
+        "lun-heal" => orders::cut(core, false),
         other => {
             return Err(Error::usage(format!("`{other}` is not a fault of this node"))
-                .hint("it knows partition and heal"));
+                .hint("it knows partition, heal, lun-fail and lun-heal"));
         }
     }
     tracing::warn!(action, "fault rehearsal");

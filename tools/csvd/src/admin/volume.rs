@@ -4,13 +4,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::{Error, pb};
+use blockio::Route;
 use lockmgr::cluster::{ClusterState, MemberState, VolumeRecord, VolumeState};
 
 use super::file::failed;
 use super::health;
 use crate::core::Core;
 use crate::messages::{NodeAnswer, NodeOp};
-use crate::volumes::create;
+use crate::redirect::orders;
+use crate::volumes::{LocalVolume, create};
 use crate::{forward, view};
 
 /// Longest time that a new volume may take until it is mounted here.
@@ -164,12 +166,53 @@ fn row(core: &Core, record: &VolumeRecord) -> pb::VolumeStateRow {
             row.reason = format!("{why}; restart the node when the cause is gone");
         }
     }
+    if row.state == "direct"
+        && let Some(local) = core.volumes.get(record.id)
+    {
+        show_path(&mut row, &local);
+    }
     if row.state != "paused" && !core.membership.lease.is_held() {
         row.state = "paused".to_owned();
         row.code = "no_lease".to_owned();
         row.reason = "the node's lease has run out; its I/O waits for a majority".to_owned();
     }
     row
+}
+
+/// Which way the node takes to the LUN, once it is mounted.
+fn show_path(row: &mut pb::VolumeStateRow, local: &LocalVolume) {
+    let (Some(path), Some(road)) = (local.path(), local.road()) else { return };
+    let status = path.status();
+    row.redirected_bytes = path.redirected_bytes();
+    let (state, code) = match (status.route, status.by_hand) {
+        (Route::Direct, _) => return,
+        (Route::Detour, true) => ("redirected_block", "by_hand"),
+        (Route::Detour, false) => ("redirected_block", "path_lost"),
+        (Route::Closed, _) => ("paused", "no_path"),
+    };
+    row.state = state.to_owned();
+    row.code = code.to_owned();
+    row.reason = status.reason;
+    row.since_ms = road.since_ms();
+}
+
+/// Has nodes take the detour, or leave it; gives how they reach the volume then.
+pub(super) async fn io_mode(
+    core: &Arc<Core>,
+    request: pb::VolumeIoModeRequest,
+) -> Result<pb::VolumeStates, Error> {
+    orders::wants_detour(&request.mode)?;
+    let state = core.state();
+    let record = view::volume(&state, &request.name)?;
+    let nodes: Vec<_> = if request.node.is_empty() {
+        state.members.values().filter(|member| view::is_up(&state, member.id, member.epoch)).collect()
+    } else {
+        vec![view::member(&state, &request.node)?]
+    };
+    for node in nodes {
+        forward::ask(core, node.id, NodeOp::VolumeIoMode(request.clone())).await?;
+    }
+    states(core, pb::VolumeStateRequest { name: record.name.clone(), node: request.node }).await
 }
 
 /// Has the owner hand the coordinator over.

@@ -76,9 +76,7 @@ async fn see_to(core: &Arc<Core>, convict: &Convict) {
         super::beats::over(core, core.me);
     } else if leads(core) {
         execute(core, convict).await;
-    } else if !convict.seen_here {
-        // What only this node's detector says is kept back: a leader that hears the node, or sees its heartbeat on the
-        // LUN, knows better.
+    } else {
         pass_on(core, convict).await;
     }
 }
@@ -177,11 +175,13 @@ fn fence_of(core: &Core) -> Box<dyn Fence> {
 /// Another node leads: it shall see to it.
 async fn pass_on(core: &Arc<Core>, convict: &Convict) {
     let Some(leader) = core.cluster.status().leader else { return };
-    let op = NodeOp::Convict(messages::Convict {
+    let verdict = messages::Convict {
         node: convict.node.0.into(),
         epoch: convict.epoch.0,
         reason: convict.reason.clone(),
-    });
+    };
+    // What this node's detector says is a testimony only: a leader that hears the node, or reads the LUN, knows better.
+    let op = if convict.seen_here { NodeOp::Testify(verdict) } else { NodeOp::Convict(verdict) };
     if let Err(error) = forward::ask(core, leader, op).await {
         tracing::debug!(%error, "verdict not passed on");
     }

@@ -22,17 +22,18 @@ pub(crate) struct LunBeats {
 }
 
 impl LunBeats {
-    /// Starts beating on `device`, which nothing else uses.
+    /// Starts beating on a device of its own. `open` opens it, and again after a failure; `lost` is told of failures.
     pub(crate) fn start(
         core: &Arc<Core>,
         epoch: Epoch,
-        device: Arc<dyn BlockDevice>,
-        area_offset: u64,
-        volume: VolumeId,
+        area: (u64, VolumeId),
+        open: impl Fn() -> Result<Arc<dyn BlockDevice>, IoError> + Send + 'static,
+        lost: impl Fn(&IoError) + Send + 'static,
     ) -> Result<Self, Error> {
         let (end, ended) = mpsc::channel();
-        let slots = LunSlots::new(device, area_offset, volume);
-        let beating = Beating { core: Arc::clone(core), epoch, slots, counter: 0, failing: false };
+        let (open, lost) = (Box::new(open), Box::new(lost));
+        let core = Arc::clone(core);
+        let beating = Beating { core, epoch, area, open, lost, slots: None, counter: 0, failing: false };
         let thread = std::thread::Builder::new()
             .name("lun-beat".to_owned())
             .stack_size(256 << 10)
@@ -54,7 +55,11 @@ impl Drop for LunBeats {
 struct Beating {
     core: Arc<Core>,
     epoch: Epoch,
-    slots: LunSlots,
+    area: (u64, VolumeId),
+    open: Box<dyn Fn() -> Result<Arc<dyn BlockDevice>, IoError> + Send>,
+    lost: Box<dyn Fn(&IoError) + Send>,
+    /// Nothing after a failure: a device that has failed once may go on failing although its path is whole again.
+    slots: Option<LunSlots>,
     counter: u64,
     failing: bool,
 }
@@ -74,13 +79,17 @@ impl Beating {
 
     fn beat(&mut self) -> Result<(), IoError> {
         self.counter += 1;
-        self.slots.write(Beat {
+        let slots = match self.slots.take() {
+            Some(slots) => slots,
+            None => LunSlots::new((self.open)()?, self.area.0, self.area.1),
+        };
+        slots.write(Beat {
             node: self.core.me,
             epoch: self.epoch,
             counter: self.counter,
             lease_ms: self.core.timing.lease_ms,
         })?;
-        for slot in self.slots.read_all()? {
+        for slot in slots.read_all()? {
             match slot.content {
                 SlotContent::Beat(beat) if slot.node != self.core.me => {
                     self.core.membership.observe(Event::LunBeat {
@@ -93,10 +102,14 @@ impl Beating {
             }
         }
         self.core.membership.observe(Event::LunScanned);
+        self.slots = Some(slots);
         Ok(())
     }
 
     fn report(&mut self, outcome: Result<(), IoError>) {
+        if let Err(error) = &outcome {
+            (self.lost)(error);
+        }
         match (outcome, self.failing) {
             (Ok(()), false) | (Err(_), true) => {}
             (Ok(()), true) => {

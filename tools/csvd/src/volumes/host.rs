@@ -26,7 +26,7 @@ use tokio::sync::{Mutex, MutexGuard, Notify, watch};
 use super::local::LocalVolume;
 use crate::core::Core;
 use crate::router::Pushes;
-use crate::view;
+use crate::{redirect, view};
 
 /// Pause before another attempt to open a coordinator.
 const AGAIN_AFTER: Duration = Duration::from_millis(500);
@@ -171,6 +171,8 @@ impl Host {
         epoch: Epoch,
     ) -> Result<(), Error> {
         let device = volume.device().await?;
+        // What the former coordinator wrote through a peer must not come after what this one writes.
+        redirect::cut_off_the_dead(core).await;
         let pushes = Arc::new(Pushes::new(core, record.id, record.term));
         let mut params = OpenParams::new(device, record.id, (core.me, epoch, record.term), pushes);
         params.timing.grace_ms = core.timing.grace_ms;
@@ -296,6 +298,9 @@ async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) {
         .collect();
     gone.sort_unstable();
     gone.dedup();
+    if !gone.is_empty() {
+        redirect::cut_off_the_dead(core).await;
+    }
     for (node, epoch) in gone {
         tracing::info!(%node, %epoch, "clients of this incarnation are over");
         coordinator.node_gone(node, epoch);

@@ -13,9 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use api::Error;
-use blockio::{BlockDevice, OpenOptions, open_uri};
+use blockio::{BlockDevice, PathDevice, Route, Ways};
 use csvfs::format::layout;
-use csvfs::format::superblock::Superblock;
 use csvfs::node::{Node, NodeParams};
 use csvfs_fuse::{Mount, MountOptions};
 use lockmgr::cluster::VolumeRecord;
@@ -27,6 +26,7 @@ use super::status::{Code, State, StatusCell};
 use crate::clients::Client;
 use crate::core::Core;
 use crate::membership::LunBeats;
+use crate::redirect::Road;
 use crate::router::Router;
 use crate::view;
 
@@ -52,7 +52,9 @@ pub(crate) struct LocalVolume {
 
 #[derive(Clone)]
 struct Lun {
-    gated: Arc<dyn BlockDevice>,
+    /// Declared first: it goes first, while the way that it takes is still there.
+    path: Arc<PathDevice>,
+    road: Arc<Road>,
     _beats: Arc<LunBeats>,
 }
 
@@ -82,18 +84,33 @@ impl LocalVolume {
         })
     }
 
-    /// The LUN behind the gate of the lease, as soon as it is open.
+    /// The LUN by whichever way leads to it, behind the gate of the lease, as soon as it is open.
     pub(super) async fn device(&self) -> Result<Arc<dyn BlockDevice>, Error> {
         let mut watch = self.lun.subscribe();
         let opened = tokio::time::timeout(LUN_WITHIN, watch.wait_for(Option::is_some)).await;
         match opened {
-            Ok(Ok(lun)) => Ok(Arc::clone(&lun.as_ref().expect("waited for it").gated)),
+            Ok(Ok(lun)) => Ok(Arc::clone(&lun.as_ref().expect("waited for it").path) as Arc<dyn BlockDevice>),
             _ => Err(Error::failed(format!(
                 "the LUN of {} is not open: {}",
                 self.name,
                 self.status.get().reason
             ))),
         }
+    }
+
+    /// The ways to the LUN, once it is open.
+    pub(crate) fn path(&self) -> Option<Arc<PathDevice>> {
+        self.lun.borrow().as_ref().map(|lun| Arc::clone(&lun.path))
+    }
+
+    /// Whether this node reaches the LUN without a peer now.
+    pub(crate) fn is_direct(&self) -> bool {
+        self.path().is_some_and(|path| path.status().route == Route::Direct)
+    }
+
+    /// This node's part in finding the ways, once the LUN is open.
+    pub(crate) fn road(&self) -> Option<Arc<Road>> {
+        self.lun.borrow().as_ref().map(|lun| Arc::clone(&lun.road))
     }
 
     /// The node library's side of the mount.
@@ -205,36 +222,25 @@ async fn bring_up(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> Result<(), (Co
 async fn open_lun(core: &Arc<Core>, record: &VolumeRecord, epoch: Epoch) -> Result<Lun, Error> {
     let (core, record) = (Arc::clone(core), record.clone());
     let opening = move || {
-        let during = |error: &dyn std::fmt::Display| {
-            Error::failed(error).during(format!("opening the LUN of {}", record.name))
-        };
-        let raw = open_uri(&record.lun_uri, OpenOptions::default()).map_err(|error| during(&error))?;
-        check_superblock(&core, &record, &raw)?;
-        let beat_device =
-            open_uri(&record.lun_uri, OpenOptions::default()).map_err(|error| during(&error))?;
-        let beats = LunBeats::start(&core, epoch, beat_device, layout::HEARTBEAT_OFFSET, record.id)?;
-        let gated = core.membership.lease.gate(&core.config, epoch, raw)?;
-        Ok(Lun { gated, _beats: Arc::new(beats) })
+        let road = Road::new(&core, &record, epoch);
+        let path = PathDevice::open(Arc::clone(&road) as Arc<dyn Ways>)
+            .map_err(|error| Error::failed(error).during(format!("opening the LUN of {}", record.name)))?;
+        let path = Arc::new(path);
+        let (beating, suspecting) = (Arc::clone(&road), Arc::downgrade(&path));
+        let beats = LunBeats::start(
+            &core,
+            epoch,
+            (layout::HEARTBEAT_OFFSET, record.id),
+            move || beating.open_raw(),
+            move |error| {
+                if let Some(path) = suspecting.upgrade() {
+                    path.suspect(error.clone());
+                }
+            },
+        )?;
+        Ok(Lun { path, road, _beats: Arc::new(beats) })
     };
     tokio::task::spawn_blocking(opening).await.map_err(Error::failed)?
-}
-
-fn check_superblock(core: &Core, record: &VolumeRecord, raw: &Arc<dyn BlockDevice>) -> Result<(), Error> {
-    let found = Superblock::read(raw.as_ref()).map_err(|error| {
-        Error::failed(error).during(format!("reading the superblock of {}", record.lun_uri))
-    })?;
-    if found.volume != record.id {
-        return Err(Error::conflict(format!(
-            "{} holds volume {}, not {} ({})",
-            record.lun_uri, found.volume, record.name, record.id
-        ))
-        .hint("another LUN has this path on this node"));
-    }
-    if Some(found.cluster) != core.state().cluster {
-        return Err(Error::conflict(format!("{} belongs to cluster {}", record.lun_uri, found.cluster))
-            .hint("two clusters must not use one LUN"));
-    }
-    Ok(())
 }
 
 async fn attach(

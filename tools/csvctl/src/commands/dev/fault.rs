@@ -35,6 +35,10 @@ enum Action {
     Partition,
     /// The network is whole again
     Heal,
+    /// The paths to the LUNs are cut
+    LunFail,
+    /// The paths to the LUNs are whole again
+    LunHeal,
 }
 
 impl Fault {
@@ -63,19 +67,28 @@ impl Fault {
                 "going on"
             }
             Action::Partition => {
-                network(&config, "partition").await?;
+                inside(&config, "partition").await?;
                 "cut off from the other nodes"
             }
             Action::Heal => {
-                network(&config, "heal").await?;
+                inside(&config, "heal").await?;
                 "connected to the other nodes"
+            }
+            Action::LunFail => {
+                inside(&config, "lun-fail").await?;
+                "cut off from its LUNs"
+            }
+            Action::LunHeal => {
+                inside(&config, "lun-heal").await?;
+                "connected to its LUNs"
             }
         };
         context.ui.done(&format!("node {} is {what}", self.node))
     }
 }
 
-async fn network(config: &api::config::NodeConfig, action: &str) -> Result<(), Error> {
+/// A fault that the daemon rehearses itself.
+async fn inside(config: &api::config::NodeConfig, action: &str) -> Result<(), Error> {
     let mut client = api::connect(&config.admin_socket()).await?;
     client.fault(FaultRequest { action: action.to_owned() }).await?;
     Ok(())

@@ -21,11 +21,12 @@ impl State {
         let request =
             VolumeStateRequest { name: self.name.unwrap_or_default(), node: self.node.unwrap_or_default() };
         let states = context.client().await?.volume_state(request).await?.into_inner();
-        context.ui.show(&states, text)
+        context.ui.show(&states, table)
     }
 }
 
-fn text(states: &VolumeStates) -> String {
+/// A row per volume and node.
+pub(super) fn table(states: &VolumeStates) -> String {
     let rows = states.states.iter().map(|row| {
         [
             row.volume.clone(),

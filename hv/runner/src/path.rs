@@ -1,0 +1,201 @@
+//! The ways from this process to a LUN: straight, or through the node's daemon, which knows how to go on.
+//!
+//! ```text
+//!   csvfs File -> PathDevice -- direct -> gate -> LUN
+//!                            \- detour -> gate -> NBD on blocks.sock -> csvd -> its own way
+//! ```
+//! **Invariant:** both ways lie behind the lease; a request that waited for a way asks for the right again.
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use blockio::{
+    BlockDevice, CutDevice, Detour, GatedDevice, IoError, NbdDevice, NbdOptions, OpenOptions, PathDevice,
+    PathStatus, Switch, Ways, open_uri,
+};
+use csvfs::Superblock;
+use lockmgr::lease::LeaseReader;
+use lockmgr::{Epoch, VolumeId};
+use prost::Message;
+
+use crate::config::{RunnerConfig, VolumeSpec, blocks_socket};
+
+/// Requests of one VM in flight on one LUN.
+const QUEUE_DEPTH: u32 = 128;
+
+/// A way to the LUN behind the lease.
+pub(crate) type Gate = GatedDevice<Arc<dyn BlockDevice>>;
+
+/// What the node's daemon orders about a LUN, as a push of service `PATHS`.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub struct PathOrder {
+    /// Id of the volume.
+    #[prost(bytes = "vec", tag = "1")]
+    pub volume: Vec<u8>,
+    /// Go through the daemon, by hand of an administrator.
+    #[prost(bool, tag = "2")]
+    pub redirected: bool,
+    /// The direct path is cut, for a rehearsal.
+    #[prost(bool, tag = "3")]
+    pub cut: bool,
+}
+
+/// All gates of the process, to be asked again when the lease was renewed.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Gates(Arc<Mutex<Vec<Weak<Gate>>>>);
+
+impl Gates {
+    fn lock(&self) -> MutexGuard<'_, Vec<Weak<Gate>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, gate: &Arc<Gate>) {
+        let mut gates = self.lock();
+        gates.retain(|gate| gate.strong_count() > 0);
+        gates.push(Arc::downgrade(gate));
+    }
+
+    /// Those that are there now.
+    pub(crate) fn all(&self) -> Vec<Arc<Gate>> {
+        self.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// The device of one volume, and how its orders are followed.
+pub(crate) struct Path {
+    device: Arc<PathDevice>,
+    cut: Switch,
+}
+
+impl Path {
+    /// Opens the LUN by the way that leads to it.
+    pub(crate) fn open(
+        config: &RunnerConfig,
+        spec: &VolumeSpec,
+        lease: &LeaseReader,
+        gates: &Gates,
+    ) -> Result<Arc<Self>, IoError> {
+        let cut = Switch::default();
+        let road = Road {
+            spec: spec.clone(),
+            serial: config.client_serial,
+            epoch: Epoch(config.node_epoch),
+            lease: lease.clone(),
+            gates: gates.clone(),
+            cut: cut.clone(),
+        };
+        let device = Arc::new(PathDevice::open(Arc::new(road))?);
+        Ok(Arc::new(Self { device, cut }))
+    }
+
+    pub(crate) fn device(&self) -> Arc<dyn BlockDevice> {
+        Arc::clone(&self.device) as Arc<dyn BlockDevice>
+    }
+
+    /// Follows an order, without waiting for what comes of it.
+    pub(crate) fn follow(&self, order: &PathOrder) {
+        self.cut.set(order.cut);
+        self.device.order_redirected(order.redirected);
+    }
+}
+
+/// Finds the ways.
+struct Road {
+    spec: VolumeSpec,
+    serial: u64,
+    epoch: Epoch,
+    lease: LeaseReader,
+    gates: Gates,
+    cut: Switch,
+}
+
+impl Road {
+    /// The LUN must be the one that the records mean: a path may lead to another one after a reboot.
+    fn check(&self, device: &dyn BlockDevice) -> Result<(), IoError> {
+        let (lun, spec) = (&self.spec.lun_uri, &self.spec);
+        let found = Superblock::read(device).map_err(|error| match error {
+            csvfs::VolumeError::Io { source, .. } => source,
+            other => IoError::Corrupt(format!("the LUN {lun} does not hold volume {}: {other}", spec.name)),
+        })?;
+        if found.volume == VolumeId(spec.id) {
+            return Ok(());
+        }
+        Err(IoError::Corrupt(format!(
+            "the LUN {lun} holds volume {} ({}), not {} ({})",
+            found.name, found.volume, spec.name, spec.id
+        )))
+    }
+
+    fn gate(&self, device: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
+        let right = self.lease.clone().right_of(self.epoch);
+        let gate = Arc::new(GatedDevice::new(device, Arc::new(right)));
+        self.gates.add(&gate);
+        gate
+    }
+
+    /// A session with the daemon. It begins when all that the former one of this process had begun is done.
+    fn session(&self) -> Result<NbdDevice, IoError> {
+        let socket: PathBuf = blocks_socket(&self.spec.node_socket);
+        let stream = UnixStream::connect(&socket).map_err(|error| IoError::NotOpened {
+            what: socket.display().to_string(),
+            why: format!("{error} (is csvd running on this node?)"),
+        })?;
+        let export = format!("{}/{}", self.spec.id, self.serial);
+        NbdDevice::over(
+            stream.into(),
+            &export,
+            &format!("{} through csvd", self.spec.name),
+            NbdOptions::default(),
+        )
+    }
+}
+
+impl Ways for Road {
+    fn direct(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
+        let options = OpenOptions { queue_depth: QUEUE_DEPTH, ..OpenOptions::default() };
+        let device = CutDevice::new(open_uri(&self.spec.lun_uri, options)?, self.cut.clone());
+        self.check(&device)?;
+        Ok(self.gate(Arc::new(device)))
+    }
+
+    fn detour(&self) -> Result<Box<dyn Detour>, IoError> {
+        let nbd = Arc::new(self.session()?);
+        let device = self.gate(nbd.clone());
+        let road = Self {
+            spec: self.spec.clone(),
+            lease: self.lease.clone(),
+            gates: self.gates.clone(),
+            cut: self.cut.clone(),
+            ..*self
+        };
+        Ok(Box::new(ThroughDaemon { nbd, device, road }))
+    }
+
+    fn changed(&self, status: &PathStatus) {
+        tracing::warn!(volume = self.spec.name, route = ?status.route, reason = status.reason, "way to the LUN");
+    }
+}
+
+struct ThroughDaemon {
+    nbd: Arc<NbdDevice>,
+    device: Arc<dyn BlockDevice>,
+    road: Road,
+}
+
+impl Detour for ThroughDaemon {
+    fn device(&self) -> Arc<dyn BlockDevice> {
+        Arc::clone(&self.device)
+    }
+
+    fn via(&self) -> String {
+        "the node's daemon".to_owned()
+    }
+
+    /// A further session begins only when this one has ended with all that it had begun. A daemon that has died is waited
+    /// for; with its lease this process ends.
+    fn settle(&self) -> Result<(), IoError> {
+        self.nbd.abort();
+        self.road.session().map(drop)
+    }
+}

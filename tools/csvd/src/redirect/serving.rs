@@ -1,0 +1,196 @@
+//! Peers that go through this node: their streams, what they may do, and their certain end.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use api::Error;
+use blockio::{GatedDevice, NbdExport, NbdExports, Permission, WriteRight, serve_nbd};
+use lockmgr::{Epoch, NodeId, VolumeId};
+use uuid::Uuid;
+use wire::ByteStream;
+
+use crate::core::Core;
+use crate::messages::{EndOver, NodeOp, SessionOf};
+use crate::{forward, view};
+
+/// Pause before a node that did not answer is asked again.
+const AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// Longest wait for one answer.
+const ANSWER_WITHIN: Duration = Duration::from_secs(2);
+
+/// A session of another node: which volume, which node in which incarnation.
+pub(crate) type PeerKey = (VolumeId, NodeId, Epoch);
+
+/// Serves a peer's stream, on a thread of its own.
+pub(crate) fn serve(core: &Arc<Core>, stream: ByteStream) {
+    let peer = stream.peer().clone();
+    let (core, from) = (Arc::clone(core), NodeId(peer.node));
+    let begun = carried(&core, stream).and_then(|near| {
+        let serving = move || {
+            let exports = match Served::new(&core, from, &near) {
+                Ok(exports) => exports,
+                Err(error) => return tracing::warn!(node = %from, %error, "a peer is not served"),
+            };
+            let outcome = serve_nbd(near, &exports);
+            exports.leave();
+            match outcome {
+                Ok(()) => tracing::info!(node = %from, "a peer does not go through this node any more"),
+                Err(why) => tracing::info!(node = %from, why, "a peer's session has ended"),
+            }
+        };
+        std::thread::Builder::new().name("nbd:peer".to_owned()).stack_size(1 << 20).spawn(serving)
+    });
+    if let Err(error) = begun {
+        tracing::error!(%peer, %error, "a peer that has lost its path cannot be served");
+    }
+}
+
+/// The near end of a pair of sockets whose far end the stream is carried to.
+fn carried(core: &Arc<Core>, stream: ByteStream) -> std::io::Result<OwnedFd> {
+    let (near, far) = UnixStream::pair()?;
+    far.set_nonblocking(true)?;
+    let _runtime = core.runtime.enter();
+    let far = tokio::net::UnixStream::from_std(far)?;
+    core.runtime.spawn(stream.carry(far));
+    Ok(near.into())
+}
+
+/// What one peer may choose from.
+struct Served {
+    core: Arc<Core>,
+    from: NodeId,
+    stream: OwnedFd,
+    /// The session that was begun, with its number. Rank: above the table of sessions.
+    session: Mutex<Option<(PeerKey, u64)>>,
+}
+
+impl Served {
+    fn new(core: &Arc<Core>, from: NodeId, stream: &OwnedFd) -> std::io::Result<Self> {
+        let stream = stream.as_fd().try_clone_to_owned()?;
+        Ok(Self { core: Arc::clone(core), from, stream, session: Mutex::new(None) })
+    }
+
+    fn begin(&self, key: PeerKey) -> Result<(), String> {
+        let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*session {
+            Some((begun, _)) if *begun == key => return Ok(()),
+            Some(_) => return Err("a stream is for one volume".to_owned()),
+            None => {}
+        }
+        let number = self.core.peer_sessions.enter(&key, &self.stream).map_err(|error| error.to_string())?;
+        *session = Some((key, number));
+        Ok(())
+    }
+
+    /// Nothing of the session can reach the device any more.
+    fn leave(&self) {
+        if let Some((key, number)) = self.session.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            self.core.peer_sessions.leave(&key, number);
+        }
+    }
+}
+
+impl NbdExports for Served {
+    fn find(&self, name: &str) -> Result<NbdExport, String> {
+        let (volume, epoch) = parse(name).ok_or("this is no volume and epoch")?;
+        let right = Right { core: Arc::clone(&self.core), node: self.from, epoch };
+        right.refusal().map_or(Ok(()), Err)?;
+        let road = self.core.volumes.get(volume).and_then(|volume| volume.road());
+        let direct = road.ok_or("the volume is not open here")?.direct_for_peers()?;
+        self.begin((volume, self.from, epoch))?;
+        tracing::warn!(node = %self.from, %epoch, %volume, "a peer goes through this node to the LUN");
+        Ok(NbdExport::new(Arc::new(GatedDevice::new(direct, Arc::new(right))), false))
+    }
+
+    /// Names are known to those who need them.
+    fn names(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+fn parse(name: &str) -> Option<(VolumeId, Epoch)> {
+    let (volume, epoch) = name.split_once('/')?;
+    Some((VolumeId(Uuid::try_parse(volume).ok()?), Epoch(epoch.parse().ok()?)))
+}
+
+/// The right of a peer's incarnation, read before each of its requests.
+struct Right {
+    core: Arc<Core>,
+    node: NodeId,
+    epoch: Epoch,
+}
+
+impl Right {
+    fn refusal(&self) -> Option<String> {
+        let state = self.core.state();
+        let present = view::is_up(&state, self.node, self.epoch);
+        (!present)
+            .then(|| format!("epoch {} of node {} is not in the cluster's records", self.epoch, self.node))
+    }
+}
+
+impl WriteRight for Right {
+    fn check(&self) -> Permission {
+        self.refusal().map_or(Permission::Granted, Permission::Revoked)
+    }
+}
+
+/// Ends a session of `from`, for itself: it takes another way, and must know that this one is over.
+pub(crate) async fn end_session(core: &Arc<Core>, asked: SessionOf) -> Result<(), Error> {
+    let volume = Uuid::from_slice(&asked.volume).map_err(|_| Error::usage("no such volume"))?;
+    let node = u16::try_from(asked.node).map_err(|_| Error::usage("no such node"))?;
+    let key = (VolumeId(volume), NodeId(node), Epoch(asked.epoch));
+    let core = Arc::clone(core);
+    let ending = move || core.peer_sessions.end(|session| *session == key);
+    tokio::task::spawn_blocking(ending).await.map_err(Error::failed)
+}
+
+/// Ends the sessions of incarnations that are over by the records up to `asked.applied`, and returns when they have ended.
+pub(crate) async fn end_over(core: &Arc<Core>, asked: EndOver) -> Result<(), Error> {
+    let mut records = core.cluster.watch();
+    let state =
+        records.wait_for(|state| state.applied >= asked.applied).await.map_err(Error::failed)?.clone();
+    let core = Arc::clone(core);
+    // No session can begin for an incarnation that these records call over.
+    let ending = move || core.peer_sessions.end(|(_, node, epoch)| view::is_over(&state, *node, *epoch));
+    tokio::task::spawn_blocking(ending).await.map_err(Error::failed)
+}
+
+/// Makes sure that nothing of a dead incarnation is on its way to a LUN through any living node (A1). Nodes that do not
+/// answer are asked until they do, or are over themselves.
+pub(crate) async fn cut_off_the_dead(core: &Arc<Core>) {
+    let applied = core.state().applied;
+    let members: Vec<_> = core.state().members.values().map(|member| (member.id, member.epoch)).collect();
+    for (node, epoch) in members {
+        while view::is_up(&core.state(), node, epoch) {
+            let asked = forward::ask(core, node, NodeOp::EndOver(EndOver { applied }));
+            match tokio::time::timeout(ANSWER_WITHIN, asked).await {
+                Ok(Ok(_)) => break,
+                Ok(Err(error)) => {
+                    tracing::debug!(%node, %error, "not heard yet that the sessions of the dead have ended")
+                }
+                Err(_) => {}
+            }
+            tokio::select! {
+                () = core.done.cancelled() => return,
+                () = tokio::time::sleep(AGAIN_AFTER) => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_is_named_by_volume_and_epoch() {
+        let volume = Uuid::from_u128(7);
+        assert_eq!(parse(&format!("{volume}/12")), Some((VolumeId(volume), Epoch(12))));
+        for name in ["", "/", "vol1/3", &format!("{volume}"), &format!("{volume}/-1")] {
+            assert_eq!(parse(name), None, "{name}");
+        }
+    }
+}
