@@ -9,11 +9,12 @@
 //! **Invariant:** an effect is promised only by a flush that was asked for after it was complete, or by itself if forced.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use blockio::{BlockDevice, ImageFile, IoBuf, IoOp, IoRequest, MemoryDevice, Recorder};
-use vhdx::{Builder, Disk, Spec};
+use vhdx::{Builder, Disk, NewSize, Spec};
 
 use crate::common::{MIB, Random, bytes_at};
 
@@ -188,6 +189,21 @@ impl Guest {
         self.tick += 1;
         disk.close().expect("it closes");
         self.flushes.push(Flushed { tick: self.tick, done: self.recorder.position() });
+    }
+
+    /// Changes the size of the disk: what this cuts off is gone, what it adds is zero.
+    pub(crate) fn resize(&mut self, disk: &Disk, bytes: u64) {
+        for sector in self.sectors().into_iter().filter(|sector| (sector + 1) * SECTOR > bytes) {
+            self.note(sector, 0);
+        }
+        self.tick += 1;
+        disk.resize(NewSize::UnsafelyTo(bytes)).expect("it is resized");
+        self.flushes.push(Flushed { tick: self.tick, done: self.recorder.position() });
+    }
+
+    /// Gives space back and moves blocks: for the guest, nothing happens.
+    pub(crate) fn compact(&mut self, disk: &Disk) {
+        disk.compact(&mut |_| ControlFlow::Continue(())).expect("it is compacted");
     }
 
     /// Random requests, with a flush after two of three.

@@ -63,3 +63,13 @@ fn a_forced_write_is_durable_when_it_is_acknowledged() {
 fn a_flush_of_more_pages_than_the_ring_holds_is_durable_when_it_is_acknowledged() {
     survives(scenarios::a_wide_flush, 200);
 }
+
+#[test]
+fn a_resize_is_done_or_not_begun_wherever_it_is_cut() {
+    survives(scenarios::resized_disk, 200);
+}
+
+#[test]
+fn blocks_that_move_are_in_one_place_or_the_other() {
+    survives(scenarios::compacted_disk, 200);
+}

@@ -3,7 +3,7 @@
 use vhdx::Spec;
 
 use crate::common::{MIB, Random};
-use crate::guest::{BLOCK, Guest, Open, USED, sector_of};
+use crate::guest::{BLOCK, Guest, Open, SECTOR, USED, sector_of};
 
 const BLOCKS: u64 = 20;
 
@@ -106,6 +106,39 @@ pub(crate) fn forced_writes(open: Open) -> Guest {
             _ => guest.write(&disk, &[(sector_of(block, 0), 3)], true),
         }
     }
+    drop(disk);
+    guest
+}
+
+/// The disk shrinks and grows under its guest.
+pub(crate) fn resized_disk(open: Open) -> Guest {
+    let (mut guest, mut random) = (guest(open), Random(0x5eed_0007));
+    let disk = guest.open();
+    guest.play(&disk, &mut random, 12);
+    guest.resize(&disk, 12 * BLOCK + 4 * SECTOR);
+    guest.write(&disk, &[(sector_of(3, 0), 3), (sector_of(12, 0), 1)], false);
+    guest.flush(&disk);
+    guest.resize(&disk, BLOCKS * BLOCK);
+    guest.play(&disk, &mut random, 12);
+    guest.close(disk);
+    guest
+}
+
+/// Blocks move to the front of the file while the guest goes on.
+pub(crate) fn compacted_disk(open: Open) -> Guest {
+    let (mut guest, mut random) = (guest(open), Random(0x5eed_0008));
+    let disk = guest.open();
+    for block in 0..BLOCKS {
+        guest.write(&disk, &USED.map(|within| (sector_of(block, within), 1)), false);
+    }
+    guest.flush(&disk);
+    for block in 0..BLOCKS / 2 {
+        guest.drop_block(&disk, block * 2, block % 2 == 0);
+    }
+    guest.judged_from = guest.recorder.position();
+    guest.compact(&disk);
+    guest.play(&disk, &mut random, 8);
+    guest.compact(&disk);
     drop(disk);
     guest
 }
