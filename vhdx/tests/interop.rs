@@ -110,15 +110,79 @@ fn dynamic_images_of_ours_live_with_qemu() {
 }
 
 #[test]
+fn a_hundred_turns_of_each_leave_nothing_to_complain_of() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("disk.vhdx");
+    let spec = Spec { block_bytes: MIB, ..Spec::dynamic(12 * MIB) };
+    vhdx::create(&*new_file(&path), &spec).expect("it is created");
+    take_turns(&path, folder.path(), spec.size_bytes, 100, 9);
+}
+
+#[test]
+fn images_of_a_killed_qemu_are_read_and_go_on() {
+    for at in 0..12 {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("disk.vhdx");
+        qemu_img(&["create", "-q", "-f", "vhdx", "-o", "block_size=1M", text(&path), "200M"]);
+        killed_while_allocating(&path, 12 * MIB + at * 3 * MIB);
+        let content = |file: &Arc<dyn ImageFile>| -> Vec<u8> {
+            let image = read_only(file);
+            (0..200).map(|block| uniform(&bytes_at(&image, block * MIB, 65536))).collect()
+        };
+        let file = image_file(&path);
+        let before = content(&file);
+        // Its log may name no entry at all: that is what repair is for, and only for that.
+        let disk = Builder::open(Arc::clone(&file)).repair(true).writable().expect("it opens for writing");
+        disk.write_at(199 * MIB, &[9; 65536]).expect("it goes on");
+        disk.close().expect("it closes");
+        drop(disk);
+        let file = image_file(&path);
+        assert_sound(&file);
+        qemu_check(&path);
+        let after = content(&file);
+        assert_eq!((&after[..199], after[199]), (&before[..199], 9), "killed at {at}");
+    }
+}
+
+/// Lets qemu write to one new block after the other, and kills it as soon as the file has some size.
+fn killed_while_allocating(path: &Path, file_bytes: u64) {
+    let mut command = std::process::Command::new("qemu-io");
+    command.args(["-f", "vhdx", "-t", "writethrough"]).stdout(std::process::Stdio::null());
+    for block in 0..199 {
+        command.args(["-c", &format!("write -q -P 7 {block}M 64k")]);
+    }
+    let mut qemu = command.arg(path).spawn().expect("qemu-io starts");
+    while std::fs::metadata(path).expect("the image is there").len() < file_bytes {
+        if qemu.try_wait().expect("it is our child").is_some() {
+            break;
+        }
+        std::thread::yield_now();
+    }
+    qemu.kill().expect("it is our child");
+    qemu.wait().expect("it ends");
+}
+
+/// The byte that all of them are; nothing of a block is there without the rest.
+fn uniform(bytes: &[u8]) -> u8 {
+    assert!(bytes.iter().all(|byte| *byte == bytes[0]), "a block is mixed");
+    bytes[0]
+}
+
+#[test]
 fn fixed_images_of_ours_live_with_qemu() {
     ours_and_theirs(&Spec { block_bytes: 2 * MIB, ..Spec::fixed(21 * MIB) }, 4);
 }
 
 #[test]
 fn images_of_qemu_live_with_us() {
-    for (seed, options) in
-        [(5, "subformat=dynamic,block_size=1M"), (6, "subformat=fixed"), (7, "block_size=0")]
-    {
+    for (seed, options) in [
+        (5, "subformat=dynamic,block_size=1M"),
+        (6, "subformat=fixed"),
+        (7, "block_size=0"),
+        (10, "block_size=2M"),
+        (11, "block_size=32M"),
+        (12, "block_size=256M"),
+    ] {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("disk.vhdx");
         let size = 20 * MIB + 1536;
