@@ -45,6 +45,9 @@ pub(crate) const TEST: &[Need] = &[
     need("lsof", "lsof"),
     need("xz", "xz-utils"),
     need("bzip2", "bzip2"),
+    // Independent readers of images; the Python ones are installed below the build folder.
+    need("7zz", "7zip"),
+    need("pip3", "python3 python3-pip"),
 ];
 
 /// What the lab calls: the emulator, and what initial RAM disks and drives are made with. The kernel is only downloaded.
