@@ -8,6 +8,7 @@
     reason = "a harness: it measures time and talks to people"
 )]
 
+mod chain;
 mod load;
 mod opening;
 mod qemu;
@@ -76,6 +77,7 @@ fn main() -> Result<(), Failure> {
         &steady(dir, rounds * 3)?,
     );
     print_table("1 GiB of data converted (MiB/s)", "qemu-img", "vhdx", &conversion(dir, rounds)?);
+    print_table("A chain of 16 images (IOPS)", "one image", "sixteen", &chain::reads(dir, rounds * 3)?);
     opening::report(dir, rounds)?;
     println!("reproduce: cargo xtask bench vhdx_io");
     Ok(())
