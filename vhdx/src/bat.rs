@@ -98,6 +98,11 @@ impl Entry {
         (owns && self.0 & OFFSET_BITS != 0).then_some(self.0 & OFFSET_BITS)
     }
 
+    /// Whether it names a place although its state has none.
+    pub(crate) fn has_stale_offset(self) -> bool {
+        self.offset_field() != 0 && matches!(self.state(), BlockState::NotPresent | BlockState::Zero)
+    }
+
     /// Whether its first write is in flight.
     pub(crate) fn in_transition(self) -> bool {
         self.0 & IN_TRANSITION != 0

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use blockio::ImageFile;
 
+use crate::defects::{self, Defect};
 use crate::error::VhdxError;
 use crate::findings::Findings;
 use crate::info::{Info, describe};
@@ -19,6 +20,8 @@ use crate::load::{Loaded, LogPolicy};
 pub struct Report {
     /// What makes the image unusable. Empty: the image is sound.
     pub errors: Vec<VhdxError>,
+    /// What a repair would put right; it does no harm to reading.
+    pub defects: Vec<Defect>,
     /// What is odd, but does no harm to reading.
     pub warnings: Vec<String>,
     /// Findings beyond those listed.
@@ -38,13 +41,19 @@ impl Report {
 /// Checks the image in `file`. Changes nothing.
 #[must_use]
 pub fn check(file: &Arc<dyn ImageFile>) -> Report {
-    let mut findings = Findings::default();
+    let (mut findings, mut defects) = (Findings::default(), Vec::new());
     let info = match Loaded::read(file, LogPolicy::InMemory, &mut findings) {
-        Ok(loaded) => Some(describe(&loaded, Vec::new())),
+        Ok(loaded) => {
+            match defects::find(&loaded) {
+                Ok(found) => defects = found,
+                Err(error) => findings.error(error),
+            }
+            Some(describe(&loaded, Vec::new()))
+        }
         Err(error) => {
             findings.error(error);
             None
         }
     };
-    Report { errors: findings.errors, warnings: findings.warnings, more: findings.dropped, info }
+    Report { errors: findings.errors, defects, warnings: findings.warnings, more: findings.dropped, info }
 }

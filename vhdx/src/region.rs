@@ -78,6 +78,11 @@ impl Regions {
     }
 }
 
+/// The two copies of the table, as far as they are whole.
+pub(crate) fn copies(view: &View) -> Result<[Option<Vec<u8>>; 2], VhdxError> {
+    Ok([read_table(view, 0)?, read_table(view, 1)?])
+}
+
 fn read_table(view: &View, copy: usize) -> Result<Option<Vec<u8>>, VhdxError> {
     let bytes = view.read(REGION_TABLE_OFFSETS[copy], index(TABLE_BYTES), "region table")?;
     let (header, _) =
