@@ -54,7 +54,7 @@ pub fn repair(file: &Arc<dyn ImageFile>) -> Result<Repaired, VhdxError> {
 
 fn put_right(file: &Arc<dyn ImageFile>, defect: &Defect) -> Result<(), VhdxError> {
     if matches!(defect, Defect::OrphanLogId { .. } | Defect::DirtyLog { .. }) {
-        return recover(file, &Options { repair: true, ..Options::default() });
+        return recover(file, &Options { repair: true, ..Options::default() }).map(drop);
     }
     // Each step reads anew what the one before has left.
     let mut findings = Findings::default();

@@ -35,7 +35,7 @@ const CASES: [Case; 6] = [
     ("region_table_copy", |file| damage(file, 192 * KIB + 20)),
     ("region_table_copy", |file| damage(file, 256 * KIB)),
     // A block that says zero, with a place in the middle of another.
-    ("stale_offsets", |file| file.write_at(BAT, &(4 * MIB | 2).to_le_bytes()).expect("it is writable")),
+    ("stale_offsets", |file| file.write_at(BAT, &((4 * MIB) | 2).to_le_bytes()).expect("it is writable")),
     ("leaked_space", |file| file.set_len(file.geometry().size_bytes + 3 * MIB + 512).expect("it grows")),
 ];
 
@@ -100,7 +100,7 @@ fn an_image_with_an_error_is_not_touched() {
     let file = image();
     damage(&file, 64 * KIB + 200);
     // Two blocks in one place: whose is it?
-    let place = 4 * MIB | 6;
+    let place = (4 * MIB) | 6;
     file.write_at(BAT, &[place.to_le_bytes(), place.to_le_bytes()].concat()).expect("it is writable");
     let size = usize::try_from(file.geometry().size_bytes).expect("small");
     let before = bytes_at(&file, 0, size);

@@ -26,7 +26,7 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Error
         Command::Node(command) => command.run(context).await,
         Command::Volume(command) => command.run(context).await,
         Command::File(command) => command.run(context).await,
-        Command::Vhdx(command) => command.run(context),
+        Command::Vhdx(command) => command.run(context).await,
         Command::Nbd(command) => command.run(context).await,
         Command::Vm(command) => command.run(context).await,
         Command::Events(command) => command.run(context).await,

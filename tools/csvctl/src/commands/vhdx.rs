@@ -1,12 +1,20 @@
-//! `csvctl vhdx`: image tools. They work on any path and need no daemon.
+//! `csvctl vhdx`: image tools. They work on any path, and need a daemon only to be told whether a VM uses an image that lies on
+//! a volume of the cluster.
 
+mod check;
+mod compact;
 mod convert;
 mod create;
 mod file;
+mod in_use;
 mod info;
+mod map;
+mod resize;
+
+use std::path::{Path, PathBuf};
 
 use api::Error;
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use vhdx::{ErrorKind, VhdxError};
 
 use crate::context::Context;
@@ -17,39 +25,59 @@ pub(crate) enum VhdxCommand {
     Create(create::Create),
     /// Show what an image is
     Info(info::Info),
-    /// Convert an image to raw bytes, or raw bytes to an image
+    /// Prove that an image is sound, or name everything that is not
+    Check(check::Check),
+    /// Convert between raw bytes and images of every kind
     Convert(convert::Convert),
+    /// Make the disk in an image larger or smaller
+    Resize(resize::Resize),
+    /// Give back the space of zero blocks and gaps
+    Compact(compact::Compact),
+    /// Show which ranges hold data, or what changed since a parent
+    Map(map::Map),
+}
+
+/// Where parents of images may lie.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct Roots {
+    /// Folder below which parents may lie, beside the folder of the image; may be given several times
+    #[arg(long = "root", value_name = "FOLDER")]
+    roots: Vec<PathBuf>,
+}
+
+impl Roots {
+    /// The same and the folder of `image`.
+    fn with(&self, image: &Path) -> Self {
+        let folder = file::folder_of(image);
+        Self { roots: self.roots.iter().cloned().chain([folder]).collect() }
+    }
 }
 
 impl VhdxCommand {
-    pub(crate) fn run(self, context: &Context) -> Result<(), Error> {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         match self {
-            Self::Create(command) => command.run(context),
+            Self::Create(command) => command.run(context).await,
             Self::Info(command) => command.run(context),
-            Self::Convert(command) => command.run(context),
+            Self::Check(command) => command.run(context).await,
+            Self::Convert(command) => command.run(context).await,
+            Self::Resize(command) => command.run(context).await,
+            Self::Compact(command) => command.run(context).await,
+            Self::Map(command) => command.run(context).await,
         }
     }
 }
 
 /// An error of the image library, for the user.
-pub(super) fn failed(doing: &str, path: &std::path::Path, error: &VhdxError) -> Error {
+pub(super) fn failed(doing: &str, path: &Path, error: &VhdxError) -> Error {
     let kind = match error.kind() {
         ErrorKind::InvalidInput => api::Kind::Usage,
         _ => api::Kind::Failed,
     };
-    let mut message = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        let text = inner.to_string();
-        if !message.contains(&text) {
-            message = format!("{message}: {text}");
-        }
-        cause = inner.source();
-    }
     let hint = match error.kind() {
         ErrorKind::NotVhdx => "name a VHDX file; raw bytes become one with `csvctl vhdx convert`",
         ErrorKind::Unsupported => "use the program that made the image, or convert it with qemu-img",
-        ErrorKind::Corrupt | ErrorKind::LogUnrecoverable | ErrorKind::OrphanLogId => {
+        ErrorKind::OrphanLogId => "`csvctl vhdx check --repair` clears it; nothing that was durable is lost",
+        ErrorKind::Corrupt | ErrorKind::LogUnrecoverable => {
             "keep the image as it is and restore it from a backup"
         }
         ErrorKind::Truncated => "the file was cut off, perhaps while it was copied; copy it again",
@@ -66,5 +94,19 @@ pub(super) fn failed(doing: &str, path: &std::path::Path, error: &VhdxError) -> 
         ErrorKind::InvalidInput => "see --help",
         ErrorKind::Poisoned | ErrorKind::Io => "is there room, and is the file's disk all right?",
     };
-    Error::new(kind, message).during(format!("vhdx {doing} {}", path.display())).hint(hint)
+    Error::new(kind, message(error)).during(format!("vhdx {doing} {}", path.display())).hint(hint)
+}
+
+/// The text of an error with its causes.
+fn message(error: &VhdxError) -> String {
+    let mut message = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        let text = inner.to_string();
+        if !message.contains(&text) {
+            message = format!("{message}: {text}");
+        }
+        cause = inner.source();
+    }
+    message
 }

@@ -3,20 +3,23 @@
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use api::Error;
+use blockio::{BlockDevice, ImageFile};
 use clap::{Args, ValueEnum};
 use rustix::fs::{SeekFrom, seek};
 use serde::Serialize;
-use vhdx::{Builder, Progress, Spec};
+use vhdx::{ChildSpec, ErrorKind, Image, Progress, Spec, VhdxError};
 
-use super::{failed, file};
+use super::in_use::{self, Use};
+use super::{Roots, failed, file};
 use crate::context::Context;
 use crate::units;
 
 #[derive(Debug, Args)]
 pub(crate) struct Convert {
-    /// An image, or raw bytes
+    /// An image, with its parents if it has some, or raw bytes
     source: PathBuf,
     /// What to make
     target: PathBuf,
@@ -26,12 +29,17 @@ pub(crate) struct Convert {
     /// Make a fixed image
     #[arg(long)]
     fixed: bool,
+    /// Make an image that holds only what differs from this one
+    #[arg(long, value_name = "IMAGE", conflicts_with = "fixed")]
+    parent: Option<PathBuf>,
     /// Size of a block of the new image, a power of two from 1M to 256M
     #[arg(long, value_parser = units::parse_size, value_name = "SIZE")]
     block: Option<u64>,
     /// Replace an existing target
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    roots: Roots,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -49,20 +57,36 @@ struct Converted {
     data_bytes: u64,
 }
 
+/// Where the bytes come from.
+enum Source {
+    Image(Image),
+    Raw(Arc<dyn ImageFile>, File),
+}
+
 impl Convert {
-    pub(crate) fn run(self, context: &Context) -> Result<(), Error> {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         let form = self.to.unwrap_or_else(|| form_of(&self.target));
         if same_file(&self.source, &self.target) {
             return Err(Error::usage("vhdx convert: source and target are the same file"));
         }
+        if form == Form::Raw && (self.fixed || self.parent.is_some() || self.block.is_some()) {
+            return Err(Error::usage("vhdx convert: raw bytes have no blocks, no parent and no kind")
+                .hint("leave --fixed, --parent and --block away, or add --to vhdx"));
+        }
+        let _claim = in_use::claim(&self.source, Use::Read, context).await?;
+        let _replaced = match self.target.exists() {
+            true if self.force => Some(in_use::claim(&self.target, Use::Change, context).await?),
+            _ => None,
+        };
+        let source = self.open_source()?;
         let bar = context.ui.progress(0, "converting");
         let mut show = |progress: Progress| {
             bar.set_length(progress.total_bytes);
             bar.set_position(progress.done_bytes);
         };
         let done = match form {
-            Form::Raw => self.to_raw(&mut show),
-            Form::Vhdx => self.to_vhdx(&mut show),
+            Form::Raw => self.to_raw(&source, &mut show),
+            Form::Vhdx => self.to_vhdx(&source, &mut show),
         };
         bar.finish_and_clear();
         let done = done?;
@@ -73,51 +97,111 @@ impl Convert {
             size_bytes: done.total_bytes,
             data_bytes: done.data_bytes,
         };
-        context.ui.show(&converted, |converted| {
-            format!(
-                "{} -> {} ({}): {}, {} of it data",
-                converted.source.display(),
-                converted.target.display(),
-                converted.to,
-                units::size(converted.size_bytes),
-                units::size(converted.data_bytes)
-            )
-        })
+        context.ui.show(&converted, text)
     }
 
-    fn to_raw(&self, show: &mut dyn FnMut(Progress)) -> Result<Progress, Error> {
-        let image = Builder::open(file::open(&self.source)?)
-            .read_only()
-            .map_err(|error| failed("convert", &self.source, &error))?;
-        let target = file::make(&self.target, self.force)?;
-        vhdx::to_raw(&image, &target, show).map_err(|error| self.give_up(&error))
-    }
-
-    fn to_vhdx(&self, show: &mut dyn FnMut(Progress)) -> Result<Progress, Error> {
-        let source = file::open(&self.source)?;
-        let looked = vhdx::info(&source);
-        if looked.is_ok() {
-            return Err(Error::usage(format!(
-                "vhdx convert {}: it is an image already",
-                self.source.display()
-            ))
-            .hint("convert it to raw first, or copy it"));
+    fn open_source(&self) -> Result<Source, Error> {
+        match file::open_image(&self.source, &self.roots) {
+            Ok(image) => Ok(Source::Image(image)),
+            Err(error) if error.kind() == ErrorKind::NotVhdx => {
+                let sparse =
+                    File::open(&self.source).map_err(|error| file::cannot_open(&self.source, &error))?;
+                Ok(Source::Raw(file::open(&self.source)?, sparse))
+            }
+            Err(error) => Err(failed("convert", &self.source, &error)),
         }
-        let sparse = File::open(&self.source)
-            .map_err(|error| Error::failed(format!("open {}: {error}", self.source.display())))?;
-        let size = source.geometry().size_bytes.next_multiple_of(512);
-        let mut spec = if self.fixed { Spec::fixed(size) } else { Spec::dynamic(size) };
-        spec.block_bytes = self.block.unwrap_or(spec.block_bytes);
+    }
+
+    fn to_raw(&self, source: &Source, show: &mut dyn FnMut(Progress)) -> Result<Progress, Error> {
+        let Source::Image(image) = source else {
+            return Err(Error::usage(format!("vhdx convert {}: it is raw already", self.source.display()))
+                .hint("copy it, or give the target a name that ends in .vhdx"));
+        };
         let target = file::make(&self.target, self.force)?;
-        let data = |offset| data_from(&sparse, offset);
-        vhdx::from_raw(&source, Some(&data), &target, &spec, show).map_err(|error| self.give_up(&error))
+        vhdx::to_raw(image, &target, show).map_err(|error| self.give_up(&error))
+    }
+
+    fn to_vhdx(&self, source: &Source, show: &mut dyn FnMut(Progress)) -> Result<Progress, Error> {
+        let mut spec = source.spec();
+        spec.fixed = self.fixed;
+        spec.block_bytes = self.block.unwrap_or(spec.block_bytes);
+        if let Some(parent) = &self.parent {
+            return self.to_child(source, parent, spec.size_bytes, show);
+        }
+        let target = file::make(&self.target, self.force)?;
+        let data = |offset| source.data_from(offset);
+        vhdx::from_raw(source.device(), Some(&data), &target, &spec, show)
+            .map_err(|error| self.give_up(&error))
+    }
+
+    fn to_child(
+        &self,
+        source: &Source,
+        parent_path: &Path,
+        size_bytes: u64,
+        show: &mut dyn FnMut(Progress),
+    ) -> Result<Progress, Error> {
+        let parent = file::open_image(parent_path, &self.roots)
+            .map_err(|error| failed("convert", parent_path, &error))?;
+        let target: Arc<dyn ImageFile> = Arc::new(file::make(&self.target, self.force)?);
+        let mut convert = || -> Result<Progress, VhdxError> {
+            let mut child = ChildSpec::new(file::paths_to(&self.target, parent_path)?);
+            child.size_bytes = Some(size_bytes);
+            child.block_bytes = self.block.unwrap_or(child.block_bytes);
+            vhdx::create_child(&*target, &parent, &child)?;
+            let builder =
+                file::with_parents(Arc::clone(&target), &self.target, &self.roots.with(parent_path));
+            let disk = builder.writable()?;
+            let done = vhdx::write_difference(source.device(), &parent, &disk, show)?;
+            disk.close()?;
+            Ok(done)
+        };
+        convert().map_err(|error| self.give_up(&error))
     }
 
     /// Half a target is worse than none.
-    fn give_up(&self, error: &vhdx::VhdxError) -> Error {
+    fn give_up(&self, error: &VhdxError) -> Error {
         file::clear_away(&self.target);
         failed("convert", &self.source, error)
     }
+}
+
+impl Source {
+    fn device(&self) -> &dyn BlockDevice {
+        match self {
+            Self::Image(image) => image,
+            Self::Raw(file, _) => file,
+        }
+    }
+
+    /// The image that holds the same disk.
+    fn spec(&self) -> Spec {
+        let geometry = self.device().geometry();
+        match self {
+            Self::Image(_) => {
+                Spec { logical_sector: geometry.block_bytes, ..Spec::dynamic(geometry.size_bytes) }
+            }
+            Self::Raw(..) => Spec::dynamic(geometry.size_bytes.next_multiple_of(512)),
+        }
+    }
+
+    fn data_from(&self, offset: u64) -> Option<Range<u64>> {
+        match self {
+            Self::Image(image) => image.data_from(offset),
+            Self::Raw(_, file) => data_from(file, offset),
+        }
+    }
+}
+
+fn text(converted: &Converted) -> String {
+    format!(
+        "{} -> {} ({}): {}, {} of it data",
+        converted.source.display(),
+        converted.target.display(),
+        converted.to,
+        units::size(converted.size_bytes),
+        units::size(converted.data_bytes)
+    )
 }
 
 fn form_of(target: &Path) -> Form {

@@ -1,27 +1,73 @@
 //! Files behind images: opened without caching tricks, made anew without overwriting by accident.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use api::Error;
 use blockio::{FileDevice, ImageFile, OpenOptions};
+use vhdx::{Builder, HostFiles, Image, ParentPaths, ParentResolver, VhdxError};
+
+use super::Roots;
 
 /// Opens an existing file for reading.
 pub(super) fn open(path: &Path) -> Result<Arc<dyn ImageFile>, Error> {
-    let found = std::fs::metadata(path).map_err(|error| {
-        let kind = match error.kind() {
-            std::io::ErrorKind::NotFound => api::Kind::NotFound,
-            _ => api::Kind::Failed,
-        };
-        Error::new(kind, format!("open {}: {error}", path.display()))
-    })?;
+    open_with(path, OpenOptions { writable: false, ..OpenOptions::buffered() })
+}
+
+/// Opens an existing file for writing. The caller holds a claim on it.
+pub(super) fn open_writable(path: &Path) -> Result<Arc<dyn ImageFile>, Error> {
+    open_with(path, OpenOptions::buffered())
+}
+
+fn open_with(path: &Path, options: OpenOptions) -> Result<Arc<dyn ImageFile>, Error> {
+    let found = std::fs::metadata(path).map_err(|error| cannot_open(path, &error))?;
     if found.is_dir() {
         return Err(Error::usage(format!("open {}: it is a folder", path.display())));
     }
-    let options = OpenOptions { writable: false, ..OpenOptions::buffered() };
     let file = FileDevice::open(path, options)
         .map_err(|error| Error::failed(format!("open {}: {error}", path.display())))?;
     Ok(Arc::new(file))
+}
+
+/// Why a path cannot be opened, for the user.
+pub(super) fn cannot_open(path: &Path, error: &std::io::Error) -> Error {
+    let kind = match error.kind() {
+        std::io::ErrorKind::NotFound => api::Kind::NotFound,
+        _ => api::Kind::Failed,
+    };
+    Error::new(kind, format!("open {}: {error}", path.display()))
+}
+
+/// Opens an image with its parents, for reading.
+pub(super) fn open_image(path: &Path, roots: &Roots) -> Result<Image, VhdxError> {
+    let file = open(path).map_err(|error| VhdxError::InvalidInput(error.message))?;
+    with_parents(file, path, roots).read_only()
+}
+
+/// An image whose parents are looked for in its own folder and below `roots`.
+pub(super) fn with_parents(file: Arc<dyn ImageFile>, path: &Path, roots: &Roots) -> Builder {
+    let all = roots.with(path).roots;
+    let allowed = all.iter().filter_map(|root| std::fs::canonicalize(root).ok());
+    let resolver = allowed.fold(resolver(), |resolver, root| resolver.root(&root.to_string_lossy()));
+    Builder::open(file).parents(resolver, &absolute(path).to_string_lossy())
+}
+
+/// What a child at `child` says about where its parent is.
+pub(super) fn paths_to(child: &Path, parent: &Path) -> Result<ParentPaths, VhdxError> {
+    resolver().paths(&absolute(child).to_string_lossy(), &absolute(parent).to_string_lossy())
+}
+
+/// The folder that a path lies in, whether or not it exists yet.
+pub(super) fn folder_of(path: &Path) -> PathBuf {
+    absolute(path).parent().map_or_else(|| PathBuf::from("/"), Path::to_owned)
+}
+
+fn resolver() -> ParentResolver {
+    ParentResolver::new(Arc::new(HostFiles::default()))
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::fs::canonicalize(path).or_else(|_| std::path::absolute(path)).unwrap_or_else(|_| path.to_owned())
 }
 
 /// Makes a new, empty file. An existing one is replaced only with `force`.
