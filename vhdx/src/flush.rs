@@ -70,6 +70,8 @@ pub(crate) struct Session {
     areas_end: u64,
     /// The id that says that the guest's data changed, if it was chosen beforehand.
     data_write_id: Option<Uuid>,
+    /// Other metadata pages that go into the log with the first entry.
+    amendments: Vec<Page>,
     log: Option<LogWriter>,
     /// Pages of this generation that are durable in the log and not yet in place.
     logged: BTreeMap<u64, Vec<u8>>,
@@ -93,12 +95,18 @@ impl Session {
             used_end,
             areas_end,
             data_write_id,
+            amendments: Vec::new(),
             log: None,
             logged: BTreeMap::new(),
             appended: Vec::new(),
             header_behind: false,
             closed: None,
         }
+    }
+
+    /// The same with pages that go into the log with the first entry that is needed anyway.
+    pub(crate) fn with_amendments(self, amendments: Vec<Page>) -> Self {
+        Self { amendments, ..self }
     }
 
     /// Body of the flush thread.
@@ -213,13 +221,16 @@ impl Session {
         }
         // Before the snapshot: what is written after this sets it again.
         let written = self.core.written.swap(false, Ordering::SeqCst);
-        let (unlogged, pages) = self.core.take_unlogged();
+        let (unlogged, mut pages) = self.core.take_unlogged();
         if pages.is_empty() && !written {
             return Ok(());
         }
         if self.header_behind {
             self.header.catch_up(&*self.core.file)?;
             self.header_behind = false;
+        }
+        if !pages.is_empty() {
+            pages.append(&mut self.amendments);
         }
         let growth = if pages.is_empty() { None } else { grow::extend_ahead(&self.core) };
         let outcome = self.make_durable(&pages, unlogged.barrier);

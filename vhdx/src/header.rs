@@ -72,6 +72,11 @@ impl CurrentHeader {
         Ok(current)
     }
 
+    /// Whether somebody wrote a newer header since this one was read.
+    pub(crate) fn is_outdated(&self, view: &View) -> Result<bool, VhdxError> {
+        Ok(Self::read(view)?.header.sequence != self.header.sequence)
+    }
+
     /// The ring's place in the file: offset and length.
     pub(crate) fn log_area(&self) -> (u64, u64) {
         (self.header.log_offset.get(), u64::from(self.header.log_length.get()))

@@ -21,7 +21,7 @@ use crate::resolve::{Layer, ReadSegment, Said};
 pub(crate) const EROFS: i32 = 30;
 
 /// A disk image opened for reading, with its parents.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Image {
     loaded: Arc<Loaded>,
     chain: Arc<Chain>,
@@ -92,6 +92,16 @@ impl Image {
     /// What `info` shows.
     pub(crate) fn loaded(&self) -> &Loaded {
         &self.loaded
+    }
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image")
+            .field("file", &self.loaded.name())
+            .field("params", &self.loaded.params)
+            .field("parents", &self.chain.paths())
+            .finish_non_exhaustive()
     }
 }
 

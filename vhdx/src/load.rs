@@ -132,12 +132,16 @@ impl Loaded {
         check_areas(&areas(&header, &regions), view.view_bytes)?;
         let Metadata { params, locator } = metadata::read(&view, regions.metadata, findings)?;
         let bat = Bat::read(&view, regions.bat, BatShape::of(&params))?;
-        let owners = match policy {
-            LogPolicy::InMemory => {
-                owners::find(&bat, view.view_bytes, &params, &areas(&header, &regions), findings)
-            }
-            LogPolicy::Ignore => Owners::default(),
+        // A live log that is not looked at means that the table may be behind it.
+        let mut owners = match policy {
+            LogPolicy::Ignore if header.header.log_id().is_some() => Owners::default(),
+            _ => owners::find(&bat, view.view_bytes, &params, &areas(&header, &regions), findings),
         };
+        if policy == LogPolicy::Ignore && !findings.errors.is_empty() && header.is_outdated(&view)? {
+            // Its writer was at work between the header and the table: nothing was proved, nothing is wrong.
+            findings.errors.clear();
+            owners = Owners::default();
+        }
         let bitmaps = match (params.has_parent, findings.errors.is_empty()) {
             (true, true) => Some(Bitmaps::read(&view, &bat, &params, &owners.partial)?),
             (true, false) => Some(Bitmaps::empty(&bat.shape, &params)),

@@ -251,6 +251,9 @@ fn check_entry(entry: &MetadataEntry, place: u64, region: Area) -> Result<Uuid, 
     if id.is_nil() {
         return bad("its item id is zero".to_owned());
     }
+    if entry.flags.get() & ITEM_IS_USER != 0 && entry.flags.get() & ITEM_IS_REQUIRED != 0 {
+        return bad(format!("user item {id} is marked as required"));
+    }
     if length == 0 {
         return if offset == 0 {
             Ok(id)
@@ -262,9 +265,6 @@ fn check_entry(entry: &MetadataEntry, place: u64, region: Area) -> Result<Uuid, 
         return bad(format!(
             "item {id} has {length:#x} bytes at {offset:#x}, outside of the item area of the region"
         ));
-    }
-    if entry.flags.get() & ITEM_IS_USER != 0 && entry.flags.get() & ITEM_IS_REQUIRED != 0 {
-        return bad(format!("user item {id} is marked as required"));
     }
     Ok(id)
 }

@@ -144,6 +144,23 @@ impl ParentResolver {
         }))
     }
 
+    /// The locator with paths that lead to the parent where it was found, if its relative one does not. The others stay when
+    /// nothing better is known: they may be right on another host.
+    pub(crate) fn refreshed(&self, child: &str, locator: &Locator, parent: &str) -> Option<Locator> {
+        let place = locator.path(PathKind::Relative).map(|text| self.locate(child, PathKind::Relative, text));
+        if place.is_some_and(|place| place.is_ok_and(|(root, rest)| join(&root, &rest) == parent)) {
+            return None;
+        }
+        let (fresh, old) = (self.paths(child, parent).ok()?, locator.paths());
+        let mut locator = locator.clone();
+        locator.set_paths(&ParentPaths {
+            relative: fresh.relative,
+            volume: fresh.volume.or(old.volume),
+            absolute: fresh.absolute.or(old.absolute),
+        });
+        Some(locator)
+    }
+
     /// The root and the path below it that a locator's path means.
     fn locate(&self, child: &str, kind: PathKind, text: &str) -> Result<(String, String), VhdxError> {
         let outside = |why: &str| VhdxError::PathOutsideRoot {

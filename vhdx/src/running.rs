@@ -16,6 +16,8 @@ use crate::format::MIB;
 use crate::grow::{self, GrowthJob, STEP_MIN};
 use crate::image::check_granularity;
 use crate::load::{Loaded, LogPolicy};
+use crate::log::Page;
+use crate::metadata;
 use crate::open::Options;
 use crate::recover::recover;
 use crate::region::Area;
@@ -42,14 +44,21 @@ impl Running {
         if recover(file, options)? {
             (loaded, _) = Loaded::open(file, LogPolicy::InMemory)?;
         }
-        Self::start(loaded, chain, options)
+        let amendments = refreshed_locator(&loaded, &chain, options)?;
+        Self::start(loaded, chain, options, amendments)
     }
 
-    fn start(loaded: Loaded, chain: Chain, options: &Options) -> Result<Self, VhdxError> {
+    fn start(
+        loaded: Loaded,
+        chain: Chain,
+        options: &Options,
+        amendments: Vec<Page>,
+    ) -> Result<Self, VhdxError> {
         let (header, used_end) = (loaded.header, loaded.used_end());
         let areas_end = loaded.areas().iter().map(Area::end).fold(0, u64::max);
         let core = Arc::new(core_of(loaded, chain, options));
-        let session = Session::new(Arc::clone(&core), header, (used_end, areas_end), options.data_write_id);
+        let session = Session::new(Arc::clone(&core), header, (used_end, areas_end), options.data_write_id)
+            .with_amendments(amendments);
         let grower = Arc::clone(&core);
         let mut running = Self { core, threads: Vec::new() };
         running.spawn("vhdx-flush", move || session.run())?;
@@ -102,6 +111,19 @@ pub(crate) fn refuse_unwritable(loaded: &Loaded) -> Result<(), VhdxError> {
         return Err(corrupt("header", 0, found));
     }
     Ok(())
+}
+
+/// The pages of the metadata region with paths that lead to the parent, if those in the file do not.
+fn refreshed_locator(loaded: &Loaded, chain: &Chain, options: &Options) -> Result<Vec<Page>, VhdxError> {
+    let (Some(origin), Some(locator), Some(parent)) =
+        (&options.origin, &loaded.locator, chain.paths().first())
+    else {
+        return Ok(Vec::new());
+    };
+    match origin.resolver.refreshed(&origin.path, locator, parent) {
+        Some(locator) => metadata::locator_pages(&loaded.view, loaded.regions.metadata, &locator),
+        None => Ok(Vec::new()),
+    }
 }
 
 fn core_of(loaded: Loaded, chain: Chain, options: &Options) -> Core {

@@ -223,6 +223,63 @@ fn a_stale_path_to_another_disk_is_passed_over_for_one_that_leads_to_the_parent(
 }
 
 #[test]
+fn a_stale_path_is_put_right_with_the_next_log_entry() {
+    let mut folder = Folder::default();
+    folder.base("base", &small(MIB));
+    folder.child("child", "base", |spec| {
+        spec.parent = ParentPaths {
+            relative: Some(r"..\old\base".to_owned()),
+            volume: None,
+            absolute: Some(r"C:\vms\base".to_owned()),
+        };
+    });
+    let file = Arc::clone(&folder.0["/vms/child"]);
+    let open = || {
+        let resolver = folder.resolver().map(r"C:\vms", "/vms");
+        Builder::open(Arc::clone(&file)).parents(resolver, "/vms/child")
+    };
+    let paths = || vhdx::info(&file).expect("it is an image").parent.expect("it has one").paths;
+    open().writable().expect("it opens").close().expect("it closes");
+    assert_eq!(
+        paths().relative.as_deref(),
+        Some(r"..\old\base"),
+        "a disk that is not written changes nothing"
+    );
+    let disk = open().writable().expect("it opens");
+    disk.write_at(0, &[1; 512]).expect("it is writable");
+    disk.close().expect("it closes");
+    drop(disk);
+    assert_eq!(paths().relative.as_deref(), Some(r".\base"));
+    assert_eq!(paths().absolute.as_deref(), Some(r"\\?\C:\vms\base"));
+    assert_sound(&file);
+    folder.image("child");
+}
+
+#[test]
+fn a_standby_proves_a_closed_image_and_its_parents_and_can_look_again() {
+    let mut folder = Folder::default();
+    folder.base("base", &small(MIB));
+    folder.child("child", "base", |_| ());
+    let standby = folder.open("child").inactive().expect("it opens");
+    let disk = folder.disk("child");
+    disk.write_at(0, &[1; 512]).expect("it is writable");
+    disk.flush().expect("it flushes");
+    // Its writer is at work: what can be read is read, nothing is replayed, nothing is wrong.
+    let standby = standby.reread().expect("it opens");
+    let closed = disk.close().expect("it closes");
+    drop(disk);
+    assert_eq!(standby.parents(), 1);
+    let disk = standby.activate_handed_over(closed.file_write_id).expect("it is as it was announced");
+    assert_eq!(bytes_at(&disk, 0, 512), [1; 512]);
+    disk.close().expect("it closes");
+    drop(disk);
+    // A block past the end of the closed file is found before anybody relies on the disk.
+    let file = &folder.0["/vms/child"];
+    file.write_at(3 * MIB, &((1_u64 << 40) | 6).to_le_bytes().repeat(64)).expect("inside the file");
+    assert_eq!(folder.open("child").inactive().expect_err("it is damaged").kind(), ErrorKind::Corrupt);
+}
+
+#[test]
 fn files_of_this_machine_are_followed_below_the_root_only() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let at = |name: &str| folder.path().join(name);

@@ -384,6 +384,26 @@ const ROWS: &[Row] = &[
     ("reserved bits in a BAT entry", ReadOnly(Corrupt), |p| {
         p.bat(8, 0x10);
     }),
+    ("reserved bits without a place", ReadOnly(Corrupt), |p| {
+        p.bat(9, 0x8_0000);
+    }),
+    ("a user item that is required", Refused(Corrupt), |p| {
+        p.metadata(10, &6_u16.to_le_bytes()).item(5, 0, &[9; 16]).item(5, 24, &5_u32.to_le_bytes());
+    }),
+    ("an empty item with a place", Refused(Corrupt), |p| {
+        p.metadata(10, &6_u16.to_le_bytes()).item(5, 0, &[9; 16]).item(5, 16, &(65_u32 << 10).to_le_bytes());
+    }),
+    ("a user item by the id of a known one", Works, |p| {
+        let size = bytes_at(&p.0, METADATA + 64, 16);
+        p.metadata(10, &6_u16.to_le_bytes()).item(5, 0, &size).item(5, 24, &1_u32.to_le_bytes());
+    }),
+    ("a metadata region longer than anyone's", Refused(Limit), |p| {
+        p.0.set_len(512 * MIB).expect("it grows");
+        p.regions(64, &(16 * MIB).to_le_bytes()).regions(72, &(129_u32 << 20).to_le_bytes());
+    }),
+    ("sizes of the log entry unaligned", Refused(LogUnrecoverable), |p| {
+        p.log(&[entry(1, 0, (SIZE, SIZE + 512), &[])]);
+    }),
     ("an offset without a meaning", Works, |p| {
         p.bat(8, (4 * MIB) | 2);
     }),
