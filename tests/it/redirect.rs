@@ -145,6 +145,39 @@ fn a_node_that_loses_its_path_goes_on_through_a_peer_and_returns_by_itself() {
 }
 
 #[test]
+fn a_peer_that_dies_is_replaced_by_another_and_a_cluster_without_paths_waits() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let node = owner(&cluster) % 3 + 1;
+    let load = Load::start(cluster.mount(node).join("load"));
+    load.further(3);
+    cluster.fault(node, "lun-fail");
+    let row = until_state(&cluster, node, "redirected_block");
+    let through = (1..=3).find(|other| {
+        row["reason"]
+            .as_str()
+            .is_some_and(|reason| reason.contains(&format!("through {}", cluster.name(*other))))
+    });
+    let through = through.expect("it is said through whom");
+    cluster.fault(through, "kill");
+    load.further(5);
+    until_state(&cluster, node, "redirected_block");
+    let last = (1..=3).find(|other| *other != node && *other != through).expect("three nodes");
+    cluster.fault(last, "lun-fail");
+    let row = until_state(&cluster, node, "paused");
+    assert_eq!(row["code"], "no_path", "{row}");
+    cluster.fault(last, "lun-heal");
+    cluster.fault(node, "lun-heal");
+    until_state(&cluster, node, "direct");
+    load.further(5);
+    cluster.start_node(through);
+    load.end(&cluster.mount(through));
+    is_clean(&cluster, through);
+}
+
+#[test]
 fn the_way_is_chosen_by_hand_and_shown() {
     if !device_present("/dev/fuse") {
         return;
