@@ -67,6 +67,8 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
 const PURE_FILES: &[&str] = &[
     "lockmgr/src/engine.rs",
     "lockmgr/src/resource.rs",
+    "lockmgr/src/range/mod.rs",
+    "lockmgr/src/range/held.rs",
     "lockmgr/src/detector.rs",
     "csvfs/src/extents.rs",
     "migrator/src/phase.rs",

@@ -12,6 +12,7 @@ pub mod heartbeat;
 mod ids;
 pub mod lease;
 mod mode;
+pub mod range;
 mod resource;
 pub mod timing;
 

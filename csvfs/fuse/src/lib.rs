@@ -18,6 +18,7 @@ mod buffers;
 mod data;
 mod directory;
 mod handles;
+mod interrupts;
 mod mount;
 mod ops;
 mod pool;

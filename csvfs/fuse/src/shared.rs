@@ -7,6 +7,7 @@ use csvfs::node::{Attr, File, FsError, Node, SetAttr};
 
 use crate::buffers::Buffers;
 use crate::handles::{Handles, OpenDirectory, OpenFile};
+use crate::interrupts::Interrupts;
 use crate::ops::appends;
 
 /// The node and what is open on the mount.
@@ -15,11 +16,19 @@ pub(crate) struct Shared {
     pub(crate) files: Handles<OpenFile>,
     pub(crate) directories: Handles<OpenDirectory>,
     pub(crate) buffers: Arc<Buffers>,
+    /// Calls that wait for locks.
+    pub(crate) interrupts: Interrupts,
 }
 
 impl Shared {
     pub(crate) fn new(node: Arc<Node>) -> Self {
-        Self { node, files: Handles::default(), directories: Handles::default(), buffers: Arc::default() }
+        Self {
+            node,
+            files: Handles::default(),
+            directories: Handles::default(),
+            buffers: Arc::default(),
+            interrupts: Interrupts::default(),
+        }
     }
 
     /// A handle for a file that was just opened with `flags`.
@@ -29,6 +38,7 @@ impl Shared {
             append: appends(flags),
             direct: flags & libc::O_DIRECT.cast_unsigned() != 0,
             may_be_cut: AtomicBool::new(false),
+            lockers: std::sync::Mutex::default(),
         })
     }
 

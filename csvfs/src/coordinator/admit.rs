@@ -165,6 +165,7 @@ impl Core {
     fn perform(&mut self, tables: &mut Tables<'_>, work: Work) -> Result<(), StoreError> {
         match work.request.op {
             Some(Op::Acquire(op)) => return self.acquire(tables, work, op),
+            Some(Op::Lock(op)) => return self.lock(tables, work, &op),
             Some(Op::Check(_)) => {
                 self.out.checks.push(work.done);
                 return Ok(());

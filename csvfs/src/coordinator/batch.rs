@@ -232,6 +232,7 @@ impl Core {
                 super::core::Ready::Parked(_) => {}
             }
         }
+        waiting.extend(self.drain_lock_waits());
         waiting.extend(std::mem::take(&mut self.later).into_iter().map(|work| work.done));
         waiting.extend(self.scarcity.take(|_| true).into_iter().map(|work| work.done));
         waiting.extend(self.grace.take().into_iter().flat_map(|g| g.queue).map(|work| work.done));

@@ -9,8 +9,10 @@ use std::sync::atomic::AtomicBool;
 
 use blockio::BlockDevice;
 use lockmgr::engine::{Action, Event, LockEngine};
+use lockmgr::range::RangeTable;
 use lockmgr::{ClientId, Epoch, Millis, Mode, NodeId, ResourceId, Term, VolumeId};
 
+use super::locks::LockWait;
 use super::mailbox::Asker;
 use super::pools::Pools;
 use super::scarcity::Scarcity;
@@ -49,6 +51,10 @@ pub(super) struct Core {
     pub(super) reclaimable: BTreeSet<u64>,
     /// What waits in the lock engine.
     pub(super) tickets: HashMap<u64, Ticket>,
+    /// Locks of programs.
+    pub(super) range_locks: RangeTable,
+    /// Requests that wait for one, by ticket.
+    pub(super) lock_waits: BTreeMap<u64, LockWait>,
     /// What waits for others' grants to be lowered.
     pub(super) parked: BTreeMap<u64, Parked>,
     /// What the lock engine has granted in this batch.

@@ -41,8 +41,12 @@ impl Core {
             Op::ListXattrs(op) => Self::list_xattrs(tables, op.ino),
             Op::SetXattr(op) => self.set_xattr(tables, op),
             Op::RemoveXattr(op) => self.remove_xattr(tables, op),
+            Op::Punch(op) => self.punch(tables, client, op),
+            Op::Unlock(op) => self.unlock(client, op),
+            Op::QueryLock(op) => self.query_lock(client, op),
+            Op::CancelLock(op) => self.cancel_lock(client, op.request_id),
             Op::Detach(_) => Ok(self.detach(tables, client)?),
-            Op::Attach(_) | Op::Acquire(_) | Op::Check(_) => {
+            Op::Attach(_) | Op::Acquire(_) | Op::Lock(_) | Op::Check(_) => {
                 Err(refused(FailureKind::Unsupported, "these requests take another way"))
             }
         }

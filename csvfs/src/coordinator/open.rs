@@ -11,6 +11,7 @@ use std::sync::Arc;
 use blockio::BlockDevice;
 use lockmgr::ClientId;
 use lockmgr::engine::LockEngine;
+use lockmgr::range::RangeTable;
 
 use super::batch::Server;
 use super::core::{Core, Grace, Outbox};
@@ -101,6 +102,8 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         orphans,
         reclaimable,
         tickets: HashMap::new(),
+        range_locks: RangeTable::default(),
+        lock_waits: BTreeMap::new(),
         parked: BTreeMap::new(),
         ready: VecDeque::new(),
         later: Vec::new(),

@@ -64,7 +64,8 @@ impl Core {
         }
         self.older_clients_gone(tables, client)?;
         self.drop_waiting_of(client);
-        if let Err(why) = self.take_claims(client, attach) {
+        let taken = self.take_claims(client, attach);
+        if let Err(why) = taken.and_then(|()| self.take_lock_claims(client, &attach.locks)) {
             tracing::error!(%client, why, "refusing the claims of a client");
             return self.refuse(work.done, errno(libc::ESTALE, why));
         }
@@ -85,7 +86,8 @@ impl Core {
             return Some(format!("node {} has a newer epoch than {}", client.node, client.epoch));
         }
         let known = self.sessions.contains_key(&client);
-        (!known && !attach.claims.is_empty()).then(|| {
+        let claims_nothing = attach.claims.is_empty() && attach.locks.is_empty();
+        (!known && !claims_nothing).then(|| {
             format!("client {client} was given up: its grants are not its own any more; it must start anew")
         })
     }
@@ -157,6 +159,7 @@ impl Core {
 
     /// Requests of an earlier attachment that still wait: the client sends them again.
     fn drop_waiting_of(&mut self, client: ClientId) {
+        self.drop_lock_waits(client);
         let why = || failure(FailureKind::NotAttached, "the client attached anew");
         let parked: Vec<u64> = self
             .parked
@@ -218,6 +221,7 @@ impl Core {
         tables.remove_client(client)?;
         self.drop_waiting_of(client);
         self.forget_opens(client);
+        self.forget_locks(client);
         self.sessions.remove(&client);
         self.lock_event(Event::HolderGone { holder: client });
         self.no_longer_missing(tables, client)

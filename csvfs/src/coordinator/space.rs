@@ -255,7 +255,7 @@ fn regular(tables: &Tables<'_>, ino: u64) -> Result<InodeRecord, OpError> {
 }
 
 /// The blocks that a range of bytes touches.
-fn block_range(offset: u64, len: u64) -> Result<Range<u64>, OpError> {
+pub(super) fn block_range(offset: u64, len: u64) -> Result<Range<u64>, OpError> {
     let end = offset.checked_add(len).filter(|end| *end <= FILE_BYTES_MAX);
     let end = end.ok_or_else(|| errno(libc::EFBIG, "a file cannot be as large"))?;
     Ok(offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES))

@@ -13,6 +13,7 @@ use super::FsError;
 use super::advance::Out;
 use super::grants::Seq;
 use super::inode::Inode;
+use super::locks::Locks;
 use super::log::Log;
 use super::rank::{self, Ranked};
 use super::refill::Space;
@@ -38,6 +39,7 @@ pub(super) struct Core {
     retired: Condvar,
     /// Rank 4.
     flusher: Mutex<Flusher>,
+    pub(super) locks: Locks,
     stopped: OnceLock<String>,
     /// Changes of names by this node: each may have changed link counts.
     names: AtomicU64,
@@ -89,6 +91,7 @@ impl Core {
             files: Mutex::default(),
             retired: Condvar::new(),
             flusher: Mutex::default(),
+            locks: Locks::default(),
             stopped: OnceLock::new(),
             names: AtomicU64::new(1),
             recalls: AtomicU64::new(0),
@@ -282,7 +285,7 @@ impl Core {
 
 impl Holder for Core {
     fn holdings(&self) -> Holdings {
-        let mut holdings = Holdings::default();
+        let mut holdings = Holdings { locks: self.locks.claims(), ..Holdings::default() };
         for inode in self.all_files() {
             let (claim, open) = inode.holding();
             holdings.claims.extend(claim);

@@ -147,6 +147,22 @@ impl File {
         self.pin.inode.allocate_range(offset, len, keep_size)
     }
 
+    /// Frees the space of a range, which reads zeros then; the size stays.
+    ///
+    /// # Errors
+    /// When the coordinator refuses, or the LUN fails.
+    pub fn punch(&self, offset: u64, len: u64) -> Result<(), FsError> {
+        self.pin.inode.punch(offset, len)
+    }
+
+    /// Makes a range read zeros, with space allocated for it.
+    ///
+    /// # Errors
+    /// When there is no space, or the LUN fails.
+    pub fn zero_range(&self, offset: u64, len: u64, keep_size: bool) -> Result<(), FsError> {
+        self.pin.inode.zero_range(offset, len, keep_size)
+    }
+
     /// The next hole or data at or after an offset; `ENXIO` when there is none before the end.
     ///
     /// # Errors

@@ -89,7 +89,7 @@ impl Inode {
         }
     }
 
-    fn ask_attr(&self, op: Op) -> Result<Attr, FsError> {
+    pub(super) fn ask_attr(&self, op: Op) -> Result<Attr, FsError> {
         match self.core.session.call_blocking(op)? {
             pb::reply::Result::Attr(attr) => Attr::checked(&attr),
             other => Err(names::unexpected("a request for attributes", &other)),
@@ -158,7 +158,7 @@ impl Inode {
     }
 
     /// Brings all that only this node, or its log, knows of the file to the coordinator. Alone with the file.
-    fn settle(self: &Arc<Self>) -> Result<(), FsError> {
+    pub(super) fn settle(self: &Arc<Self>) -> Result<(), FsError> {
         let mut state = self.lock();
         state.give_up_ahead(&self.core);
         let unsaved = state.pending.size || !state.pending.written.is_empty();
@@ -170,7 +170,7 @@ impl Inode {
     }
 
     /// Waits until the coordinator has what the log says of the file.
-    fn merge_blocking(self: &Arc<Self>) -> Result<(), FsError> {
+    pub(super) fn merge_blocking(self: &Arc<Self>) -> Result<(), FsError> {
         let logged = self.lock().logged;
         if self.core.log.is_merged(logged) {
             return Ok(());

@@ -215,6 +215,15 @@ impl ExtentMap {
         taken.into_iter().map(|(_, len, lun)| (lun, len)).collect()
     }
 
+    /// Makes `range` a hole, known as one where it was known.
+    pub(super) fn punch(&mut self, range: Range<u64>) {
+        let placed = |part: &Part| matches!(part.place, Place::Data(_) | Place::Fresh(_));
+        let gone: Vec<Part> = self.parts(range).filter(placed).collect();
+        for part in gone {
+            self.carve(part.start, part.len);
+        }
+    }
+
     /// Where on the LUN the run ends that ends at `at`: what is placed there continues it.
     pub(super) fn goal(&self, at: u64) -> Option<u64> {
         let (start, run) = self.runs.range(..at).next_back()?;

@@ -5,6 +5,7 @@
 //! | 1 | table of files |
 //! | 2 | one file |
 //! | 3 | pool |
+//! | 3 | locks of programs |
 //! | 4 | flusher |
 //! | 5 | session |
 //! | 6 | intent log |
@@ -20,6 +21,8 @@ pub(super) const FILES: u8 = 1;
 pub(super) const FILE: u8 = 2;
 /// Pool.
 pub(super) const POOL: u8 = 3;
+/// Locks of programs.
+pub(super) const LOCKS: u8 = 3;
 /// Flusher.
 pub(super) const FLUSHER: u8 = 4;
 /// Session.

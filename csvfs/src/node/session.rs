@@ -48,6 +48,7 @@ type FirstDone = Box<dyn FnOnce(Result<pb::Attached, FsError>) + Send>;
 pub(super) struct Holdings {
     pub(super) claims: Vec<pb::Claim>,
     pub(super) opens: Vec<pb::OpenClaim>,
+    pub(super) locks: Vec<pb::RangeLock>,
 }
 
 /// Who uses the session: says what is held, and hears of the end.
@@ -250,6 +251,11 @@ impl Session {
         self.lock().attempt == answered.attempt
     }
 
+    /// Who this is.
+    pub(super) fn client(&self) -> pb::ClientId {
+        self.client
+    }
+
     pub(super) fn term(&self) -> u64 {
         self.lock().term
     }
@@ -383,12 +389,12 @@ impl Session {
         state.next_id += 1;
         drop(state);
         let Some(holder) = self.holder() else { return };
-        let Holdings { claims, opens } = holder.holdings();
+        let Holdings { claims, opens, locks } = holder.holdings();
         let state = self.lock();
         let below = state.kept.keys().next().copied().unwrap_or(id).min(id);
         let term = state.term;
         drop(state);
-        let op = Op::Attach(pb::Attach { claims, opens, name: self.name.clone() });
+        let op = Op::Attach(pb::Attach { claims, opens, locks, name: self.name.clone() });
         let session = self.clone();
         self.requests_sent.fetch_add(1, Ordering::Relaxed);
         let request = self.request(term, id, below, Some(op));

@@ -74,6 +74,8 @@ impl Node {
             // What is cached here must know of the change: mode, time and number.
             Some(pin) => {
                 let _hold = pin.inode.hold(Mode::Exclusive, false)?;
+                // A record that is merged later must not undo the time of change.
+                pin.inode.merge_blocking()?;
                 let asked_at = self.core.names_now();
                 let fresh: Attr = self.ask_attr(op)?;
                 pin.inode.lock().merge_attr(fresh, asked_at);

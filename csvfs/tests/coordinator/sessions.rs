@@ -12,7 +12,7 @@ fn claim(ino: u64, mode: GrantMode) -> pb::Claim {
 }
 
 fn attach_with(claims: Vec<pb::Claim>, opens: Vec<pb::OpenClaim>) -> pb::Attach {
-    pb::Attach { claims, opens, name: "again".into() }
+    pb::Attach { claims, opens, locks: Vec::new(), name: "again".into() }
 }
 
 #[test]

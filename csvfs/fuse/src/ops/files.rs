@@ -7,11 +7,8 @@ use csvfs::node::{Attr, File, FsError, SeekFrom};
 use super::{Ops, creation};
 use crate::attr::{errno, to_kernel};
 use crate::data::{self, BAD_HANDLE};
-use crate::pool::Lane;
 use crate::shared::Shared;
-use crate::wire::abi::{
-    CreateIn, FallocateIn, FlushIn, FsyncIn, LseekIn, OpenIn, ReadIn, ReleaseIn, WriteIn, fopen,
-};
+use crate::wire::abi::{CreateIn, FallocateIn, FsyncIn, LseekIn, OpenIn, ReadIn, WriteIn, fopen};
 use crate::wire::reply::Reply;
 use crate::wire::request::Header;
 
@@ -60,11 +57,6 @@ impl Ops {
         }
     }
 
-    /// Nothing is buffered that closing could lose.
-    pub(super) fn flush(&self, _header: Header, _args: FlushIn, reply: Reply) {
-        reply.ok();
-    }
-
     pub(super) fn fsync(&self, args: FsyncIn, reply: Reply) {
         match self.shared.files.get(args.fh) {
             Some(file) => data::fsync(&file, args.flags, reply),
@@ -72,23 +64,20 @@ impl Ops {
         }
     }
 
-    /// The node's last handle gives grants back, which may wait for the coordinator.
-    pub(super) fn release(&self, _header: Header, args: ReleaseIn, reply: Reply) {
-        let closed = self.shared.files.remove(args.fh);
-        self.pool.run(Lane::Closing, move || {
-            drop(closed);
-            reply.ok();
-        });
-    }
-
     pub(super) fn fallocate(&self, args: FallocateIn, reply: Reply) {
         const KEEP_SIZE: u32 = libc::FALLOC_FL_KEEP_SIZE.cast_unsigned();
-        if args.mode & !KEEP_SIZE != 0 {
-            return reply.error(libc::EOPNOTSUPP);
-        }
+        const PUNCH: u32 = libc::FALLOC_FL_PUNCH_HOLE.cast_unsigned() | KEEP_SIZE;
+        const ZERO: u32 = libc::FALLOC_FL_ZERO_RANGE.cast_unsigned();
         let Some(open) = self.shared.files.get(args.fh) else { return reply.error(BAD_HANDLE) };
-        let keep_size = args.mode & KEEP_SIZE != 0;
-        self.done(reply, move |_| open.file.allocate(args.offset, args.length, keep_size));
+        let FallocateIn { offset, length, mode, .. } = args;
+        let keep_size = mode & KEEP_SIZE != 0;
+        match mode & !KEEP_SIZE {
+            0 => self.done(reply, move |_| open.file.allocate(offset, length, keep_size)),
+            ZERO => self.done(reply, move |_| open.file.zero_range(offset, length, keep_size)),
+            _ if mode == PUNCH => self.done(reply, move |_| open.file.punch(offset, length)),
+            // Moving the rest of a file by a range.
+            _ => reply.error(libc::EOPNOTSUPP),
+        }
     }
 
     pub(super) fn lseek(&self, args: LseekIn, reply: Reply) {

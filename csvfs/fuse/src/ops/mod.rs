@@ -10,6 +10,7 @@
 mod attributes;
 mod directories;
 mod files;
+mod locks;
 mod names;
 mod xattrs;
 
@@ -76,11 +77,15 @@ impl Filesystem for Ops {
             Op::Fallocate(args) => self.fallocate(args, reply),
             Op::Lseek(args) => self.lseek(args, reply),
             Op::SyncFs => self.syncfs(reply),
+            Op::GetLock(args) => self.getlk(header, &args, reply),
+            Op::SetLock { args, wait } => self.setlk(header, &args, wait, reply),
             op => self.about_names(header, op, reply),
         }
     }
 
-    fn interrupt(&self, _unique: u64) {}
+    fn interrupt(&self, unique: u64) {
+        self.interrupted(unique);
+    }
 
     fn end(&self) {
         // Answers what still runs, then closes what programs left open.

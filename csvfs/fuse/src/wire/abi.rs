@@ -42,6 +42,9 @@ pub(crate) mod opcode {
     pub(crate) const READDIR: u32 = 28;
     pub(crate) const RELEASEDIR: u32 = 29;
     pub(crate) const FSYNCDIR: u32 = 30;
+    pub(crate) const GETLK: u32 = 31;
+    pub(crate) const SETLK: u32 = 32;
+    pub(crate) const SETLKW: u32 = 33;
     pub(crate) const CREATE: u32 = 35;
     pub(crate) const INTERRUPT: u32 = 36;
     pub(crate) const DESTROY: u32 = 38;
@@ -59,9 +62,11 @@ pub(crate) mod opcode {
 /// Flags of the handshake.
 pub(crate) mod init {
     pub(crate) const ASYNC_READ: u64 = 1;
+    pub(crate) const POSIX_LOCKS: u64 = 1 << 1;
     pub(crate) const BIG_WRITES: u64 = 1 << 5;
     /// The umask comes with the request instead of being applied: a default ACL takes its place.
     pub(crate) const DONT_MASK: u64 = 1 << 6;
+    pub(crate) const FLOCK_LOCKS: u64 = 1 << 10;
     pub(crate) const DO_READDIRPLUS: u64 = 1 << 13;
     pub(crate) const READDIRPLUS_AUTO: u64 = 1 << 14;
     pub(crate) const ASYNC_DIO: u64 = 1 << 15;
@@ -96,6 +101,10 @@ pub(crate) mod fopen {
 
 /// The writer may not keep set-id bits.
 pub(crate) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
+/// The lock is one of `flock`.
+pub(crate) const LK_FLOCK: u32 = 1;
+/// The last descriptor of an open file that had a `flock` is closed.
+pub(crate) const RELEASE_FLOCK_UNLOCK: u32 = 1 << 1;
 /// `fdatasync`.
 pub(crate) const FSYNC_FDATASYNC: u32 = 1;
 /// The setter of an ACL may not keep the set-group-id bit.
@@ -159,6 +168,11 @@ wire!(WriteOut, 8 { size: u32, _pad: u32 });
 wire!(FsyncIn, 16 { fh: u64, flags: u32, _pad: u32 });
 wire!(SetxattrIn, 16 { size: u32, flags: u32, setxattr_flags: u32, _pad: u32 });
 wire!(GetxattrIn, 8 { size: u32, _pad: u32 });
+wire!(
+    /// A range: both ends belong to it.
+    FileLock, 24 { start: u64, end: u64, kind: u32, pid: u32 }
+);
+wire!(LkIn, 48 { fh: u64, owner: u64, lock: FileLock, flags: u32, _pad: u32 });
 wire!(InterruptIn, 8 { unique: u64 });
 wire!(FallocateIn, 32 { fh: u64, offset: u64, length: u64, mode: u32, _pad: u32 });
 wire!(LseekIn, 24 { fh: u64, offset: u64, whence: u32, _pad: u32 });

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use zerocopy::{Immutable, IntoBytes};
 
-use super::abi::{Attr, AttrOut, EntryOut, Kstatfs, LseekOut, OpenOut, OutHeader, StatxOut, WriteOut};
+use super::abi::{
+    Attr, AttrOut, EntryOut, FileLock, Kstatfs, LseekOut, OpenOut, OutHeader, StatxOut, WriteOut,
+};
 use super::channel::Channel;
 use super::request::Header;
 
@@ -23,6 +25,11 @@ pub(crate) struct Reply {
 impl Reply {
     pub(super) fn new(channel: &Arc<Channel>, header: &Header) -> Self {
         Self { channel: Arc::clone(channel), unique: header.unique, answered: false }
+    }
+
+    /// Names the request.
+    pub(crate) fn unique(&self) -> u64 {
+        self.unique
     }
 
     /// The request wants no answer.
@@ -101,6 +108,11 @@ impl Reply {
 
     pub(crate) fn statfs(self, statfs: &Kstatfs) {
         self.plain(statfs);
+    }
+
+    /// A lock that stands in the way, or one of the kind `F_UNLCK`.
+    pub(crate) fn lock(self, lock: &FileLock) {
+        self.plain(lock);
     }
 
     /// Where a seek ends.

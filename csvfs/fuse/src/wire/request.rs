@@ -9,9 +9,9 @@
 use zerocopy::FromBytes;
 
 use super::abi::{
-    CreateIn, FallocateIn, FlushIn, FsyncIn, GetxattrIn, InHeader, InitIn, InterruptIn, LinkIn, LseekIn,
-    MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn, SetxattrIn, StatxIn,
-    WriteIn, opcode,
+    CreateIn, FallocateIn, FlushIn, FsyncIn, GetxattrIn, InHeader, InitIn, InterruptIn, LinkIn, LkIn,
+    LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn, SetxattrIn,
+    StatxIn, WriteIn, opcode,
 };
 
 /// Who asks, about which inode.
@@ -103,6 +103,11 @@ pub(crate) enum Op<'a> {
     RemoveXattr {
         name: &'a [u8],
     },
+    GetLock(LkIn),
+    SetLock {
+        args: LkIn,
+        wait: bool,
+    },
     /// Of another request, which is named.
     Interrupt {
         unique: u64,
@@ -156,6 +161,9 @@ fn arguments(code: u32, mut args: Args<'_>) -> Option<Op<'_>> {
         opcode::STATFS => Op::StatFs,
         opcode::SYNCFS => Op::SyncFs,
         opcode::IOCTL => Op::Ioctl,
+        opcode::GETLK => Op::GetLock(args.take()?),
+        opcode::SETLK => Op::SetLock { args: args.take()?, wait: false },
+        opcode::SETLKW => Op::SetLock { args: args.take()?, wait: true },
         _ => return names(code, args),
     })
 }

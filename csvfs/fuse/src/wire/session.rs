@@ -33,6 +33,8 @@ const WANTED: u64 = init::ASYNC_READ
     | init::PARALLEL_DIROPS
     | init::DO_READDIRPLUS
     | init::READDIRPLUS_AUTO
+    | init::POSIX_LOCKS
+    | init::FLOCK_LOCKS
     | init::POSIX_ACL
     | init::DONT_MASK
     | init::SETXATTR_EXT

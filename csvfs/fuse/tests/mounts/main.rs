@@ -1,5 +1,6 @@
 //! Volumes mounted through the kernel, one or several times in one process.
 
 mod attributes;
+mod locks;
 mod posix;
 mod world;

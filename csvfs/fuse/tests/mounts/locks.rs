@@ -1,0 +1,129 @@
+//! Locks of programs on two mounts: they exclude each other as on one machine.
+
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command};
+use std::thread;
+
+use crate::world::{World, can_mount};
+use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::io::Errno;
+
+/// A program that takes a `flock` and then ends at once.
+fn locker(path: &std::path::Path) -> Child {
+    Command::new("flock").arg(path).arg("true").spawn().expect("flock of util-linux runs")
+}
+
+/// Returns when the program is inside of flock(2).
+fn until_blocked(program: &Child) {
+    let call = format!("/proc/{}/syscall", program.id());
+    let number = format!("{} ", libc::SYS_flock);
+    while !std::fs::read_to_string(&call).is_ok_and(|call| call.starts_with(&number)) {
+        thread::yield_now();
+    }
+}
+
+#[test]
+fn a_flock_on_one_mount_keeps_the_other_out_until_it_is_closed() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    let one = File::create(a.join("f")).expect("create");
+    let two = File::open(b.join("f")).expect("open");
+    one.lock_shared().expect("lock");
+    two.lock_shared().expect("readers share");
+    assert!(one.try_lock().is_err(), "and keep writers out");
+    // As flock(2) says, the try has cost `one` its old lock: `two` has the file for itself now.
+    two.try_lock().expect("more");
+    let waiting = thread::spawn(move || {
+        one.lock().expect("granted when the other closes");
+        one
+    });
+    drop(two);
+    drop(waiting.join().expect("no panic"));
+    File::open(b.join("f")).expect("open").try_lock().expect("free again");
+    world.end();
+}
+
+#[test]
+fn a_posix_lock_goes_with_any_close_of_its_process() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    let open = |root: &std::path::Path| {
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(root.join("f"))
+            .expect("open")
+    };
+    let (one, again, two) = (open(&a), open(&a), open(&b));
+    fcntl_lock(&one, FlockOperation::NonBlockingLockExclusive).expect("lock");
+    fcntl_lock(&again, FlockOperation::NonBlockingLockExclusive).expect("the same process has it already");
+    let busy = fcntl_lock(&two, FlockOperation::NonBlockingLockShared);
+    assert_eq!(busy, Err(Errno::AGAIN), "another mount stands for another process");
+    drop(again);
+    fcntl_lock(&two, FlockOperation::NonBlockingLockExclusive).expect("free");
+    fcntl_lock(&two, FlockOperation::Unlock).expect("unlock");
+    drop((one, two));
+    world.end();
+}
+
+#[test]
+fn a_program_that_waits_for_a_lock_can_be_killed() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    let held = File::create(a.join("f")).expect("create");
+    held.lock().expect("lock");
+    for _ in 0..5 {
+        let mut waits = locker(&b.join("f"));
+        until_blocked(&waits);
+        waits.kill().expect("kill");
+        let status = waits.wait().expect("it ends while the lock is held");
+        assert_eq!(status.signal(), Some(libc::SIGKILL));
+    }
+    let mut waits = locker(&b.join("f"));
+    drop(held);
+    assert!(waits.wait().expect("it ends").success(), "nobody who was killed has the lock");
+    world.end();
+}
+
+// Each of three lanes adds under the lock what it has read: a lost lock is a lost addition.
+#[test]
+fn a_lock_that_is_handed_over_shows_what_the_last_holder_wrote() {
+    if !can_mount() {
+        return;
+    }
+    const ROUNDS: u64 = 300;
+    let mut world = World::new();
+    let mounts = [world.mount(), world.mount(), world.mount()];
+    std::fs::write(mounts[0].join("sum"), 0_u64.to_le_bytes()).expect("write");
+    thread::scope(|scope| {
+        for mount in &mounts {
+            scope.spawn(move || {
+                use std::os::unix::fs::FileExt;
+                let file = File::options().read(true).write(true).open(mount.join("sum")).expect("open");
+                for _ in 0..ROUNDS {
+                    file.lock().expect("lock");
+                    let mut sum = [0; 8];
+                    file.read_exact_at(&mut sum, 0).expect("read");
+                    let next = u64::from_le_bytes(sum) + 1;
+                    file.write_all_at(&next.to_le_bytes(), 0).expect("write");
+                    file.unlock().expect("unlock");
+                }
+            });
+        }
+    });
+    let sum = std::fs::read(mounts[1].join("sum")).expect("read");
+    assert_eq!(sum, (3 * ROUNDS).to_le_bytes());
+    world.end();
+}
