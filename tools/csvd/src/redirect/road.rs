@@ -216,7 +216,7 @@ impl Ways for Road {
             ),
             Route::Direct => {}
             Route::Closed => {
-                tracing::warn!(volume = self.name, reason = status.reason, "I/O on the LUN waits")
+                tracing::warn!(volume = self.name, reason = status.reason, "I/O on the LUN waits");
             }
         }
         self.core.pulse.beat();

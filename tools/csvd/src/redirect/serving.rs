@@ -169,7 +169,7 @@ pub(crate) async fn cut_off_the_dead(core: &Arc<Core>) {
             match tokio::time::timeout(ANSWER_WITHIN, asked).await {
                 Ok(Ok(_)) => break,
                 Ok(Err(error)) => {
-                    tracing::debug!(%node, %error, "not heard yet that the sessions of the dead have ended")
+                    tracing::debug!(%node, %error, "not heard yet that the sessions of the dead have ended");
                 }
                 Err(_) => {}
             }
