@@ -2,7 +2,7 @@
 
 use blockio::ImageFile;
 
-use super::{Outcome, id_at, raw, sealed, small, u32_at, u64_at};
+use super::{MIB, Outcome, id_at, raw, sealed, small, u32_at, u64_at};
 
 const SECTOR: u64 = 4096;
 
@@ -125,7 +125,9 @@ fn run(entries: &[Option<Entry>], start: usize) -> Vec<&Entry> {
 fn entry(ring: &[u8], id: &[u8; 16], at: u64) -> Option<Entry> {
     let head = &ring[small(at)..][..64];
     let (len, tail) = (u64::from(u32_at(head, 8)), u64::from(u32_at(head, 12)));
+    let file_sizes = [u64_at(head, 48), u64_at(head, 56)];
     let plausible = head.starts_with(b"loge")
+        && file_sizes.iter().all(|size| size.is_multiple_of(MIB))
         && id_at(head, 32) == *id
         && u64_at(head, 16) > 0
         && len >= SECTOR

@@ -1,0 +1,96 @@
+//! Images that somebody shaped to do harm: nothing panics, nothing grows beyond what the file's size justifies, reading
+//! never writes, and whatever is accepted is sound and read by the second reader alike.
+//!
+//! ```text
+//! seed -> a good image -> a few damages, checksums made right again -> open for reading, check, open for writing, use
+//! ```
+//! Runs of fixed seeds and one fresh seed, which a failure names. `VHDX_HOSTILE_CASES` multiplies the number of cases,
+//! `VHDX_HOSTILE_SEED` repeats one seed alone. Everything runs in a process of its own whose address space is bounded, so
+//! that memory taken on the word of a header ends the test.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod damage;
+#[path = "../slow/mod.rs"]
+mod slow;
+mod trial;
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::process::Command;
+
+use damage::{Base, Kind};
+
+/// Set in the bounded process.
+const CHILD: &str = "VHDX_HOSTILE_CHILD";
+/// KiB of address space: threads, the test program, and no more than a few images.
+const ADDRESS_SPACE_KIB: u64 = 1 << 20;
+const CASES: u64 = 1500;
+
+fn variable(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|text| text.parse().ok())
+}
+
+/// Runs the calling test again in a process with bounded memory, or the cases if this is that process.
+fn bounded(test: &str, kind: Kind) {
+    if std::env::var_os(CHILD).is_some() {
+        return run_cases(kind);
+    }
+    let program = std::env::current_exe().expect("the test program has a path");
+    let limited = format!("ulimit -v {ADDRESS_SPACE_KIB} && exec \"$0\" --exact {test} --nocapture");
+    let output = Command::new("sh")
+        .args(["-c", &limited])
+        .arg(program)
+        .env(CHILD, "1")
+        .env("MALLOC_ARENA_MAX", "2")
+        .output();
+    let output = output.expect("sh starts");
+    let text =
+        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+}
+
+fn run_cases(kind: Kind) {
+    let bases = Base::all();
+    let fresh = RandomState::new().build_hasher().finish();
+    let seeds = variable("VHDX_HOSTILE_SEED").map_or_else(|| vec![1, fresh], |seed| vec![seed]);
+    let cases = CASES * variable("VHDX_HOSTILE_CASES").unwrap_or(1);
+    let mut accepted = 0;
+    for seed in seeds {
+        for case in 0..cases {
+            let why = format!("{kind:?}, VHDX_HOSTILE_SEED={seed}, case {case}");
+            let damaged = damage::damaged(&bases, kind, seed, case);
+            accepted += u64::from(trial::try_image(&damaged, &why));
+        }
+    }
+    assert!(accepted > 0, "some damage is harmless; were these images good before?");
+}
+
+#[test]
+fn damaged_headers_do_no_harm() {
+    bounded("damaged_headers_do_no_harm", Kind::Headers);
+}
+
+#[test]
+fn damaged_region_tables_do_no_harm() {
+    bounded("damaged_region_tables_do_no_harm", Kind::Regions);
+}
+
+#[test]
+fn damaged_metadata_does_no_harm() {
+    bounded("damaged_metadata_does_no_harm", Kind::Metadata);
+}
+
+#[test]
+fn damaged_block_tables_do_no_harm() {
+    bounded("damaged_block_tables_do_no_harm", Kind::Bat);
+}
+
+#[test]
+fn damaged_logs_do_no_harm() {
+    bounded("damaged_logs_do_no_harm", Kind::Log);
+}
+
+#[test]
+fn damage_anywhere_does_no_harm() {
+    bounded("damage_anywhere_does_no_harm", Kind::Anything);
+}
