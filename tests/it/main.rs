@@ -11,6 +11,7 @@ mod nbd;
 mod nodes;
 mod redirect;
 mod refusals;
+mod vhdx;
 mod vm;
 
 use std::path::Path;

@@ -9,7 +9,9 @@ mod file;
 mod in_use;
 mod info;
 mod map;
+mod merge;
 mod resize;
+mod snapshot;
 
 use std::path::{Path, PathBuf};
 
@@ -33,6 +35,10 @@ pub(crate) enum VhdxCommand {
     Resize(resize::Resize),
     /// Give back the space of zero blocks and gaps
     Compact(compact::Compact),
+    /// Take a child up into its parent
+    Merge(merge::Merge),
+    /// Keep an image as it is and go on in a new child
+    Snapshot(snapshot::Snapshot),
     /// Show which ranges hold data, or what changed since a parent
     Map(map::Map),
 }
@@ -62,6 +68,8 @@ impl VhdxCommand {
             Self::Convert(command) => command.run(context).await,
             Self::Resize(command) => command.run(context).await,
             Self::Compact(command) => command.run(context).await,
+            Self::Merge(command) => command.run(context).await,
+            Self::Snapshot(command) => command.run(context).await,
             Self::Map(command) => command.run(context).await,
         }
     }

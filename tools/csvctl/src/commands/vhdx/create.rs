@@ -50,6 +50,21 @@ struct Created {
 }
 
 impl Create {
+    /// The command that makes `child` a child of `parent`.
+    pub(super) fn child_of(parent: PathBuf, child: PathBuf, roots: Roots) -> Self {
+        let sector = 512;
+        Self {
+            path: child,
+            size: None,
+            parent: Some(parent),
+            fixed: false,
+            block: None,
+            sector,
+            force: false,
+            roots,
+        }
+    }
+
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         let _replaced = match self.path.exists() {
             true if self.force => Some(in_use::claim(&self.path, Use::Change, context).await?),

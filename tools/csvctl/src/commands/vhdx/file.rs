@@ -46,10 +46,16 @@ pub(super) fn open_image(path: &Path, roots: &Roots) -> Result<Image, VhdxError>
 
 /// An image whose parents are looked for in its own folder and below `roots`.
 pub(super) fn with_parents(file: Arc<dyn ImageFile>, path: &Path, roots: &Roots) -> Builder {
+    let (resolver, path) = place_of(path, roots);
+    Builder::open(file).parents(resolver, &path)
+}
+
+/// Where an image lies, and where its parents may.
+pub(super) fn place_of(path: &Path, roots: &Roots) -> (ParentResolver, String) {
     let all = roots.with(path).roots;
     let allowed = all.iter().filter_map(|root| std::fs::canonicalize(root).ok());
     let resolver = allowed.fold(resolver(), |resolver, root| resolver.root(&root.to_string_lossy()));
-    Builder::open(file).parents(resolver, &absolute(path).to_string_lossy())
+    (resolver, absolute(path).to_string_lossy().into_owned())
 }
 
 /// What a child at `child` says about where its parent is.
