@@ -11,6 +11,7 @@
 pub mod boot;
 mod console;
 mod devices;
+mod dirty;
 mod kvm;
 mod memory;
 pub mod snapshot;
@@ -23,6 +24,7 @@ pub use boot::{BootError, BootSource, Firmware};
 pub use console::{Console, ConsoleText};
 pub use devices::virtio::block::DiskStats;
 pub use devices::virtio::queue::DrainTimeout;
+pub use dirty::CHUNK_ALIGNMENT_PAGES;
 pub use kvm::{HostCaps, KvmError};
 pub use memory::{GuestRam, MemoryError, PAGE_BYTES};
 pub use vm::{DiskConfig, GuestEnd, RunState, Vm, VmConfig, VmError};

@@ -17,7 +17,7 @@ use rustix::fs::{MemfdFlags, SeekFrom};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, BitmapSlice};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionCollection, VolatileSlice,
+    GuestRegionCollection, MmapRegion, VolatileSlice,
 };
 
 /// The mapping that virtqueues and boot code work on.
@@ -76,6 +76,7 @@ pub struct RamRegion {
 #[derive(Clone, Debug)]
 pub struct GuestRam {
     map: Arc<RamMap>,
+    file: Arc<File>,
     bytes: u64,
 }
 
@@ -107,21 +108,37 @@ impl GuestRam {
     /// # Errors
     /// [`MemoryError::Size`], or what the system said.
     pub fn new(bytes: u64) -> Result<Self, MemoryError> {
-        if !(BYTES_MIN..=BYTES_MAX).contains(&bytes) || !bytes.is_multiple_of(PAGE_BYTES) {
+        check_size(bytes)?;
+        let failed = |error: rustix::io::Errno| MemoryError::Map { bytes, cause: error.to_string() };
+        let memfd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(failed)?;
+        rustix::fs::ftruncate(&memfd, bytes).map_err(failed)?;
+        Self::of_file(File::from(memfd), bytes)
+    }
+
+    /// RAM of a VM of another process, by that process's memfd. What is written here is what its guest sees.
+    ///
+    /// # Errors
+    /// [`MemoryError::Size`] also when the file has another size, or what the system said.
+    pub fn of_file(file: File, bytes: u64) -> Result<Self, MemoryError> {
+        check_size(bytes)?;
+        let failed = |cause: String| MemoryError::Map { bytes, cause };
+        if file.metadata().map_err(|error| failed(error.to_string()))?.len() != bytes {
             return Err(MemoryError::Size { bytes });
         }
-        let failed = |cause: String| MemoryError::Map { bytes, cause };
-        let memfd =
-            rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(|e| failed(e.to_string()))?;
-        rustix::fs::ftruncate(&memfd, bytes).map_err(|e| failed(e.to_string()))?;
-        let file = Arc::new(File::from(memfd));
+        let file = Arc::new(file);
         let mut ranges = Vec::new();
         for (start, len, offset) in layout(bytes) {
             let len = usize::try_from(len).map_err(|e| failed(e.to_string()))?;
             ranges.push((GuestAddress(start), len, Some(FileOffset::from_arc(Arc::clone(&file), offset))));
         }
         let map = RamMap::from_ranges_with_files(ranges).map_err(|e| failed(e.to_string()))?;
-        Ok(Self { map: Arc::new(map), bytes })
+        Ok(Self { map: Arc::new(map), file, bytes })
+    }
+
+    /// The memfd that holds it, to be shared with a process that copies it.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
     }
 
     /// Size in bytes.
@@ -164,9 +181,31 @@ impl GuestRam {
     pub fn linear_buf(&self, offset: u64, bytes: u64) -> Result<IoBuf, MemoryError> {
         let outside = MemoryError::Outside { address: offset, len: bytes };
         let Ok(len) = usize::try_from(bytes) else { return Err(outside) };
-        let address =
-            if offset < HOLE_START { Some(offset) } else { offset.checked_add(HOLE_END - HOLE_START) };
-        self.io_buf(address.ok_or(outside)?, len)
+        self.io_buf(address_of(offset).ok_or(outside)?, len)
+    }
+
+    /// Copies bytes out of guest RAM, at an offset that counts RAM only.
+    ///
+    /// # Errors
+    /// [`MemoryError::Outside`], also for a piece on both sides of the hole.
+    pub fn read_linear(&self, offset: u64, into: &mut [u8]) -> Result<(), MemoryError> {
+        let outside = MemoryError::Outside { address: offset, len: into.len() as u64 };
+        self.read(address_of(offset).ok_or(outside)?, into)
+    }
+
+    /// Copies bytes into guest RAM, at an offset that counts RAM only.
+    ///
+    /// # Errors
+    /// [`MemoryError::Outside`], also for a piece on both sides of the hole.
+    pub fn write_linear(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+        let outside = MemoryError::Outside { address: offset, len: bytes.len() as u64 };
+        self.write(address_of(offset).ok_or(outside)?, bytes)
+    }
+
+    /// The pages that devices have written since the last call, a bit each, for each piece of RAM.
+    pub(crate) fn take_device_writes(&self) -> Vec<Vec<u64>> {
+        let regions: &GuestRegionCollection<_> = &self.map;
+        regions.iter().map(|region| MmapRegion::bitmap(region).get_and_reset()).collect()
     }
 
     /// Start and end, counting RAM only, of the ranges that may hold something else than zeros: pages that were ever
@@ -177,19 +216,15 @@ impl GuestRam {
     pub fn touched_ranges(&self) -> Result<Vec<(u64, u64)>, MemoryError> {
         let failed =
             |error: rustix::io::Errno| MemoryError::Map { bytes: self.bytes, cause: error.to_string() };
-        let regions: &GuestRegionCollection<_> = &self.map;
-        let Some(file) = regions.iter().next().and_then(GuestMemoryRegion::file_offset) else {
-            return Ok(vec![(0, self.bytes)]);
-        };
         let mut ranges = Vec::new();
         let mut at = 0;
         while at < self.bytes {
-            let start = match rustix::fs::seek(file.file(), SeekFrom::Data(at)) {
+            let start = match rustix::fs::seek(&*self.file, SeekFrom::Data(at)) {
                 Ok(start) => start,
                 Err(rustix::io::Errno::NXIO) => break,
                 Err(error) => return Err(failed(error)),
             };
-            let end = rustix::fs::seek(file.file(), SeekFrom::Hole(start)).map_err(failed)?.min(self.bytes);
+            let end = rustix::fs::seek(&*self.file, SeekFrom::Hole(start)).map_err(failed)?.min(self.bytes);
             ranges.push((start, end));
             at = end;
         }
@@ -230,6 +265,18 @@ impl GuestRam {
             .get_slice(GuestAddress(address), len)
             .map_err(|_| MemoryError::Outside { address, len: len as u64 })
     }
+}
+
+fn check_size(bytes: u64) -> Result<(), MemoryError> {
+    if (BYTES_MIN..=BYTES_MAX).contains(&bytes) && bytes.is_multiple_of(PAGE_BYTES) {
+        return Ok(());
+    }
+    Err(MemoryError::Size { bytes })
+}
+
+/// Address of an offset that counts RAM only.
+fn address_of(offset: u64) -> Option<u64> {
+    if offset < HOLE_START { Some(offset) } else { offset.checked_add(HOLE_END - HOLE_START) }
 }
 
 /// Address, length and offset in the file of each piece.

@@ -24,6 +24,7 @@ use crate::devices::virtio::block::{Disk, DiskStats, shape_of};
 use crate::devices::virtio::mmio::{NOTIFY, Transport};
 use crate::devices::virtio::queue::DrainTimeout;
 use crate::devices::virtio::request::Shape;
+use crate::dirty::WrittenPages;
 use crate::kvm::{HostCaps, KvmError, Machine, Tried};
 use crate::memory::{GuestRam, MemoryError};
 use crate::state::{self, STATE_VERSION, SavedMachine, StateError};
@@ -123,6 +124,17 @@ pub enum VmError {
         /// Its state.
         found: RunState,
     },
+    /// Nobody has asked for the pages that are written.
+    #[error("written pages are not tracked: begin the move anew")]
+    NotTracked,
+    /// A chunk of pages that is not a part of RAM.
+    #[error("{pages} pages from page {first_page} on are no chunk of this VM's RAM")]
+    Chunk {
+        /// The first one.
+        first_page: u64,
+        /// How many.
+        pages: u64,
+    },
     /// A vCPU's thread has ended or does not answer.
     #[error("a vCPU does not answer")]
     VcpuGone,
@@ -147,6 +159,8 @@ pub struct Vm {
     life: Arc<Life>,
     exits: Arc<AtomicU64>,
     ram: GuestRam,
+    /// What a move has to send; `None` while nobody asks for it. Held over calls to KVM, never together with another lock.
+    written: Mutex<Option<WrittenPages>>,
     /// The guest's clock when it was last stopped; protects that only.
     stopped_at: Mutex<Option<state::Clock>>,
     machine: Machine,
@@ -193,7 +207,17 @@ impl Vm {
             vcpus.boot(entry, |id| machine.cpuid(id, config.cpus))?;
         }
         let workers = bus.slots.iter().map(spawn_worker).collect::<Result<_, _>>()?;
-        Ok(Self { vcpus, workers, bus, life, exits, ram, stopped_at: Mutex::default(), machine })
+        Ok(Self {
+            vcpus,
+            workers,
+            bus,
+            life,
+            exits,
+            ram,
+            written: Mutex::default(),
+            stopped_at: Mutex::default(),
+            machine,
+        })
     }
 
     /// Lets the VM run, for the first time or again. Every queue is looked at once before the vCPUs go on.
@@ -298,6 +322,52 @@ impl Vm {
         Ok(())
     }
 
+    /// Begins to note which pages the guest and its devices write. Everything counts as not sent yet.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn track_writes(&self) -> Result<(), VmError> {
+        let mut written = self.written();
+        // A log that an earlier move has left on would begin with what that one has cleared.
+        if written.take().is_some() {
+            self.machine.log_writes(false)?;
+        }
+        *written = Some(WrittenPages::start(&self.machine, &self.ram)?);
+        Ok(())
+    }
+
+    /// Ends it. After the hand-over, or after a move that failed: switching the log takes time.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn untrack_writes(&self) -> Result<(), VmError> {
+        let mut written = self.written();
+        if written.take().is_some() {
+            self.machine.log_writes(false)?;
+        }
+        Ok(())
+    }
+
+    /// Begins a pass over the written pages; gives their number.
+    ///
+    /// # Errors
+    /// [`VmError::NotTracked`], or when KVM refuses.
+    pub fn fetch_written(&self) -> Result<u64, VmError> {
+        let mut written = self.written();
+        let pages = written.as_mut().ok_or(VmError::NotTracked)?;
+        Ok(pages.fetch(&self.machine, &self.ram)?)
+    }
+
+    /// The written pages of a chunk, a bit each; from here on they count as sent. To be read after this call.
+    ///
+    /// # Errors
+    /// [`VmError::Chunk`] when it is not a part of RAM or not aligned to [`crate::CHUNK_ALIGNMENT_PAGES`].
+    pub fn take_written(&self, first_page: u64, pages: u64) -> Result<Vec<u64>, VmError> {
+        let mut written = self.written();
+        let set = written.as_mut().ok_or(VmError::NotTracked)?;
+        set.take(&self.machine, first_page, pages)?.ok_or(VmError::Chunk { first_page, pages })
+    }
+
     /// Gives a disk its content, once its writer elsewhere is gone. It must have the size that the guest knows.
     ///
     /// # Errors
@@ -378,6 +448,10 @@ impl Vm {
     ) -> Result<(), VmError> {
         let state = self.life.lock();
         if fits(&state) { Ok(()) } else { Err(VmError::WrongState { wanted, found: state.clone() }) }
+    }
+
+    fn written(&self) -> MutexGuard<'_, Option<WrittenPages>> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn stopped_at(&self) -> MutexGuard<'_, Option<state::Clock>> {

@@ -50,7 +50,7 @@ pub(crate) enum Decision {
 pub(crate) struct Handoff {
     from: RecordView,
     to: NodeId,
-    saved: String,
+    saved: Option<String>,
     commits: u8,
     /// A proposal was answered with `Unknown`.
     in_doubt: bool,
@@ -60,8 +60,8 @@ pub(crate) struct Handoff {
 }
 
 impl Handoff {
-    /// Begins with the commit. `from` is the record as it was announced.
-    pub(crate) fn begin(from: RecordView, to: NodeId, saved: String) -> (Self, Step) {
+    /// Begins with the commit. `saved` is where the state lies, unless the target has it in memory. `from` is the record as it was announced.
+    pub(crate) fn begin(from: RecordView, to: NodeId, saved: Option<String>) -> (Self, Step) {
         let mut handoff =
             Self { from, to, saved, commits: 0, in_doubt: false, reclaiming: false, why: String::new() };
         let step = handoff.commit();
@@ -135,7 +135,7 @@ impl Handoff {
             expect: self.from,
             to,
             peer: None,
-            saved: Some(self.saved.clone()),
+            saved: self.saved.clone(),
             reason: String::new(),
         })
     }
@@ -173,7 +173,7 @@ mod tests {
     }
 
     fn begun() -> Handoff {
-        let (handoff, step) = Handoff::begin(view(SRC, 7), DST, "vol/state".to_owned());
+        let (handoff, step) = Handoff::begin(view(SRC, 7), DST, Some("vol/state".to_owned()));
         let Step::Propose(change) = step else { panic!("begins with the commit") };
         assert_eq!((change.expect, change.to.owner, change.to.epoch), (view(SRC, 7), DST, 8));
         handoff

@@ -1,9 +1,9 @@
-//! Every way that a quick move can go, explored to the end.
+//! Every way that a move can go, live and quick, explored to the end.
 //!
 //! The world is the two state machines, the record, and everything that can be under way between them. From each state all
 //! of these can happen next, in every order: a message arrives, arrives again, arrives late, never arrives; a
-//! compare-and-swap is applied and its answer lost, or applied at any later time, or never; saving, loading, starting or
-//! resuming fails; a process or a whole node dies; the cluster takes a dead node's VM, or gives it to the other node; the
+//! compare-and-swap is applied and its answer lost, or applied at any later time, or never; copying, saving, loading,
+//! starting or resuming fails; a process or a whole node dies; the cluster takes a dead node's VM, or gives it to the other node; the
 //! user cancels.
 //!
 //! Judged in every state: at most one guest runs; no epoch has two runners; a guest that runs is the one that the record
@@ -16,7 +16,7 @@ use lockmgr::NodeId;
 use lockmgr::cluster::VmState;
 
 use crate::change::{CasReply, Change, RecordView};
-use crate::phase::{Action, Event, Migration, Plan};
+use crate::phase::{Action, Event, Kind, Migration, Plan};
 use crate::preflight::Problem;
 use crate::report::SaveFigures;
 use crate::target::{Incoming, TargetAction, TargetAnswer, TargetEvent};
@@ -40,6 +40,7 @@ enum Todo {
     Check,
     Cas(Change),
     Read,
+    Copy,
     Save,
     Resume(u64),
     /// `PrepareTarget` or `Activate` was sent.
@@ -57,6 +58,7 @@ enum Message {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct World {
+    live: bool,
     source: Migration,
     source_alive: bool,
     source_process: Process,
@@ -65,6 +67,8 @@ struct World {
     target_alive: bool,
     target_process: Process,
     target_todo: BTreeSet<Todo>,
+    /// Whether the target's process has RAM and state.
+    target_full: bool,
     /// A guest that the cluster started afresh on the target's node, after the source's death.
     restarted: Option<u64>,
     record: RecordView,
@@ -92,10 +96,12 @@ const ACTIVATED: u8 = 2;
 const ACTIVATE_FAILED: u8 = 3;
 
 impl World {
-    fn new() -> Self {
+    fn new(kind: Kind) -> Self {
         let record = RecordView { owner: SRC, epoch: EPOCH, state: VmState::Running };
-        let plan = Plan { vm: "web".to_owned(), record, to: DST, saved: "vol/web".to_owned() };
+        let live = kind == Kind::Live;
+        let plan = Plan { vm: "web".to_owned(), record, to: DST, kind };
         let mut world = Self {
+            live,
             source: Migration::new(plan),
             source_alive: true,
             source_process: Process::Running(EPOCH),
@@ -104,6 +110,7 @@ impl World {
             target_alive: true,
             target_process: Process::None,
             target_todo: BTreeSet::new(),
+            target_full: false,
             restarted: None,
             record,
             reason: false,
@@ -130,7 +137,8 @@ impl World {
             Action::Preflight => Todo::Check,
             Action::Propose(change) => Todo::Cas(change),
             Action::ReadRecord => Todo::Read,
-            Action::Save => {
+            Action::Copy => Todo::Copy,
+            Action::Save | Action::Halt => {
                 self.source_process = Process::Halted;
                 Todo::Save
             }
@@ -168,6 +176,7 @@ impl World {
                 TargetAction::Propose(change) => drop(self.target_todo.insert(Todo::Cas(change))),
                 TargetAction::Discard => {
                     self.target_process = Process::None;
+                    self.target_full = false;
                     self.target_todo.remove(&Todo::Load);
                     self.target_todo.remove(&Todo::Start);
                 }
@@ -238,9 +247,26 @@ impl World {
                     done(world, Event::Record(Some(world.record)));
                 });
             }
+            Some(Todo::Copy) => {
+                // Without a target, or when it was cancelled, it comes to nothing by itself.
+                let (reaches, wanted) = (self.target_process == Process::Halted, self.may_cancel);
+                if reaches {
+                    self.with(nexts, "copied", false, |world| done(world, Event::Copied));
+                }
+                self.with(nexts, "copying fails", reaches && wanted, |world| {
+                    done(world, Event::CopyFailed("cut".to_owned()));
+                });
+            }
             Some(Todo::Save) => {
-                self.with(nexts, "saved", false, |world| done(world, Event::Saved(SaveFigures::default())));
-                self.with(nexts, "save fails", true, |world| {
+                // In a live move this is the target's word that it has everything.
+                let can = !self.live || self.target_process == Process::Halted;
+                if can {
+                    self.with(nexts, "saved", false, |world| {
+                        world.target_full = world.live;
+                        done(world, Event::Saved(SaveFigures::default()));
+                    });
+                }
+                self.with(nexts, "save fails", can, |world| {
                     done(world, Event::SaveFailed("disk".to_owned()));
                 });
             }
@@ -314,6 +340,7 @@ impl World {
         if self.target_process == Process::Halted {
             self.with(nexts, "target process dies", true, |world| {
                 world.target_process = Process::None;
+                world.target_full = false;
                 world.target_todo.remove(&Todo::Start);
                 world.tell_target(TargetEvent::ProcessEnded("killed".to_owned()));
             });
@@ -337,21 +364,29 @@ impl World {
         };
         match todo {
             Todo::Load => {
-                self.with(nexts, "loaded", false, |world| {
-                    world.target_process = Process::Halted;
-                    done(world, TargetEvent::Loaded);
-                });
-                self.with(nexts, "load fails", true, |world| {
+                // What came over the network is gone with the process that had it.
+                let gone = self.live && self.target.is_owned();
+                if !gone {
+                    self.with(nexts, "loaded", false, |world| {
+                        world.target_process = Process::Halted;
+                        world.target_full = !world.live;
+                        done(world, TargetEvent::Loaded);
+                    });
+                }
+                self.with(nexts, "load fails", !gone, |world| {
                     done(world, TargetEvent::LoadFailed("no".to_owned()));
                 });
             }
             Todo::Start => {
-                self.with(nexts, "started", false, |world| {
-                    world.target_process = Process::Running(EPOCH + 1);
-                    world.ran(EPOCH + 1, 2);
-                    done(world, TargetEvent::Started);
-                });
-                self.with(nexts, "start fails", true, |world| {
+                let full = self.target_full;
+                if full {
+                    self.with(nexts, "started", false, |world| {
+                        world.target_process = Process::Running(EPOCH + 1);
+                        world.ran(EPOCH + 1, 2);
+                        done(world, TargetEvent::Started);
+                    });
+                }
+                self.with(nexts, "start fails", full, |world| {
                     done(world, TargetEvent::StartFailed("no".to_owned()));
                 });
             }
@@ -466,13 +501,14 @@ struct Graph {
 }
 
 impl Graph {
-    fn explore() -> Self {
+    fn explore(kind: &Kind) -> Self {
+        let begin = World::new(kind.clone());
         let mut graph = Self {
-            worlds: vec![World::new()],
+            worlds: vec![begin.clone()],
             reached_by: vec![(0, "begin".to_owned())],
             before: vec![vec![]],
         };
-        let mut known = HashMap::from([(World::new(), 0)]);
+        let mut known = HashMap::from([(begin, 0)]);
         let mut at = 0;
         while at < graph.worlds.len() {
             for (name, fault, next) in graph.worlds[at].nexts() {
@@ -519,28 +555,35 @@ impl Graph {
     }
 }
 
+fn quick() -> Kind {
+    Kind::Quick { saved: "vol/web".to_owned() }
+}
+
 // Invariants H1, H6, E5
 #[test]
 fn whatever_fails_the_vm_runs_in_exactly_one_place_or_is_stopped_with_a_reason() {
-    let graph = Graph::explore();
-    let hopeful = graph.hopeful();
-    if let Some(at) = hopeful.iter().position(|hopeful| !hopeful) {
-        panic!("no good end from here:\n{}", graph.story(at));
+    for kind in [quick(), Kind::Live] {
+        let graph = Graph::explore(&kind);
+        let hopeful = graph.hopeful();
+        if let Some(at) = hopeful.iter().position(|hopeful| !hopeful) {
+            panic!("no good end from here in a {} move:\n{}", kind.name(), graph.story(at));
+        }
+        let states = graph.worlds.len();
+        assert!(states > 10_000, "only {states} states: the model has lost its faults");
     }
-    assert!(graph.worlds.len() > 10_000, "only {} states: the model has lost its faults", graph.worlds.len());
 }
 
 #[test]
 fn without_a_fault_the_vm_runs_at_the_target_and_the_report_says_so() {
-    let mut world = World::new();
-    for _ in 0..100 {
-        let Some((_, _, next)) = world.nexts().into_iter().find(|(_, fault, next)| !fault && *next != world)
-        else {
-            break;
-        };
-        world = next;
+    for kind in [quick(), Kind::Live] {
+        let mut world = World::new(kind);
+        for _ in 0..100 {
+            let next = world.nexts().into_iter().find(|(_, fault, next)| !fault && *next != world);
+            let Some((_, _, next)) = next else { break };
+            world = next;
+        }
+        assert_eq!(world.running(), [(DST, EPOCH + 1)]);
+        assert!(world.source.ended());
+        assert_eq!(world.record, RecordView { owner: DST, epoch: EPOCH + 1, state: VmState::Running });
     }
-    assert_eq!(world.running(), [(DST, EPOCH + 1)]);
-    assert!(world.source.ended());
-    assert_eq!(world.record, RecordView { owner: DST, epoch: EPOCH + 1, state: VmState::Running });
 }

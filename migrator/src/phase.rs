@@ -1,11 +1,13 @@
-//! A quick move, by the source.
+//! A move, by the source.
 //!
 //! ```text
-//!   Preflight -> Announce -> Save -> Prepare -> Commit (handoff) -> Activate -> finished
-//!       |           |          |        |           | kept              |
-//!       v           v          v        v           v                   v
-//!     failed      return: cancel the target, resume the source, say so in the record
+//!   quick:  Preflight -> Announce -> Save ------> Prepare -----------> Commit (handoff) -> Activate -> finished
+//!   live:   Preflight -> Announce -> Prepare -> Copy -> Halt (Saving) -> Commit (handoff) -> Activate -> finished
+//!              |            |           |        |         |               | kept
+//!              v            v           v        v         v               v
+//!            failed       return: cancel the target, resume the source, say so in the record
 //! ```
+//! In a live move the guest runs until `Halt`, and the target has everything in memory when `Halt` is answered.
 //! The daemon carries out each [`Action`] and reports with the matching [`Event`]. At most one action that has an answer is
 //! under way; what comes out of turn changes nothing.
 //!
@@ -34,8 +36,31 @@ pub struct Plan {
     pub record: RecordView,
     /// Where it goes.
     pub to: NodeId,
-    /// Where its state is saved: `volume/path`.
-    pub saved: String,
+    /// How.
+    pub kind: Kind,
+}
+
+/// How a VM is moved.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Memory crosses the network while the guest runs.
+    Live,
+    /// Memory is saved to a volume.
+    Quick {
+        /// Where: `volume:/path`.
+        saved: String,
+    },
+}
+
+impl Kind {
+    /// As users call it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Live => "live",
+            Self::Quick { .. } => "quick",
+        }
+    }
 }
 
 /// What happened.
@@ -50,9 +75,13 @@ pub enum Event {
     /// Answer to [`Action::ReadRecord`]; `None`: there is none. Not older than what this node was told of its own changes.
     /// Without an answer the daemon reads again.
     Record(Option<RecordView>),
-    /// Answer to [`Action::Save`].
+    /// Answer to [`Action::Copy`]: little is left.
+    Copied,
+    /// Answer to [`Action::Copy`]: it broke off, was cancelled, or does not come to an end. The guest runs.
+    CopyFailed(String),
+    /// Answer to [`Action::Save`] and [`Action::Halt`].
     Saved(SaveFigures),
-    /// Answer to [`Action::Save`]: it did not work, the VM can be resumed.
+    /// Answer to [`Action::Save`] and [`Action::Halt`]: it did not work, the VM can be resumed.
     SaveFailed(String),
     /// Answer to [`Action::PrepareTarget`]: the target has loaded everything and waits.
     Prepared,
@@ -83,6 +112,11 @@ pub enum Action {
     ReadRecord,
     /// Pause the guest, drain, flush and close the disks, save RAM and state to the volume.
     Save,
+    /// Send memory to the target while the guest runs, until little is left.
+    Copy,
+    /// Pause the guest, drain, flush and close the disks, send the rest of the memory and the state; done when the target
+    /// has taken them.
+    Halt,
     /// Send `PrepareTarget`.
     PrepareTarget,
     /// Send `Activate`.
@@ -165,6 +199,7 @@ enum Phase {
     Preflight,
     /// The record is to say that the VM moves.
     Announcing,
+    Copying,
     Saving,
     Preparing,
     Handoff(Handoff),
@@ -185,7 +220,7 @@ enum Phase {
     Ended,
 }
 
-/// One quick move. See the module.
+/// One move. See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Migration {
     plan: Plan,
@@ -211,6 +246,7 @@ impl Migration {
             Phase::New => self.begin(now_us, event),
             Phase::Preflight => self.checked(event),
             Phase::Announcing => self.announcing(now_us, event),
+            Phase::Copying => self.copying(now_us, event),
             Phase::Saving => self.saving(event),
             Phase::Preparing => self.preparing(event),
             Phase::Handoff(handoff) => self.handing_off(handoff, event),
@@ -227,6 +263,7 @@ impl Migration {
         match self.phase {
             Phase::New | Phase::Preflight => "preflight",
             Phase::Announcing => "announce",
+            Phase::Copying => "copy",
             Phase::Saving => "save",
             Phase::Preparing => "prepare",
             Phase::Handoff(_) => "commit",
@@ -271,10 +308,10 @@ impl Migration {
     fn announcing(&mut self, now_us: u64, event: Event) -> Vec<Action> {
         let announced = self.announced();
         match event {
-            Event::Cas(CasReply::Won) => self.halt(now_us),
+            Event::Cas(CasReply::Won) => self.announced_for_certain(now_us),
             Event::Cas(CasReply::Unknown) => self.go(Phase::Announcing, Action::ReadRecord),
             Event::Cas(CasReply::Lost(found)) | Event::Record(found) if found == Some(announced) => {
-                self.halt(now_us)
+                self.announced_for_certain(now_us)
             }
             // It may still be applied later, so it is proposed again until the answer is certain.
             Event::Record(found) if found == Some(self.plan.record) => self.announce(),
@@ -296,39 +333,64 @@ impl Migration {
         }
     }
 
-    fn halt(&mut self, now_us: u64) -> Vec<Action> {
+    fn announced_for_certain(&mut self, now_us: u64) -> Vec<Action> {
         if let Some(reason) = self.cancelled.clone() {
             return self.put_back(self.announced(), self.plan.record.state, self.kept(reason));
         }
+        match self.plan.kind {
+            Kind::Live => self.go(Phase::Preparing, Action::PrepareTarget),
+            Kind::Quick { .. } => self.halt(now_us, Action::Save),
+        }
+    }
+
+    fn halt(&mut self, now_us: u64, how: Action) -> Vec<Action> {
         self.moments.halted = now_us;
-        self.go(Phase::Saving, Action::Save)
+        self.go(Phase::Saving, how)
+    }
+
+    fn copying(&mut self, now_us: u64, event: Event) -> Vec<Action> {
+        match (event, self.cancelled.clone()) {
+            (Event::Copied, None) => self.halt(now_us, Action::Halt),
+            (Event::Copied | Event::CopyFailed(_), Some(reason)) | (Event::CopyFailed(reason), None) => {
+                self.give_up_before_commit(reason)
+            }
+            _ => self.stay(Phase::Copying),
+        }
     }
 
     fn saving(&mut self, event: Event) -> Vec<Action> {
-        match event {
-            Event::Saved(figures) => {
+        match (event, self.cancelled.clone()) {
+            (Event::Saved(figures), None) => {
                 self.moments.saved = figures;
-                match self.cancelled.clone() {
-                    Some(reason) => self.resume(self.announced(), reason),
-                    None => self.go(Phase::Preparing, Action::PrepareTarget),
+                match self.plan.kind {
+                    Kind::Live => self.commit(None),
+                    Kind::Quick { .. } => self.go(Phase::Preparing, Action::PrepareTarget),
                 }
             }
-            Event::SaveFailed(reason) => self.resume(self.announced(), reason),
+            (Event::Saved(_), Some(reason)) | (Event::SaveFailed(reason), _) => {
+                self.give_up_before_commit(reason)
+            }
             _ => self.stay(Phase::Saving),
         }
     }
 
     fn preparing(&mut self, event: Event) -> Vec<Action> {
         match event {
-            Event::Prepared => {
-                let (handoff, step) = Handoff::begin(self.announced(), self.plan.to, self.plan.saved.clone());
-                self.follow(handoff, step)
-            }
+            Event::Prepared => match self.plan.kind.clone() {
+                Kind::Live => self.go(Phase::Copying, Action::Copy),
+                Kind::Quick { saved } => self.commit(Some(saved)),
+            },
             Event::Refused(reason) | Event::TargetLost(reason) => self.give_up_before_commit(reason),
             _ => self.stay(Phase::Preparing),
         }
     }
 
+    fn commit(&mut self, saved: Option<String>) -> Vec<Action> {
+        let (handoff, step) = Handoff::begin(self.announced(), self.plan.to, saved);
+        self.follow(handoff, step)
+    }
+
+    /// A target that was told nothing yet answers a cancellation all the same.
     fn give_up_before_commit(&mut self, reason: String) -> Vec<Action> {
         let mut actions = vec![Action::CancelTarget];
         actions.extend(self.resume(self.announced(), reason));
@@ -436,7 +498,7 @@ impl Migration {
         let reason = "it was cancelled".to_owned();
         match &mut self.phase {
             Phase::New | Phase::Preflight => self.fail_kept(reason),
-            Phase::Announcing | Phase::Saving => {
+            Phase::Announcing | Phase::Copying | Phase::Saving => {
                 self.cancelled = Some(reason);
                 Vec::new()
             }
@@ -459,8 +521,8 @@ impl Migration {
     }
 
     fn finish(&mut self, now_us: u64) -> Vec<Action> {
-        let (from, to) = (self.plan.record.owner.0, self.plan.to.0);
-        let report = self.moments.report(&self.plan.vm, from, to, now_us);
+        let way = (self.plan.record.owner.0, self.plan.to.0);
+        let report = self.moments.report(&self.plan.vm, self.plan.kind.name(), way, now_us);
         self.go(Phase::Ended, Action::Finished(report))
     }
 

@@ -392,8 +392,8 @@ mod tests {
             cpus: 2,
             volumes: vec!["vol".to_owned()],
             paths: BTreeMap::from([(disk(), None)]),
-            version_min: 1,
-            version_max: 1,
+            version_min: PROTOCOL_VERSION,
+            version_max: PROTOCOL_VERSION,
             cpu: cpu(),
         }
     }
@@ -417,12 +417,12 @@ mod tests {
             memory_available_bytes: 1,
             cpus: 0,
             paths: BTreeMap::from([(disk(), Some("no such file".to_owned()))]),
-            version_min: 2,
-            version_max: 3,
+            version_min: PROTOCOL_VERSION + 1,
+            version_max: PROTOCOL_VERSION + 2,
             ..facts()
         };
         let problems: Vec<String> = check(&needs(), &lacking).iter().map(ToString::to_string).collect();
-        for part in ["version 1", "no such device", "64 MiB", "1 CPUs", "no such file"] {
+        for part in ["version 2", "no such device", "64 MiB", "1 CPUs", "no such file"] {
             assert!(problems.iter().any(|problem| problem.contains(part)), "{part}: {problems:?}");
         }
         assert_eq!(problems.len(), 5);

@@ -64,12 +64,26 @@ pub struct Move {
 /// Where a saved state lies, and what it is a state of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Saved {
-    /// Volume.
+    /// Volume; empty in a live move, whose state comes over the memory streams.
     pub volume: String,
     /// Path below its root.
     pub path: String,
     /// The VM's configuration, opaque here.
     pub spec: Vec<u8>,
+}
+
+impl Saved {
+    /// Of a live move: nothing is saved.
+    #[must_use]
+    pub fn nowhere(spec: Vec<u8>) -> Self {
+        Self { volume: String::new(), path: String::new(), spec }
+    }
+
+    /// Whether RAM and state come over the memory streams.
+    #[must_use]
+    pub fn is_streamed(&self) -> bool {
+        self.volume.is_empty()
+    }
 }
 
 /// A message to the target.
@@ -146,14 +160,14 @@ impl ToTarget {
             return Err(ProtocolError::Version { theirs: message.version });
         }
         Ok(match what {
-            What::Inquire(it) => Self::Inquire { of: of(it.r#move)?, paths: paths(it.disks)? },
+            What::Inquire(it) => Self::Inquire { of: move_of(it.r#move)?, paths: paths(it.disks)? },
             What::Prepare(it) => {
-                Self::Prepare(of(it.r#move)?, saved(it.saved_volume, it.saved_path, it.spec)?)
+                Self::Prepare(move_of(it.r#move)?, saved(it.saved_volume, it.saved_path, it.spec)?)
             }
             What::Activate(it) => {
-                Self::Activate(of(it.r#move)?, saved(it.saved_volume, it.saved_path, it.spec)?)
+                Self::Activate(move_of(it.r#move)?, saved(it.saved_volume, it.saved_path, it.spec)?)
             }
-            What::Cancel(it) => Self::Cancel(of(it.r#move)?),
+            What::Cancel(it) => Self::Cancel(move_of(it.r#move)?),
         })
     }
 }
@@ -275,7 +289,7 @@ fn check_length(bytes: &[u8]) -> Result<(), ProtocolError> {
     if bytes.len() > MESSAGE_BYTES_MAX { Err(ProtocolError::Invalid("it is too long")) } else { Ok(()) }
 }
 
-fn of(it: Option<pb::Move>) -> Result<Move, ProtocolError> {
+pub(crate) fn move_of(it: Option<pb::Move>) -> Result<Move, ProtocolError> {
     let it = it.ok_or(ProtocolError::Invalid("it does not say which move it is about"))?;
     let vm_id =
         Uuid::from_slice(&it.vm_id).map_err(|_| ProtocolError::Invalid("the VM's id is not 16 bytes"))?;

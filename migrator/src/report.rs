@@ -1,14 +1,18 @@
 //! What a move took.
 
-/// What the source's VM process measured while it saved itself.
+/// What was measured while the guest stood still at the source, and before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SaveFigures {
     /// From the request to the last request in flight and the flush of the disks.
     pub drain_us: u64,
-    /// Writing the RAM.
+    /// Writing the RAM; in a live move: sending the rest of it and the state, until the target has taken them.
     pub memory_us: u64,
     /// Saving and writing the state of CPUs and devices.
     pub state_us: u64,
+    /// Passes over the RAM while the guest ran.
+    pub rounds: u32,
+    /// Bytes of RAM that crossed the network.
+    pub memory_bytes_sent: u64,
 }
 
 impl SaveFigures {
@@ -26,7 +30,7 @@ pub struct Blackout {
     pub memory_ms: f64,
     /// State of CPUs and devices.
     pub state_ms: f64,
-    /// The rest: loading at the target, the commit, activation.
+    /// The rest: the commit, activation; in a quick move also loading at the target.
     pub handoff_ms: f64,
 }
 
@@ -39,7 +43,7 @@ pub struct Report {
     pub from: u16,
     /// Number of the target node.
     pub to: u16,
-    /// How it was moved: `quick`.
+    /// How it was moved: `live` or `quick`.
     pub kind: &'static str,
     /// From the request to the guest running at the target.
     pub total_ms: f64,
@@ -64,13 +68,19 @@ pub(crate) struct Moments {
 }
 
 impl Moments {
-    pub(crate) fn report(&self, vm: &str, from: u16, to: u16, running_again: u64) -> Report {
+    pub(crate) fn report(
+        &self,
+        vm: &str,
+        kind: &'static str,
+        (from, to): (u16, u16),
+        running_again: u64,
+    ) -> Report {
         let blackout = running_again.saturating_sub(self.halted);
         Report {
             vm: vm.to_owned(),
             from,
             to,
-            kind: "quick",
+            kind,
             total_ms: ms(running_again.saturating_sub(self.begun)),
             blackout_ms: ms(blackout),
             blackout: Blackout {
@@ -79,8 +89,8 @@ impl Moments {
                 state_ms: ms(self.saved.state_us),
                 handoff_ms: ms(blackout.saturating_sub(self.saved.sum_us())),
             },
-            rounds: 0,
-            memory_bytes_sent: 0,
+            rounds: self.saved.rounds,
+            memory_bytes_sent: self.saved.memory_bytes_sent,
             disk_bytes_copied: 0,
         }
     }
@@ -97,12 +107,18 @@ mod tests {
 
     #[test]
     fn the_parts_of_the_blackout_add_up() {
-        let saved = SaveFigures { drain_us: 2000, memory_us: 30_000, state_us: 500 };
-        let report = Moments { begun: 1000, halted: 5000, saved }.report("web", 1, 2, 65_000);
+        let saved = SaveFigures {
+            drain_us: 2000,
+            memory_us: 30_000,
+            state_us: 500,
+            rounds: 3,
+            memory_bytes_sent: 1 << 20,
+        };
+        let report = Moments { begun: 1000, halted: 5000, saved }.report("web", "live", (1, 2), 65_000);
         let parts = report.blackout;
         let sum = parts.drain_ms + parts.memory_ms + parts.state_ms + parts.handoff_ms;
         assert!((report.blackout_ms - 60.0).abs() < 1e-9 && (sum - 60.0).abs() < 1e-9, "{report:?}");
         assert!((report.total_ms - 64.0).abs() < 1e-9);
-        assert_eq!((report.rounds, report.memory_bytes_sent, report.disk_bytes_copied), (0, 0, 0));
+        assert_eq!((report.rounds, report.memory_bytes_sent, report.disk_bytes_copied), (3, 1 << 20, 0));
     }
 }

@@ -1,4 +1,4 @@
-//! A quick move, by the target.
+//! A move, by the target.
 //!
 //! ```text
 //!            Prepare          loaded           record says (me, e + 1, saved)   runs
@@ -8,7 +8,9 @@
 //! ```
 //! The target starts the guest only after it has read in the record that the VM is its own; a message is only a reason to
 //! look. While it waits it looks by itself from time to time, so that a lost message delays the VM and loses nothing. A
-//! target that has lost what it had loaded (it was restarted, its process died) loads the saved state again.
+//! target that has lost what it had loaded (it was restarted, its process died) loads the saved state again; in a live move
+//! there is none, and the VM is `failed` with that reason. `Ready` also while the memory of a live move is still coming: the
+//! source commits only after the target has said that it is complete.
 //!
 //! **Invariant:** [`TargetAction::Start`] follows only on a record of (this node, e + 1, saved), which only the commit makes (H1).
 
@@ -47,7 +49,7 @@ pub enum TargetEvent {
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetAction {
-    /// Start a VM process that loads the saved state and opens the disks inactive.
+    /// Start a VM process that loads the saved state (in a live move: waits for it) and opens the disks inactive.
     Load,
     /// Read the record.
     ReadRecord,
@@ -145,6 +147,12 @@ impl Incoming {
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.phase == Phase::Idle
+    }
+
+    /// Whether the record was seen to name this node, so that what is loaded now is loaded for good.
+    #[must_use]
+    pub fn is_owned(&self) -> bool {
+        matches!(self.phase, Phase::Loading { owned: true } | Phase::Starting | Phase::Running { .. })
     }
 
     /// Whether the guest runs here.

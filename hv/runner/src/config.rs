@@ -56,6 +56,9 @@ pub struct RunnerConfig {
     pub control_socket: PathBuf,
     /// Console output that is kept, in bytes.
     pub console_log_bytes: usize,
+    /// Start as the target of a live migration: RAM and state come from outside, then wait for Activate.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub incoming: bool,
     /// Start as the target of a migration: load this state, wait for Activate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restore_from: Option<VolumePath>,
@@ -158,6 +161,12 @@ impl RunnerConfig {
                 format!("a VM has at most {DISKS_MAX}"),
             ));
         }
+        if self.incoming && self.restore_from.is_some() {
+            return Err(Failure::new(
+                "the VM is to come from a saved state and from another node at once",
+                "give one of `incoming` and `restore_from`",
+            ));
+        }
         let volumes = self.disks.iter().map(|disk| &disk.volume);
         for name in volumes.chain(self.restore_from.iter().map(|from| &from.volume)) {
             self.volume(name)?;
@@ -207,6 +216,7 @@ mod tests {
             lease_page: "/tmp/lease".into(),
             control_socket: "/tmp/control.sock".into(),
             console_log_bytes: 65536,
+            incoming: false,
             restore_from: None,
         }
     }

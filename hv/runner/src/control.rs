@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hv::control::{
-    Console, ConsoleReply, Control, ControlReply, Ok as Done, Refused, control, control_reply,
+    Console, ConsoleReply, Control, ControlReply, FetchReply, Ok as Done, Refused, TakeReply, control,
+    control_reply,
 };
 use prost::Message;
 use wire::{BlockingServer, Local, Refusal, RefusalCode, service};
@@ -82,6 +83,14 @@ fn carry_out(runner: &Runner, op: control::Op) -> Result<control_reply::Result, 
         Op::Activate(_) => runner.activate().map(done),
         Op::Console(console) => Ok(control_reply::Result::Console(read_console(runner, &console))),
         Op::Stop(stop) => runner.stop(stop.force).map(done),
+        Op::Ram(_) => runner.ram().map(control_reply::Result::Ram),
+        Op::Track(track) => runner.track(track.on).map(done),
+        Op::Fetch(_) => runner.fetch().map(|pages| control_reply::Result::Fetch(FetchReply { pages })),
+        Op::Take(take) => runner
+            .take(take.first_page, take.pages)
+            .map(|bits| control_reply::Result::Take(TakeReply { bits })),
+        Op::Halt(_) => runner.halt().map(control_reply::Result::Halt),
+        Op::Load(load) => runner.load(&load.state).map(done),
     }
 }
 

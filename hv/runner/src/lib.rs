@@ -3,7 +3,7 @@
 //! ```text
 //!   guest -> hv::Vm -> vhdx::Disk -> csvfs File -> PathDevice -> gate -> LUN   no other process in between
 //!                                       \-> NodeLink -- node socket --> csvd -> coordinator     metadata only
-//!   supervisor --control socket--> Runner: status, pause, resume, save, abandon, activate, console, stop
+//!   supervisor --control socket--> Runner: status, pause, resume, save, abandon, activate, console, stop, live moves
 //! ```
 
 pub mod config;
@@ -13,6 +13,7 @@ mod failure;
 mod lease;
 mod link;
 mod parents;
+mod live;
 mod path;
 mod runner;
 mod saved;

@@ -43,7 +43,7 @@ fn run() -> Result<ExitCode, Failure> {
 
 fn run_vm(config: RunnerConfig) -> Result<ExitCode, Failure> {
     let (socket, node, vm) = (config.control_socket.clone(), config.node, config.vm.clone());
-    let state = if config.restore_from.is_some() { "incoming" } else { "running" };
+    let state = if config.incoming || config.restore_from.is_some() { "incoming" } else { "running" };
     let (runner, ended) = Runner::start(config)?;
     let server = serve_control(runner, &socket, node, &vm)?;
     println!("{}", serde_json::json!({ "state": state }));

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   start ----------> Live <--- abandon --- Saved        Live: the VM decides (running, paused, stopped, crashed)
-//!   start incoming -> Incoming -- activate --> Live      Saved: disks closed, state on the volume, may be abandoned
+//!   start incoming -> Incoming -- activate --> Live      Saved: disks closed, state elsewhere, may be abandoned
 //!                                 any -- stop --> Ended
 //! ```
 //! **Invariants:** the disks are open for writing only in `Live`; before the hand-over the source may always go on
@@ -48,10 +48,15 @@ pub enum Ended {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Phase {
-    Incoming,
+pub(crate) enum Phase {
+    /// `loaded`: RAM and state are complete.
+    Incoming {
+        loaded: bool,
+    },
     Live,
-    Saved { ran: bool },
+    Saved {
+        ran: bool,
+    },
     Ended,
 }
 
@@ -77,7 +82,12 @@ impl Runner {
         lease::watch(lease, epoch, volumes.gates(), move |why| drop(over.send(Ended::LeaseOver(why))))?;
         let mut disks: Vec<_> = config.disks.iter().cloned().map(RunnerDisk::new).collect();
         let vm = match &config.restore_from {
-            Some(from) => incoming(&config, &volumes, &mut disks, from).map(|vm| (vm, Phase::Incoming)),
+            Some(from) => {
+                restored(&config, &volumes, &mut disks, from).map(|vm| (vm, Phase::Incoming { loaded: true }))
+            }
+            None if config.incoming => {
+                incoming(&config, &volumes, &mut disks).map(|vm| (vm, Phase::Incoming { loaded: false }))
+            }
             None => boot(&config, &volumes, &mut disks).map(|vm| (vm, Phase::Live)),
         };
         // Nobody waits for grants of a process that is about to end.
@@ -177,14 +187,14 @@ impl Runner {
     /// # Errors
     /// When it is not incoming, or a disk cannot be opened; it can be tried again.
     pub fn activate(&self) -> Result<(), Failure> {
-        let mut disks = self.work_in("activated", &[Phase::Incoming])?;
+        let mut disks = self.work_in("activated", &[Phase::Incoming { loaded: true }])?;
         self.go_on(&mut disks, true)?;
         *self.phase() = Phase::Live;
         Ok(())
     }
 
     /// Opens what is closed, and runs the VM if it ran.
-    fn go_on(&self, disks: &mut [RunnerDisk], run: bool) -> Result<(), Failure> {
+    pub(crate) fn go_on(&self, disks: &mut [RunnerDisk], run: bool) -> Result<(), Failure> {
         for (slot, disk) in (0..).zip(disks) {
             if self.vm.is_disk_attached(slot) {
                 continue;
@@ -227,7 +237,7 @@ impl Runner {
         closed
     }
 
-    fn close_disks(&self, disks: &mut [RunnerDisk]) -> Result<(), Failure> {
+    pub(crate) fn close_disks(&self, disks: &mut [RunnerDisk]) -> Result<(), Failure> {
         self.vm.detach_disks().map_err(|error| not_now(&error))?;
         disks.iter_mut().try_for_each(RunnerDisk::close)
     }
@@ -258,7 +268,7 @@ impl Runner {
 
     fn run_state(&self) -> (VmRunState, String) {
         match self.phase().clone() {
-            Phase::Incoming => return (VmRunState::Incoming, String::new()),
+            Phase::Incoming { .. } => return (VmRunState::Incoming, String::new()),
             Phase::Saved { .. } => return (VmRunState::Saved, String::new()),
             Phase::Ended => return (VmRunState::Stopped, "stopped on request".into()),
             Phase::Live => {}
@@ -286,14 +296,19 @@ impl Runner {
         }
     }
 
-    fn work_in(&self, what: &str, phases: &[Phase]) -> Result<MutexGuard<'_, Vec<RunnerDisk>>, Failure> {
+    pub(crate) fn work_in(
+        &self,
+        what: &str,
+        phases: &[Phase],
+    ) -> Result<MutexGuard<'_, Vec<RunnerDisk>>, Failure> {
         let work = self.work();
         let phase = self.phase().clone();
         if phases.contains(&phase) {
             return Ok(work);
         }
         let now = match phase {
-            Phase::Incoming => "incoming",
+            Phase::Incoming { loaded: true } => "incoming",
+            Phase::Incoming { loaded: false } => "not complete",
             Phase::Live => "live",
             Phase::Saved { .. } => "saved",
             Phase::Ended => "ended",
@@ -308,7 +323,7 @@ impl Runner {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn phase(&self) -> MutexGuard<'_, Phase> {
+    pub(crate) fn phase(&self) -> MutexGuard<'_, Phase> {
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -328,19 +343,24 @@ fn boot(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) -> R
     Ok(vm)
 }
 
+/// A VM without content; RAM and state come from outside, the disks follow when it is activated.
+fn incoming(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) -> Result<Vm, Failure> {
+    for disk in disks.iter_mut() {
+        disk.stand_by(volumes)?;
+    }
+    build(config, None, disks.iter().map(|_| None).collect())
+}
+
 /// A VM with its RAM and state; the disks follow when it is activated.
-fn incoming(
+fn restored(
     config: &RunnerConfig,
     volumes: &Volumes,
     disks: &mut [RunnerDisk],
     from: &VolumePath,
 ) -> Result<Vm, Failure> {
-    for disk in disks.iter_mut() {
-        disk.stand_by(volumes)?;
-    }
     let file = volumes.open_file(from)?;
     let image = saved::read(&file, from, config)?;
-    let vm = build(config, None, disks.iter().map(|_| None).collect())?;
+    let vm = incoming(config, volumes, disks)?;
     saved::load(&file, from, &image, &vm)?;
     Ok(vm)
 }
@@ -428,7 +448,7 @@ fn not_built(error: &VmError) -> Failure {
     Failure::new(format!("the VM cannot be started: {error}"), hint)
 }
 
-fn not_now(error: &VmError) -> Failure {
+pub(crate) fn not_now(error: &VmError) -> Failure {
     let hint = match error {
         VmError::Drain(_) => "the storage does not answer: look at the volume with `csvctl volume show`",
         _ => "look at its state with `csvctl vm show`",
@@ -437,15 +457,15 @@ fn not_now(error: &VmError) -> Failure {
 }
 
 /// Milliseconds between the steps of a save.
-struct Stopwatch(Instant);
+pub(crate) struct Stopwatch(Instant);
 
 impl Stopwatch {
     #[expect(clippy::disallowed_methods, reason = "a process that reports how long its own steps took")]
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self(Instant::now())
     }
 
-    fn lap_ms(&mut self) -> f64 {
+    pub(crate) fn lap_ms(&mut self) -> f64 {
         let next = Self::start();
         let lap: Duration = next.0 - self.0;
         *self = next;

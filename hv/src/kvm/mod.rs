@@ -11,6 +11,7 @@
 
 pub(crate) mod chips;
 pub(crate) mod cpuid;
+mod dirty;
 pub(crate) mod msr;
 pub(crate) mod processor;
 
@@ -122,7 +123,9 @@ pub(crate) struct Machine {
     vm: VmFd,
     /// Protects the list; not used on any hot path.
     lines: Mutex<Vec<Arc<Line>>>,
-    _ram: GuestRam,
+    ram: GuestRam,
+    /// Whether the log of written pages is cleared piece by piece, or as a whole whenever it is read.
+    clears_by_pieces: bool,
 }
 
 impl Machine {
@@ -143,10 +146,12 @@ impl Machine {
                 userspace_addr: region.host,
                 flags: 0,
             };
-            // SAFETY: the range is a mapping of exactly that size, which `_ram` keeps as long as the VM lives.
+            // SAFETY: the range is a mapping of exactly that size, which `ram` keeps as long as the VM lives.
             unsafe { vm.set_user_memory_region(region) }.tried("giving RAM to the VM")?;
         }
-        Ok(Self { kvm, vm, lines: Mutex::default(), _ram: ram })
+        let mut machine = Self { kvm, vm, lines: Mutex::default(), ram, clears_by_pieces: false };
+        machine.clears_by_pieces = machine.clear_log_by_pieces()?;
+        Ok(machine)
     }
 
     /// An interrupt line that any thread may raise.

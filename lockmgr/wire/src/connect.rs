@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 use crate::driver::{self, Greeted, in_time};
 use crate::hello::Proof;
 use crate::identity::tls_error;
-use crate::{Class, Connection, Endpoint, Handler, Local, Partition, Via, WireError, authority};
+use crate::{Class, Connection, Endpoint, Handler, Local, Partition, Stream, Via, WireError, authority};
 
 /// Bytes unacknowledged for this long end a connection; a shorter silence is for heartbeats to judge.
 const UNACKNOWLEDGED_MS_MAX: u32 = 30_000;
@@ -38,6 +38,16 @@ pub(crate) async fn connect_tls_with(
 ) -> Result<Connection, WireError> {
     let greeted = greet_tls(address, endpoint, expected_node, class).await?;
     Ok(driver::start(greeted, handler, endpoint.partition.clone(), tasks))
+}
+
+/// Opens a bare stream to another node over mutual TLS. Fails unless exactly `expected_node` answers.
+pub async fn connect_bare(
+    address: &str,
+    endpoint: &Endpoint,
+    expected_node: u16,
+) -> Result<Stream, WireError> {
+    let greeted = greet_tls(address, endpoint, expected_node, Class::Stream).await?;
+    Stream::of_client(greeted, endpoint.partition.clone())
 }
 
 /// Connects and exchanges hellos.

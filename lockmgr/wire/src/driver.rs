@@ -8,7 +8,7 @@ use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -46,6 +46,16 @@ impl<S: AsyncRead + AsyncWrite> Greeted<S> {
 
     pub(crate) fn class(&self) -> Class {
         self.peer.class
+    }
+
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// The stream without frames, and what has already been read from it.
+    pub(crate) fn into_stream(self) -> (S, Bytes, Peer) {
+        let early = self.frames.read_buffer().clone().freeze();
+        (self.frames.into_inner().unsplit(self.out), early, self.peer)
     }
 }
 

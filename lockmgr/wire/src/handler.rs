@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
-use crate::{ByteStream, Connection, JoinReply, JoinRequest, Peer, Refusal, RefusalCode};
+use crate::{ByteStream, Connection, JoinReply, JoinRequest, Peer, Refusal, RefusalCode, Stream};
 
 /// Receives the requests and pushes of all connections of a server or a mesh.
 ///
@@ -33,6 +33,11 @@ pub trait Handler: Send + Sync + 'static {
     /// A peer has opened a stream of bytes. Must not block.
     fn streamed(&self, stream: ByteStream) {
         tracing::warn!(peer = %stream.peer(), "a stream that nobody wants was closed");
+    }
+
+    /// Another node has opened a bare stream. Blocking on it is for a thread of its own.
+    fn bare_stream(&self, stream: Stream) {
+        tracing::warn!(peer = %stream.peer(), "a stream that nobody expects was closed");
     }
 
     /// A connection is up.

@@ -7,6 +7,7 @@
 //!   Connection ── calls (many in flight), pushes; both ends may call
 //!    │   reader task ── frames in order ── Handler
 //!    │   writer task ── drains its queue, then flushes once
+//!   Stream ── bare bytes, for a thread that blocks
 //!   Hello ── version range, cluster, node, checked against the certificate
 //!    │
 //!   TLS 1.3 with both certificates (between nodes)  |  Unix socket (inside a node)
@@ -16,6 +17,7 @@
 //! ([`FRAME_BYTES_MAX`]) before it has been checked.
 
 pub mod authority;
+mod bare;
 mod blocking;
 mod connect;
 mod connection;
@@ -34,8 +36,9 @@ mod server;
 mod stream;
 mod ticket;
 
+pub use bare::{Stream, StreamEnd};
 pub use blocking::{BlockingCallbacks, BlockingConnection, BlockingHandler, BlockingServer};
-pub use connect::{connect_tls, connect_unix};
+pub use connect::{connect_bare, connect_tls, connect_unix};
 pub use connection::Connection;
 pub use endpoint::{Endpoint, Local};
 pub use error::{Refusal, RefusalCode, WireError};

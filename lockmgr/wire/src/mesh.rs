@@ -1,6 +1,6 @@
 //! A node's connections to all its peers.
 //!
-//! Each peer has two lanes: control, kept up all the time, and bulk, opened when it is first used. A lane connects by
+//! Each peer has two lanes (and bare streams, one by one): control, kept up all the time, and bulk, opened when it is first used. A lane connects by
 //! itself and again after a loss, waiting longer after each failure up to [`BACKOFF_MS_MAX`]. A call on a lane that is
 //! down fails at once: whoever calls knows better whether to wait, ask somebody else, or give up.
 
@@ -14,8 +14,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::connect::connect_tls_with;
-use crate::{Class, Connection, Endpoint, Handler, WireError};
+use crate::connect::{connect_bare, connect_tls_with};
+use crate::{Class, Connection, Endpoint, Handler, Stream, WireError};
 
 const BACKOFF_MS_MIN: u64 = 20;
 const BACKOFF_MS_MAX: u64 = 500;
@@ -150,7 +150,7 @@ impl Mesh {
         let mut lane = match class {
             Class::Control => slot.control.subscribe(),
             Class::Bulk => self.bulk_lane(&slot).subscribe(),
-            Class::Blocks => {
+            Class::Blocks | Class::Stream => {
                 let reason = Arc::from("streams have no lane: each is opened for itself");
                 return Err(WireError::NotConnected { node, reason });
             }
@@ -170,6 +170,12 @@ impl Mesh {
                 changed = lane.changed() => changed.map_err(|_| unknown(node))?,
             }
         }
+    }
+
+    /// Opens a bare stream to a peer; it ends with its value.
+    pub async fn open_stream(&self, node: u16) -> Result<Stream, WireError> {
+        let address = self.slot(node)?.address.clone();
+        connect_bare(&address, &self.endpoint, node).await
     }
 
     /// All peers and whether they are connected.
@@ -330,7 +336,7 @@ impl Lane {
     fn state(&self) -> &watch::Sender<LaneState> {
         match self.class {
             Class::Control => &self.slot.control,
-            Class::Bulk | Class::Blocks => {
+            Class::Bulk | Class::Blocks | Class::Stream => {
                 self.slot.bulk.get_or_init(|| watch::Sender::new(LaneState::Fresh))
             }
         }

@@ -12,6 +12,8 @@ pub enum Class {
     Bulk,
     /// Redirected blocks: bytes that are handed over as they are, without frames.
     Blocks,
+    /// The memory of a VM that moves: bare bytes for a thread that blocks; see [`crate::Stream`].
+    Stream,
 }
 
 impl Class {
@@ -20,6 +22,7 @@ impl Class {
             Self::Control => 0,
             Self::Bulk => 1,
             Self::Blocks => 2,
+            Self::Stream => 3,
         }
     }
 
@@ -28,6 +31,7 @@ impl Class {
             0 => Some(Self::Control),
             1 => Some(Self::Bulk),
             2 => Some(Self::Blocks),
+            3 => Some(Self::Stream),
             _ => None,
         }
     }
@@ -39,6 +43,7 @@ impl fmt::Display for Class {
             Self::Control => "control",
             Self::Bulk => "bulk",
             Self::Blocks => "blocks",
+            Self::Stream => "stream",
         })
     }
 }

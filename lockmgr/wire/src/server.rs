@@ -18,7 +18,7 @@ use crate::driver::{self, Greeted, in_time};
 use crate::hello::Proof;
 use crate::identity::{node_of_certificate, tls_error};
 use crate::join;
-use crate::{ByteStream, Class, Endpoint, Handler, Local, Partition, Via, WireError};
+use crate::{ByteStream, Class, Endpoint, Handler, Local, Partition, Stream, Via, WireError};
 
 /// Connections of one server at once; further ones wait in the listener.
 const CONNECTIONS_MAX: usize = 1024;
@@ -94,6 +94,9 @@ trait Source: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Option<Greeted<Self::Stream>>, WireError>> + Send;
 
     fn partition(&self) -> Partition;
+
+    /// The bare stream that a greeted peer has asked for.
+    fn bare(&self, greeted: Greeted<Self::Stream>) -> Result<Stream, WireError>;
 }
 
 /// What the accepting task and the tasks of its connections share.
@@ -140,6 +143,13 @@ impl<S: Source> Accepting<S> {
         if greeted.class() == Class::Blocks {
             return self.handler.streamed(ByteStream::new(greeted, self.source.partition()));
         }
+        if greeted.peer().class == Class::Stream {
+            match self.source.bare(greeted) {
+                Ok(stream) => self.handler.bare_stream(stream),
+                Err(error) => tracing::warn!(error = error.explain(), "stream refused"),
+            }
+            return;
+        }
         let connection =
             driver::start(greeted, Arc::clone(&self.handler), self.source.partition(), &self.tasks);
         if self.closing.run_until_cancelled(connection.closed()).await.is_none() {
@@ -184,6 +194,10 @@ impl Source for FromNodes {
     fn partition(&self) -> Partition {
         self.endpoint.partition.clone()
     }
+
+    fn bare(&self, greeted: Greeted<Self::Stream>) -> Result<Stream, WireError> {
+        Stream::of_server(greeted, self.partition())
+    }
 }
 
 struct FromProcesses {
@@ -211,6 +225,10 @@ impl Source for FromProcesses {
 
     fn partition(&self) -> Partition {
         Partition::default()
+    }
+
+    fn bare(&self, _greeted: Greeted<UnixStream>) -> Result<Stream, WireError> {
+        Err(WireError::BadFrame { what: "a process of this node asks for a bare stream".to_owned() })
     }
 }
 

@@ -220,6 +220,7 @@ impl World {
             lease_page: at("lease"),
             control_socket: at(&format!("hv{serial}.sock")),
             console_log_bytes: 1 << 18,
+            incoming: false,
             restore_from: None,
         }
     }

@@ -1,0 +1,193 @@
+//! The target's end of one memory stream.
+
+use std::io::{self, Read, Write};
+
+use hv::GuestRam;
+
+use super::record::{
+    self, HEADER_BYTES, Kind, PAGE, RUN_BYTES_MAX, Record, STATE_BYTES_MAX, StreamError, read_whole,
+};
+
+/// What came over one stream.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Received {
+    /// Pages, with those that are zero.
+    pub pages: u64,
+    /// The state of processors and devices, on the stream that carries it.
+    pub state: Option<Vec<u8>>,
+}
+
+static ZEROS: [u8; RUN_BYTES_MAX] = [0; RUN_BYTES_MAX];
+
+/// Takes everything up to the end of the stream into RAM. The answer is still due.
+///
+/// # Errors
+/// When the connection breaks, or what comes breaks the rules: nothing outside of RAM has been written then.
+pub fn receive(stream: &mut impl Read, ram: &GuestRam) -> Result<Received, StreamError> {
+    let mut received = Received::default();
+    let mut buffer = vec![0; RUN_BYTES_MAX];
+    loop {
+        let mut header = [0; HEADER_BYTES];
+        stream.read_exact(&mut header)?;
+        let record = Record::parse(header)?;
+        match record.kind {
+            Kind::Pages => received.pages += take_pages(stream, ram, record, &mut buffer)?,
+            Kind::Zeros => received.pages += take_zeros(ram, record)?,
+            Kind::State => take_state(stream, record, &mut received)?,
+            Kind::End if record.place == received.pages && record.length == 0 => return Ok(received),
+            Kind::End => return Err(StreamError::Invalid("pages are missing")),
+        }
+    }
+}
+
+fn take_pages(
+    stream: &mut impl Read,
+    ram: &GuestRam,
+    record: Record,
+    buffer: &mut [u8],
+) -> Result<u64, StreamError> {
+    let length = record.length as usize;
+    if !(1..=RUN_BYTES_MAX).contains(&length) || !length.is_multiple_of(PAGE) || !aligned(record) {
+        return Err(StreamError::Invalid("a run of pages"));
+    }
+    let payload = &mut buffer[..length];
+    stream.read_exact(payload)?;
+    ram.write_linear(record.place, payload)?;
+    Ok((length / PAGE) as u64)
+}
+
+fn take_zeros(ram: &GuestRam, record: Record) -> Result<u64, StreamError> {
+    let Some(zeros) = (record.length as usize).checked_mul(PAGE).and_then(|bytes| ZEROS.get(..bytes)) else {
+        return Err(StreamError::Invalid("a run of zero pages"));
+    };
+    if !aligned(record) {
+        return Err(StreamError::Invalid("a run of zero pages"));
+    }
+    ram.write_linear(record.place, zeros)?;
+    Ok(u64::from(record.length))
+}
+
+fn take_state(stream: &mut impl Read, record: Record, received: &mut Received) -> Result<(), StreamError> {
+    if record.length > STATE_BYTES_MAX || record.place != 0 || received.state.is_some() {
+        return Err(StreamError::Invalid("the state"));
+    }
+    received.state = Some(read_whole(stream, record.length)?);
+    Ok(())
+}
+
+fn aligned(record: Record) -> bool {
+    record.place.is_multiple_of(hv::PAGE_BYTES)
+}
+
+/// Answers at the end of the stream: ready, or why not.
+///
+/// # Errors
+/// When the connection breaks.
+pub fn answer(stream: &mut impl Write, answer: Result<(), &str>) -> io::Result<()> {
+    record::write_answer(stream, answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::{Pages, Sender};
+    use super::*;
+
+    const RAM_BYTES: u64 = 4 << 20;
+
+    fn ram() -> GuestRam {
+        GuestRam::new(RAM_BYTES).expect("a little memory")
+    }
+
+    fn stamp(ram: &GuestRam, page: u64, with: u8) {
+        ram.write_linear(page * hv::PAGE_BYTES, &[with; PAGE]).expect("in RAM");
+    }
+
+    fn content(ram: &GuestRam) -> Vec<u8> {
+        let mut all = vec![0; usize::try_from(RAM_BYTES).unwrap()];
+        ram.read_linear(0, &mut all).expect("all of RAM");
+        all
+    }
+
+    #[test]
+    fn what_was_sent_is_what_is_there_also_when_a_page_has_become_zero() {
+        let (source, target) = (ram(), ram());
+        for page in 0..200 {
+            stamp(&source, page, 7);
+        }
+        let mut sender = Sender::new(Vec::new(), source.clone());
+        sender.send(&Pages { first: 0, bits: vec![u64::MAX; 16], fresh: true }).unwrap();
+        stamp(&source, 3, 0);
+        stamp(&source, 5, 9);
+        sender.send(&Pages { first: 0, bits: vec![0b10_1000], fresh: false }).unwrap();
+        let stream = sender.finish(Some(b"state")).unwrap();
+        let received = receive(&mut &stream[..], &target).unwrap();
+        assert_eq!(received, Received { pages: 202, state: Some(b"state".to_vec()) });
+        assert!(content(&source) == content(&target), "memory differs");
+    }
+
+    // Invariant H7
+    #[test]
+    fn a_stream_that_breaks_the_rules_is_refused_and_writes_nothing_outside_of_ram() {
+        let record = |kind, length, place| Record { kind, length, place }.to_bytes().to_vec();
+        let with_page = |mut header: Vec<u8>| {
+            header.extend([1; PAGE]);
+            header
+        };
+        let bad = [
+            with_page(record(Kind::Pages, 4096, RAM_BYTES)),
+            with_page(record(Kind::Pages, 4096, 100)),
+            with_page(record(Kind::Pages, 4095, 0)),
+            with_page(record(Kind::Pages, 4096, u64::MAX - 4095)),
+            record(Kind::Pages, 0, 0),
+            record(Kind::Pages, u32::MAX, 0),
+            record(Kind::Zeros, 1, RAM_BYTES),
+            record(Kind::Zeros, u32::MAX, 0),
+            record(Kind::State, u32::MAX, 0),
+            record(Kind::State, 0, 1),
+            [record(Kind::State, 0, 0), record(Kind::State, 0, 0)].concat(),
+            record(Kind::End, 0, 1),
+            record(Kind::End, 1, 0),
+            vec![9; HEADER_BYTES],
+            vec![1, 1, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        ];
+        for stream in bad {
+            let target = ram();
+            assert!(receive(&mut &stream[..], &target).is_err(), "{:?}", &stream[..HEADER_BYTES]);
+            assert!(content(&target).iter().all(|byte| *byte == 0));
+        }
+    }
+
+    proptest! {
+        // Invariant H7
+        #[test]
+        fn any_bytes_are_a_stream_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
+            let _outcome = receive(&mut &bytes[..], &ram());
+        }
+
+        // Invariant H7
+        #[test]
+        fn a_good_stream_with_changed_bytes_is_taken_or_refused(
+            at in 0usize..9000, with in any::<u8>(), cut in 0usize..9000
+        ) {
+            let source = ram();
+            stamp(&source, 1, 3);
+            stamp(&source, 2, 4);
+            let mut sender = Sender::new(Vec::new(), source);
+            sender.send(&Pages { first: 0, bits: vec![0b1111], fresh: false }).unwrap();
+            let mut stream = sender.finish(Some(b"state")).unwrap();
+            let end = stream.len();
+            stream[at % end] = with;
+            stream.truncate(cut.max(1));
+            let _outcome = receive(&mut &stream[..], &ram());
+        }
+
+        // Invariant H7
+        #[test]
+        fn any_opening_and_any_answer_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _opening = super::super::Opening::read(&mut &bytes[..]);
+            let _answer = super::super::await_answer(&mut &bytes[..]);
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! The source's end of one memory stream.
+
+use std::io::{Read, Write};
+
+use hv::GuestRam;
+
+use super::record::{self, Kind, PAGE, RUN_BYTES_MAX, Record, STATE_BYTES_MAX, StreamError};
+
+const WORD_BITS: u64 = 64;
+
+/// Pages to send: a bit each, from the first page on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pages {
+    /// The page of the first bit, counting RAM only.
+    pub first: u64,
+    /// The bits, 64 a word.
+    pub bits: Vec<u64>,
+    /// The target has nothing there yet: zeros need not be sent.
+    pub fresh: bool,
+}
+
+/// Sends RAM over one connection.
+#[derive(Debug)]
+pub struct Sender<S> {
+    stream: S,
+    ram: GuestRam,
+    buffer: Vec<u8>,
+    pages: u64,
+    bytes: u64,
+}
+
+impl<S: Write> Sender<S> {
+    /// For a stream whose opening was sent.
+    pub fn new(stream: S, ram: GuestRam) -> Self {
+        Self { stream, ram, buffer: vec![0; RUN_BYTES_MAX], pages: 0, bytes: 0 }
+    }
+
+    /// Bytes sent so far, before encryption.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Sends what the pages hold now. A guest that writes meanwhile marks them dirty again.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn send(&mut self, pages: &Pages) -> Result<(), StreamError> {
+        for (first, count) in runs(pages) {
+            let mut page = first;
+            while page < first + count {
+                let some = (first + count - page).min((RUN_BYTES_MAX / PAGE) as u64);
+                self.send_run(page, some, pages.fresh)?;
+                page += some;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages in a row; those that are zero go without their content.
+    fn send_run(&mut self, first: u64, count: u64, fresh: bool) -> Result<(), StreamError> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let whole = &mut buffer[..usize::try_from(count).expect("at most a buffer") * PAGE];
+        self.ram.read_linear(first * hv::PAGE_BYTES, whole)?;
+        let mut sent = Ok(());
+        let mut at = 0;
+        while at < whole.len() && sent.is_ok() {
+            let zero = is_zero(&whole[at..at + PAGE]);
+            let mut end = at + PAGE;
+            while end < whole.len() && is_zero(&whole[end..end + PAGE]) == zero {
+                end += PAGE;
+            }
+            let offset = first * hv::PAGE_BYTES + at as u64;
+            sent = match (zero, fresh) {
+                (false, _) => self.put(Kind::Pages, offset, &whole[at..end]),
+                (true, false) => self.put_zeros(offset, (end - at) / PAGE),
+                (true, true) => Ok(()),
+            };
+            at = end;
+        }
+        self.buffer = buffer;
+        sent
+    }
+
+    fn put(&mut self, kind: Kind, place: u64, payload: &[u8]) -> Result<(), StreamError> {
+        let length = u32::try_from(payload.len()).expect("bounded by the caller");
+        self.put_header(Record { kind, length, place })?;
+        self.stream.write_all(payload)?;
+        self.bytes += payload.len() as u64;
+        if kind == Kind::Pages {
+            self.pages += (payload.len() / PAGE) as u64;
+        }
+        Ok(())
+    }
+
+    fn put_zeros(&mut self, place: u64, pages: usize) -> Result<(), StreamError> {
+        let length = u32::try_from(pages).expect("at most a buffer");
+        self.pages += u64::from(length);
+        self.put_header(Record { kind: Kind::Zeros, length, place })
+    }
+
+    fn put_header(&mut self, record: Record) -> Result<(), StreamError> {
+        self.bytes += record::HEADER_BYTES as u64;
+        Ok(self.stream.write_all(&record.to_bytes())?)
+    }
+
+    /// Everything so far is on its way.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub fn flush(&mut self) -> Result<(), StreamError> {
+        Ok(self.stream.flush()?)
+    }
+
+    /// The last words, with the state on one of the streams. The stream is then only read from.
+    ///
+    /// # Errors
+    /// When the connection breaks, or the state is larger than any should be.
+    pub fn finish(mut self, state: Option<&[u8]>) -> Result<S, StreamError> {
+        if let Some(state) = state {
+            if state.len() > STATE_BYTES_MAX as usize {
+                return Err(StreamError::Invalid("the state is too large"));
+            }
+            self.put(Kind::State, 0, state)?;
+        }
+        self.put_header(Record { kind: Kind::End, length: 0, place: self.pages })?;
+        self.stream.flush()?;
+        Ok(self.stream)
+    }
+}
+
+/// Waits for the target's answer on a finished stream.
+///
+/// # Errors
+/// [`StreamError::Refused`], or when the connection breaks.
+pub fn await_answer(stream: &mut impl Read) -> Result<(), StreamError> {
+    record::read_answer(stream)
+}
+
+/// Runs of set bits as (page, count).
+fn runs(pages: &Pages) -> impl Iterator<Item = (u64, u64)> + '_ {
+    let bit = |at: u64| {
+        let word = usize::try_from(at / WORD_BITS).ok().and_then(|word| pages.bits.get(word));
+        word.is_some_and(|word| word >> (at % WORD_BITS) & 1 == 1)
+    };
+    let end = pages.bits.len() as u64 * WORD_BITS;
+    let mut at = 0;
+    std::iter::from_fn(move || {
+        while at < end && !bit(at) {
+            // Whole words without a bit are the usual case.
+            let empty = at.is_multiple_of(WORD_BITS)
+                && usize::try_from(at / WORD_BITS).is_ok_and(|word| pages.bits[word] == 0);
+            at += if empty { WORD_BITS } else { 1 };
+        }
+        let first = at;
+        while at < end && bit(at) {
+            at += 1;
+        }
+        (at > first).then_some((pages.first + first, at - first))
+    })
+}
+
+/// In steps that the compiler turns into wide comparisons; most pages with content differ in the first.
+fn is_zero(page: &[u8]) -> bool {
+    page.chunks(128).all(|part| part.iter().fold(0, |any, byte| any | byte) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_of_bits_become_runs_of_pages() {
+        let pages = Pages { first: 1000, bits: vec![0b0111_0000, 0, 1 << 63, 1], fresh: false };
+        assert_eq!(runs(&pages).collect::<Vec<_>>(), [(1004, 3), (1191, 2)]);
+        let none = Pages { first: 0, bits: vec![], fresh: false };
+        assert_eq!(runs(&none).count(), 0);
+    }
+}
