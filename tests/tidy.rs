@@ -56,6 +56,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("csvfs/fuse/src/wire/channel.rs", "one ioctl, which clones a FUSE connection for a further reader"),
     ("csvfs/blockio/src/uring.rs", "the kernel reads and writes buffers that a ring entry points to"),
     ("hv/src/kvm/chips.rs", "reads the union in which KVM returns an interrupt controller"),
+    ("hv/src/kvm/dirty.rs", "clears a part of KVM's log of written pages"),
     ("hv/src/kvm/mod.rs", "maps guest RAM into a virtual machine"),
     ("hv/src/kvm/processor.rs", "KVM's extended state has a size that only the kernel knows"),
     ("hv/src/memory.rs", "guest RAM as buffers of I/O requests"),
@@ -73,6 +74,8 @@ const PURE_FILES: &[&str] = &[
     "csvfs/src/extents.rs",
     "migrator/src/phase.rs",
     "migrator/src/handoff.rs",
+    "migrator/src/precopy.rs",
+    "migrator/src/target.rs",
 ];
 
 /// What pure files must not mention.

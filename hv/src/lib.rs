@@ -16,6 +16,7 @@ mod kvm;
 mod memory;
 pub mod snapshot;
 pub mod state;
+mod throttle;
 mod vcpu;
 mod vcpus;
 mod vm;

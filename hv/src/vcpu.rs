@@ -12,9 +12,10 @@
 use std::cell::Cell;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -53,6 +54,8 @@ pub(crate) enum Command {
     Pause(Answer<Result<(), KvmError>>),
     /// Stop without an answer: another vCPU has ended the guest.
     Halt,
+    /// Execute nothing for so long, or until the next command; without an answer.
+    Nap(Duration),
     /// The table of CPUID, and the entry; only the first processor has one, the others wait for its start-up interrupt.
     Boot(Box<kvm_bindings::CpuId>, Option<Entry>, Answer<Result<(), KvmError>>),
     Save(Answer<Result<state::Vcpu, KvmError>>),
@@ -110,7 +113,7 @@ impl Vcpu {
         install_signal_handler()?;
         let (commands, receiver) = channel();
         let (tell, started) = channel();
-        let runner = Runner { context, commands: receiver, running: false };
+        let runner = Runner { context, commands: receiver, running: false, nap: None };
         let thread = thread::Builder::new()
             .name(format!("vcpu{}", runner.context.id))
             .stack_size(STACK_BYTES)
@@ -162,15 +165,21 @@ struct Runner {
     context: VcpuContext,
     commands: Receiver<Command>,
     running: bool,
+    /// What is to be slept before the guest goes on.
+    nap: Option<Duration>,
 }
 
 impl Runner {
     fn serve(mut self) {
         SHARED_PAGE.set(ptr::from_mut(self.context.fd.get_kvm_run()));
         loop {
-            let command = match self.running {
-                true => self.commands.try_recv(),
-                false => self.commands.recv().map_err(|_| TryRecvError::Disconnected),
+            let command = match (self.running, self.nap.take()) {
+                (true, None) => self.commands.try_recv(),
+                (true, Some(long)) => self.commands.recv_timeout(long).map_err(|error| match error {
+                    RecvTimeoutError::Timeout => TryRecvError::Empty,
+                    RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+                }),
+                (false, _) => self.commands.recv().map_err(|_| TryRecvError::Disconnected),
             };
             match command {
                 Ok(Command::Quit) | Err(TryRecvError::Disconnected) => break,
@@ -199,6 +208,7 @@ impl Runner {
                 // What it left in is completed, so that its registers can be looked at. Nobody waits for that.
                 drop(self.complete_instruction());
             }
+            Command::Nap(long) => self.nap = Some(long),
             Command::Boot(cpuid, entry, answer) => {
                 let set = context.fd.set_cpuid2(&cpuid).tried("setting CPUID");
                 let booted = set.and_then(|()| processor::boot(&context.fd, entry, crate::boot::GDT));

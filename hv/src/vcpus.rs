@@ -51,6 +51,11 @@ impl Vcpus {
         Ok(Self(vcpus))
     }
 
+    /// The ways to all of them.
+    pub(crate) fn remotes(&self) -> Vec<Remote> {
+        self.0.iter().map(|vcpu| vcpu.remote().clone()).collect()
+    }
+
     pub(crate) fn run(&self) -> Result<(), VmError> {
         self.ask_all(|_| Command::Run).map(drop)
     }

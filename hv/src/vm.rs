@@ -28,6 +28,7 @@ use crate::dirty::WrittenPages;
 use crate::kvm::{HostCaps, KvmError, Machine, Tried};
 use crate::memory::{GuestRam, MemoryError};
 use crate::state::{self, STATE_VERSION, SavedMachine, StateError};
+use crate::throttle::Throttle;
 use crate::vcpu::{Stop, VcpuContext};
 use crate::vcpus::Vcpus;
 use crate::{CPUS_MAX, DISKS_MAX};
@@ -153,6 +154,8 @@ struct Life {
 #[derive(Debug)]
 pub struct Vm {
     // Fields are dropped in this order: the vCPUs first, the machine after everything that uses it.
+    /// Holds the guest back while a move needs it; protects that only.
+    throttle: Mutex<Option<Throttle>>,
     vcpus: Vcpus,
     workers: Vec<JoinHandle<()>>,
     bus: Arc<Bus>,
@@ -208,6 +211,7 @@ impl Vm {
         }
         let workers = bus.slots.iter().map(spawn_worker).collect::<Result<_, _>>()?;
         Ok(Self {
+            throttle: Mutex::default(),
             vcpus,
             workers,
             bus,
@@ -345,6 +349,24 @@ impl Vm {
         if written.take().is_some() {
             self.machine.log_writes(false)?;
         }
+        Ok(())
+    }
+
+    /// Holds the guest's processors back for this share of their time, 0 to let them go. Running or not.
+    ///
+    /// # Errors
+    /// When the system has no thread for it.
+    pub fn hold_back(&self, percent: u8) -> Result<(), VmError> {
+        let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
+        if percent == 0 {
+            *throttle = None;
+            return Ok(());
+        }
+        let throttle = match throttle.take() {
+            Some(held) => throttle.insert(held),
+            None => throttle.insert(Throttle::start(self.vcpus.remotes())?),
+        };
+        throttle.set(percent);
         Ok(())
     }
 

@@ -24,7 +24,7 @@ mod model;
 
 pub use change::{CasReply, Change, RecordView};
 pub use phase::{Action, Event, Failure, Kind, Migration, Plan};
-pub use precopy::{Pass, Precopy, Verdict};
+pub use precopy::{OVERHEAD_US, Pass, Precopy, Verdict};
 pub use report::{Blackout, Report, SaveFigures};
 pub use target::{Incoming, TargetAction, TargetAnswer, TargetEvent};
 

@@ -10,8 +10,10 @@
 //! ```
 //! **Invariant:** the guest is halted only when the estimate is within the largest blackout that the user allows.
 
-/// What of the blackout is not memory, before anything was measured: drain, state, commit, activation.
-const OVERHEAD_US: u64 = 20_000;
+/// What of the blackout is not memory (drain, state, commit, activation), before anything was measured.
+pub const OVERHEAD_US: u64 = 20_000;
+/// Most that is taken from earlier moves: half of what is allowed unless the user says otherwise.
+const OVERHEAD_US_MAX: u64 = 150_000;
 /// The budget before the passes have stopped to shrink.
 const BUDGET_FIRST_US: u64 = 50_000;
 /// So little that another pass gains nothing.
@@ -55,6 +57,7 @@ pub enum Verdict {
 #[derive(Clone, Debug)]
 pub struct Precopy {
     blackout_us_max: u64,
+    overhead_us: u64,
     passes: u32,
     sent_bytes: u64,
     best_left: u64,
@@ -65,11 +68,13 @@ pub struct Precopy {
 }
 
 impl Precopy {
-    /// For a guest that may stand still for so long.
+    /// For a guest that may stand still for so long. `overhead_us` is what earlier moves took besides memory; it is bounded,
+    /// so that slow moves in the past do not forbid all that follow.
     #[must_use]
-    pub fn new(blackout_us_max: u64) -> Self {
+    pub fn new(blackout_us_max: u64, overhead_us: u64) -> Self {
         Self {
             blackout_us_max,
+            overhead_us: overhead_us.min(OVERHEAD_US_MAX),
             passes: 0,
             sent_bytes: 0,
             best_left: u64::MAX,
@@ -100,7 +105,19 @@ impl Precopy {
     /// How long the guest would stand still if it were halted with so much left.
     #[must_use]
     pub fn estimate_us(&self, left_bytes: u64) -> u64 {
-        OVERHEAD_US.saturating_add(time_us(left_bytes, self.rate))
+        self.overhead_us.saturating_add(time_us(left_bytes, self.rate))
+    }
+
+    /// Why there is no use in beginning.
+    #[must_use]
+    pub fn hopeless(&self) -> Option<String> {
+        (self.overhead_us > self.blackout_us_max).then(|| {
+            format!(
+                "it would stand still for {} ms even if no memory were left to send, and {} ms are allowed",
+                self.overhead_us.div_ceil(1000),
+                self.blackout_us_max / 1000
+            )
+        })
     }
 
     /// Takes what a pass came to.
@@ -186,7 +203,7 @@ mod tests {
 
     /// Passes of a guest that writes `writes` MiB/s, slowed down as told, into at most `set` MiB over a link of `link` MiB/s.
     fn run(ram: u64, writes: u64, set: u64, link: u64, budget_ms: u64) -> (Precopy, Verdict) {
-        let mut precopy = Precopy::new(budget_ms * 1000);
+        let mut precopy = Precopy::new(budget_ms * 1000, OVERHEAD_US);
         let (mut to_send, mut throttle) = (ram * MIB, 0u64);
         loop {
             let took_us = (to_send * SECOND / (link * MIB)).max(1);

@@ -273,6 +273,27 @@ pub enum Problem {
     },
 }
 
+impl Problem {
+    /// Which kind of problem, for programs: these words do not change.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::SameNode(_) => "same_node",
+            Self::NodeDown { .. } => "node_down",
+            Self::Kvm(_) => "kvm",
+            Self::Memory { .. } => "memory",
+            Self::Cpus { .. } => "cpus",
+            Self::Volume(_) => "volume",
+            Self::Path { .. } => "disk",
+            Self::Protocol { .. } => "version",
+            Self::CpuVendor { .. } => "cpu_vendor",
+            Self::CpuFeatures { .. } => "cpu_features",
+            Self::CpuXsave { .. } => "cpu_xsave",
+            Self::CpuAddressBits { .. } => "cpu_address_bits",
+        }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const MIB: u64 = 1 << 20;

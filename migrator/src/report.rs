@@ -34,6 +34,14 @@ pub struct Blackout {
     pub handoff_ms: f64,
 }
 
+impl Blackout {
+    /// What was not memory, in milliseconds.
+    #[must_use]
+    pub fn overhead_ms(&self) -> f64 {
+        self.drain_ms + self.state_ms + self.handoff_ms
+    }
+}
+
 /// The report of a finished move.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {

@@ -5,6 +5,7 @@
 mod bad_input;
 mod coherence;
 mod faults;
+mod live;
 mod members;
 mod moves;
 mod nbd;

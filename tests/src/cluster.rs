@@ -91,6 +91,12 @@ impl Cluster {
         Ctl::local().must(&["dev", "fault", &self.name(number), what, "--dir", dir]);
     }
 
+    /// The next move that comes to this step on node `number` waits there, see `csvctl dev fault NODE hold`.
+    pub fn hold(&self, number: usize, step: &str) {
+        let dir = self.dir().to_str().expect("a UTF-8 path");
+        Ctl::local().must(&["dev", "fault", &self.name(number), "hold", "--at", step, "--dir", dir]);
+    }
+
     /// Starts a killed node again.
     pub fn start_node(&self, number: usize) {
         let dir = self.dir().to_str().expect("a UTF-8 path");

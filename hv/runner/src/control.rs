@@ -90,6 +90,7 @@ fn carry_out(runner: &Runner, op: control::Op) -> Result<control_reply::Result, 
             .take(take.first_page, take.pages)
             .map(|bits| control_reply::Result::Take(TakeReply { bits })),
         Op::Halt(_) => runner.halt().map(control_reply::Result::Halt),
+        Op::Throttle(throttle) => runner.hold_back(throttle.percent).map(done),
         Op::Load(load) => runner.load(&load.state).map(done),
     }
 }

@@ -42,8 +42,19 @@ impl Runner {
     /// When the VM is not live, or KVM refuses.
     pub fn track(&self, on: bool) -> Result<(), Failure> {
         let _work = self.work_in("followed", &[Phase::Live])?;
-        let tracked = if on { self.vm().track_writes() } else { self.vm().untrack_writes() };
+        let tracked = match on {
+            true => self.vm().track_writes(),
+            false => self.vm().hold_back(0).and_then(|()| self.vm().untrack_writes()),
+        };
         tracked.map_err(|error| not_now(&error))
+    }
+
+    /// Holds the guest back for this share of its time.
+    ///
+    /// # Errors
+    /// When the system has no thread for it.
+    pub fn hold_back(&self, percent: u32) -> Result<(), Failure> {
+        self.vm().hold_back(u8::try_from(percent).unwrap_or(u8::MAX)).map_err(|error| not_now(&error))
     }
 
     /// Begins a pass; gives the number of written pages.
@@ -88,6 +99,7 @@ impl Runner {
         if ran {
             self.vm().pause().map_err(|error| not_now(&error))?;
         }
+        self.vm().hold_back(0).map_err(|error| not_now(&error))?;
         self.close_disks(disks)?;
         let drain_ms = watch.lap_ms();
         let state = self.vm().save_state().map_err(|error| not_now(&error))?.encode_to_vec();

@@ -8,3 +8,4 @@ mod hostile;
 mod roles;
 mod save;
 mod support;
+mod written;

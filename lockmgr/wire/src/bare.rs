@@ -136,10 +136,12 @@ impl Read for Stream {
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let taken = self.tls.writer().write(bytes)?;
-        if taken < bytes.len() {
-            self.send_all()?;
+        if taken == bytes.len() {
+            return Ok(taken);
         }
-        Ok(taken)
+        self.send_all()?;
+        // There is room now: nothing taken would mean that nothing more can be written.
+        if taken > 0 { Ok(taken) } else { self.tls.writer().write(bytes) }
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -37,7 +37,7 @@ pub(crate) struct Greeted<S> {
     peer: Peer,
 }
 
-impl<S: AsyncRead + AsyncWrite> Greeted<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> Greeted<S> {
     /// The stream without frames: both directions, what has come with the hello, and who it is.
     pub(crate) fn into_bytes(self) -> (ReadHalf<S>, WriteHalf<S>, BytesMut, Peer) {
         let parts = self.frames.into_parts();

@@ -248,3 +248,58 @@ async fn a_partitioned_node_is_silent_until_it_is_connected_again() {
     mesh.shutdown().await;
     server.shutdown().await;
 }
+
+/// Gives the streams that arrive.
+struct Taking(std::sync::mpsc::Sender<wire::Stream>);
+
+impl wire::Handler for Taking {
+    fn handle(
+        &self,
+        _from: wire::Peer,
+        _conn: wire::Connection,
+        service: u16,
+        _body: Bytes,
+    ) -> futures::future::BoxFuture<'static, Result<Bytes, wire::Refusal>> {
+        Box::pin(async move { Err(wire::Refusal::unsupported(service)) })
+    }
+
+    fn bare_stream(&self, stream: wire::Stream) {
+        let _ = self.0.send(stream);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_bare_stream_carries_bytes_both_ways_between_nodes_that_have_proved_who_they_are() {
+    use std::io::{Read, Write};
+    let pki = Pki::new();
+    let (streams, arrived) = std::sync::mpsc::channel();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound").to_string();
+    let server = wire::Server::serve_tls(listener, pki.endpoint(2), Arc::new(Taking(streams)));
+    let stranger = Pki::new();
+    assert!(wire::connect_bare(&address, &stranger.endpoint(1), 2).await.is_err(), "another authority");
+    assert!(wire::connect_bare(&address, &pki.endpoint(1), 3).await.is_err(), "another node");
+    let mut near = wire::connect_bare(&address, &pki.endpoint(1), 2).await.expect("opens");
+    let sent: Vec<u8> = (0..3_000_000_u32).map(|i| i.to_le_bytes()[1]).collect();
+    let expected = sent.clone();
+    let sending = std::thread::spawn(move || {
+        near.write_all(&sent).expect("written");
+        near.flush().expect("sent");
+        let mut answer = [0; 4];
+        near.read_exact(&mut answer).expect("answered");
+        answer
+    });
+    let mut far = arrived.recv().expect("arrives");
+    assert_eq!(far.peer().node, 1);
+    let mut found = vec![0; expected.len()];
+    far.read_exact(&mut found).expect("read");
+    assert!(found == expected, "bytes differ");
+    far.write_all(b"done").and_then(|()| far.flush()).expect("answers");
+    assert_eq!(&sending.join().expect("no panic"), b"done");
+    // Ended from another thread, a stream does not wait any more.
+    let end = far.ender().expect("a handle");
+    let reading = std::thread::spawn(move || far.read(&mut [0]));
+    end.end();
+    assert!(reading.join().expect("no panic").is_err());
+    server.shutdown().await;
+}

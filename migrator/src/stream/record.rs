@@ -17,8 +17,8 @@ use prost::Message;
 
 use crate::protocol::{Move, ProtocolError, move_of, pb};
 
-pub(super) const PAGE: usize = hv::PAGE_BYTES as usize;
-const _: () = assert!(PAGE == 4096);
+pub(super) const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == hv::PAGE_BYTES);
 /// Payload of one record.
 pub(super) const RUN_BYTES_MAX: usize = 256 << 10;
 /// The state of processors and devices; most of it is the guest's console.

@@ -120,7 +120,7 @@ impl pb::admin_server::Admin for Admin {
     }
 
     async fn fault(&self, request: Request<pb::FaultRequest>) -> Answer<pb::Done> {
-        answer(cluster::fault(&self.core, &request.into_inner().action))
+        answer(cluster::fault(&self.core, &request.into_inner().action).await)
     }
 
     async fn volume_create(&self, request: Request<pb::VolumeCreateRequest>) -> Answer<pb::Volume> {
@@ -215,6 +215,17 @@ impl pb::admin_server::Admin for Admin {
 
     async fn vm_migrate(&self, request: Request<pb::VmMigrateRequest>) -> Answer<Self::VmMigrateStream> {
         answer(vm::migrate(&self.core, request.into_inner()))
+    }
+
+    async fn vm_migrate_cancel(&self, request: Request<pb::VmRequest>) -> Answer<pb::Done> {
+        answer(vm::migrate_cancel(&self.core, request.into_inner()).await)
+    }
+
+    async fn vm_check_migrate(
+        &self,
+        request: Request<pb::VmCheckMigrateRequest>,
+    ) -> Answer<pb::MigrateProblems> {
+        answer(vm::check_migrate(&self.core, request.into_inner()).await)
     }
 
     async fn vm_delete(&self, request: Request<pb::VmDeleteRequest>) -> Answer<pb::Done> {

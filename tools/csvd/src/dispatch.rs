@@ -8,11 +8,12 @@ use futures::future::BoxFuture;
 use lockmgr::NodeId;
 use prost::Message;
 use wire::{
-    ByteStream, Class, Connection, Handler, JoinReply, JoinRequest, Peer, Refusal, RefusalCode, service,
+    ByteStream, Class, Connection, Handler, JoinReply, JoinRequest, Peer, Refusal, RefusalCode, Stream,
+    service,
 };
 
 use crate::core::Core;
-use crate::{forward, membership, redirect, router};
+use crate::{forward, membership, redirect, router, vms};
 
 /// The handler of all connections between nodes. Frames that come before the daemon is complete are refused; the
 /// sender tries again.
@@ -80,6 +81,13 @@ impl Handler for Dispatcher {
         match self.core.get() {
             Some(core) => redirect::serve(core, stream),
             None => tracing::debug!(peer = %stream.peer(), "a stream came before the node was complete"),
+        }
+    }
+
+    fn bare_stream(&self, stream: Stream) {
+        // A move that is this early has no attempt that it could belong to.
+        if let Some(core) = self.core.get() {
+            vms::streamed(core, stream);
         }
     }
 

@@ -99,6 +99,12 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
         NodeOp::VmShow(request) => NodeAnswer::Vm(vms::show(core, &request.name).await?),
         NodeOp::VmConsole(request) => NodeAnswer::Console(vms::console(core, &request).await?),
         NodeOp::VmMigrate(request) => NodeAnswer::Migrated(vms::migrate(core, request).await?),
+        NodeOp::VmProgress(request) => NodeAnswer::Progress(vms::progress(core, &request.name)?),
+        NodeOp::VmMigrateCancel(request) => {
+            vms::cancel(core, &request.name)?;
+            done
+        }
+        NodeOp::VmCheckMigrate(request) => NodeAnswer::MigrateProblems(vms::problems(core, &request).await?),
         NodeOp::VmIncoming(body) => NodeAnswer::Incoming(vms::incoming(core, body).await?),
     })
 }

@@ -43,7 +43,10 @@ pub(crate) struct ClientPush {
 /// Service `ADMIN`: something that only the receiver can do.
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeRequest {
-    #[prost(oneof = "NodeOp", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 50, 51, 52, 53")]
+    #[prost(
+        oneof = "NodeOp",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 40, 41, 42, 50, 51, 52, 53"
+    )]
     pub(crate) op: Option<NodeOp>,
 }
 
@@ -86,6 +89,15 @@ pub(crate) enum NodeOp {
     /// To the client's node: done when it is gone for certain, an error otherwise.
     #[prost(message, tag = "14")]
     IsClientGone(OfClient),
+    /// To the source of a move: how far it is.
+    #[prost(message, tag = "40")]
+    VmProgress(pb::VmRequest),
+    /// To the source of a move: give it up.
+    #[prost(message, tag = "41")]
+    VmMigrateCancel(pb::VmRequest),
+    /// To the owner: what stands against a move.
+    #[prost(message, tag = "42")]
+    VmCheckMigrate(pb::VmCheckMigrateRequest),
     /// To any node: take the detour to a volume, or leave it.
     #[prost(message, tag = "50")]
     VolumeIoMode(pb::VolumeIoModeRequest),
@@ -155,7 +167,7 @@ pub(crate) struct Convict {
 /// Answer to a [`NodeRequest`].
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeReply {
-    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41")]
     pub(crate) answer: Option<NodeAnswer>,
 }
 
@@ -180,6 +192,10 @@ pub(crate) enum NodeAnswer {
     Incoming(bytes::Bytes),
     #[prost(message, tag = "9")]
     Serving(Serving),
+    #[prost(message, tag = "40")]
+    Progress(pb::MigrateProgress),
+    #[prost(message, tag = "41")]
+    MigrateProblems(pb::MigrateProblems),
 }
 
 /// Answer to [`NodeOp::AwaitCoordinator`].

@@ -29,9 +29,12 @@ use uuid::Uuid;
 use crate::core::Core;
 use crate::view;
 
-pub(crate) use ha::{Priority, lost, run as restart_lost};
-pub(crate) use migration::{Moves, check as check_migrate, incoming, migrate};
-use runner::Runner;
+pub(crate) use ha::{Priority, has_arrived, lost, run as restart_lost};
+pub(crate) use migration::{
+    Moves, Rehearsal, await_arrival, cancel, check as check_migrate, incoming, migrate, problems, progress,
+    streamed,
+};
+use runner::{Content, Runner};
 
 /// Longest name of a VM.
 const NAME_BYTES_MAX: usize = 64;
@@ -53,6 +56,8 @@ pub(crate) struct Vms {
     serials: Mutex<HashMap<u64, Option<u32>>>,
     /// The moves to this node.
     moves: Moves,
+    /// Where moves are held, in rehearsals.
+    pub(crate) rehearsal: Rehearsal,
     /// By name: held while it is decided whether a VM starts here. Two ways lead to a running process, a start and a move,
     /// and only one of them may act on a record. Rank of the map: a leaf; of the locks: above everything.
     deciding: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
@@ -281,7 +286,7 @@ async fn launch(
     saved: Option<VolumePath>,
 ) -> Result<Arc<Runner>, Error> {
     let restored = saved.is_some();
-    let runner = Runner::start(core, record, spec, saved).await?;
+    let runner = Runner::start(core, record, spec, saved.map_or(Content::Booted, Content::Saved)).await?;
     core.vms.add(&runner);
     supervise(core, &runner);
     if restored && let Err(error) = go_on(core, record, &runner).await {
@@ -529,11 +534,11 @@ async fn record_lost(core: &Arc<Core>) -> Result<(), ProposeError> {
 /// The changes that record the end of what ran here before this epoch.
 fn lost_with_last_epoch(core: &Core, state: &ClusterState) -> Vec<Command> {
     let gone = state.vms.values().filter(|vm| {
-        vm.owner == core.me
-            && matches!(
-                vm.state,
-                VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating
-            )
+        let ran = matches!(
+            vm.state,
+            VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating
+        );
+        vm.owner == core.me && (ran || has_arrived(vm))
     });
     let ended = |vm: &VmRecord| lost(vm, format!("node {} was restarted", core.config.name));
     gone.map(ended).collect()

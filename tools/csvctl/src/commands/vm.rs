@@ -1,5 +1,6 @@
 //! `csvctl vm`.
 
+mod check_migrate;
 mod console;
 mod create;
 mod delete;
@@ -38,6 +39,8 @@ pub(crate) enum VmCommand {
     Console(console::Console),
     /// Move a VM to another node
     Migrate(migrate::Migrate),
+    /// Tell what stands against moving a VM to a node
+    CheckMigrate(check_migrate::CheckMigrate),
     /// Forget a stopped VM; its disks stay
     Delete(delete::Delete),
 }
@@ -54,6 +57,7 @@ impl VmCommand {
             Self::Show(vm) => show::run(vm, context).await,
             Self::Console(command) => command.run(context).await,
             Self::Migrate(command) => command.run(context).await,
+            Self::CheckMigrate(command) => command.run(context).await,
             Self::Delete(command) => command.run(context).await,
         }
     }

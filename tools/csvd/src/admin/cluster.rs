@@ -61,15 +61,18 @@ pub(super) fn standing(core: &Core, member: &Member) -> &'static str {
     }
 }
 
-pub(super) fn fault(core: &Arc<Core>, action: &str) -> Result<pb::Done, Error> {
-    match action {
-        "partition" => core.mesh.set_partitioned(true),
-        "heal" => core.mesh.set_partitioned(false),
-        "lun-fail" => orders::cut(core, true),
-        "lun-heal" => orders::cut(core, false),
-        other => {
-            return Err(Error::usage(format!("`{other}` is not a fault of this node"))
-                .hint("it knows partition, heal, lun-fail and lun-heal"));
+pub(super) async fn fault(core: &Arc<Core>, action: &str) -> Result<pb::Done, Error> {
+    match action.split_once(':').unwrap_or((action, "")) {
+        ("partition", _) => core.mesh.set_partitioned(true),
+        ("heal", _) => core.mesh.set_partitioned(false),
+        ("lun-fail", _) => orders::cut(core, true),
+        ("lun-heal", _) => orders::cut(core, false),
+        ("hold", step) => core.vms.rehearsal.hold(Some(step)),
+        ("held", _) => core.vms.rehearsal.held().await,
+        ("release", _) => core.vms.rehearsal.hold(None),
+        _ => {
+            return Err(Error::usage(format!("`{action}` is not a fault of this node"))
+                .hint("it knows partition, heal, lun-fail, lun-heal, hold, held and release"));
         }
     }
     tracing::warn!(action, "fault rehearsal");

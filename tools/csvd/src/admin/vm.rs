@@ -1,16 +1,21 @@
 //! `vm`: each request is carried out by the node that owns the VM.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::{Error, pb};
 use futures::stream;
 use lockmgr::NodeId;
+use tokio::task::JoinHandle;
 
 use super::Streamed;
 use super::path::resolve;
 use crate::core::Core;
 use crate::messages::{NodeAnswer, NodeOp};
 use crate::{forward, view, vms};
+
+/// How often the source of a move is asked how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(250);
 
 pub(super) async fn create(core: &Arc<Core>, request: pb::VmCreateRequest) -> Result<pb::Vm, Error> {
     let state = core.state();
@@ -118,7 +123,7 @@ async fn piece(core: &Arc<Core>, request: &pb::VmConsoleRequest) -> Result<Optio
     }
 }
 
-/// Has the owner move the VM, and passes on what the records show meanwhile.
+/// Has the owner move the VM, and tells meanwhile how far it is.
 pub(super) fn migrate(
     core: &Arc<Core>,
     request: pb::VmMigrateRequest,
@@ -127,16 +132,94 @@ pub(super) fn migrate(
     let record = view::vm(&state, &request.name)?;
     let to = view::member(&state, &request.to)?;
     vms::check_migrate(&state, record, to, &request.r#type)?;
-    let (core, owner) = (Arc::clone(core), record.owner);
-    Ok(Box::pin(stream::once(async move {
-        match forward::ask(&core, owner, NodeOp::VmMigrate(request)).await {
-            Ok(NodeAnswer::Migrated(report)) => {
-                Ok(pb::MigrateProgress { phase: "done".to_owned(), report: Some(report) })
+    let (owner, name, epoch) = (record.owner, request.name.clone(), record.epoch);
+    let asked = Arc::clone(core);
+    // A task of its own: a move goes on when nobody looks at it any more.
+    let moved =
+        core.runtime.spawn(async move { forward::ask(&asked, owner, NodeOp::VmMigrate(request)).await });
+    let following = Following { core: Arc::clone(core), owner, name, epoch, moved, shown: None };
+    Ok(Box::pin(stream::unfold(Some(following), |following| async move {
+        let mut following = following?;
+        match following.next().await {
+            Ok(progress) => {
+                let more = progress.report.is_none().then_some(following);
+                Some((Ok(progress), more))
             }
-            Ok(_) => Err(Error::failed("the owner's answer cannot be read").into()),
-            Err(error) => Err(error.into()),
+            Err(error) => Some((Err(error.into()), None)),
         }
     })))
+}
+
+/// A move that somebody looks at.
+struct Following {
+    core: Arc<Core>,
+    owner: NodeId,
+    name: String,
+    /// Before the move.
+    epoch: u64,
+    moved: JoinHandle<Result<NodeAnswer, Error>>,
+    shown: Option<pb::MigrateProgress>,
+}
+
+impl Following {
+    /// The next thing worth telling: progress, or the end.
+    async fn next(&mut self) -> Result<pb::MigrateProgress, Error> {
+        loop {
+            match tokio::time::timeout(PROGRESS_EVERY, &mut self.moved).await {
+                Ok(moved) => {
+                    let moved = moved.map_err(Error::failed)??;
+                    vms::await_arrival(&self.core, &self.name, self.epoch).await;
+                    return finished(moved);
+                }
+                Err(_) => {
+                    if let Some(news) = self.ask().await {
+                        return Ok(news);
+                    }
+                }
+            }
+        }
+    }
+
+    /// How far it is, if that is news. An owner that does not answer now has an end to tell soon.
+    async fn ask(&mut self) -> Option<pb::MigrateProgress> {
+        let op = NodeOp::VmProgress(pb::VmRequest { name: self.name.clone() });
+        let Ok(NodeAnswer::Progress(now)) = forward::ask(&self.core, self.owner, op).await else {
+            return None;
+        };
+        let news = self.shown.as_ref() != Some(&now);
+        self.shown = Some(now.clone());
+        news.then_some(now)
+    }
+}
+
+fn finished(answer: NodeAnswer) -> Result<pb::MigrateProgress, Error> {
+    match answer {
+        NodeAnswer::Migrated(report) => Ok(pb::MigrateProgress {
+            phase: "done".to_owned(),
+            report: Some(report),
+            ..pb::MigrateProgress::default()
+        }),
+        _ => Err(Error::failed("the owner's answer cannot be read")),
+    }
+}
+
+/// Asks the owner to give the move up. The move itself reports what becomes of it.
+pub(super) async fn migrate_cancel(core: &Arc<Core>, request: pb::VmRequest) -> Result<pb::Done, Error> {
+    let owner = owner(core, &request.name)?;
+    forward::ask(core, owner, NodeOp::VmMigrateCancel(request)).await.map(|_| pb::Done {})
+}
+
+/// What stands against a move.
+pub(super) async fn check_migrate(
+    core: &Arc<Core>,
+    request: pb::VmCheckMigrateRequest,
+) -> Result<pb::MigrateProblems, Error> {
+    let owner = owner(core, &request.name)?;
+    view::member(&core.state(), &request.to)?;
+    match forward::ask(core, owner, NodeOp::VmCheckMigrate(request)).await? {
+        NodeAnswer::MigrateProblems(problems) => Ok(problems),
+        _ => Err(Error::failed("the owner's answer cannot be read")),
+    }
 }
 
 pub(super) async fn delete(core: &Arc<Core>, request: pb::VmDeleteRequest) -> Result<pb::Done, Error> {

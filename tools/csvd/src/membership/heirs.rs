@@ -21,7 +21,7 @@ use lockmgr::cluster::{
 };
 
 use crate::view;
-use crate::vms::{Priority, lost};
+use crate::vms::{Priority, has_arrived, lost};
 
 /// The changes that the records ask for. `retry_failed`: also let another node try a volume that could not be opened.
 pub(crate) fn appoint(state: &ClusterState, retry_failed: bool) -> Vec<Command> {
@@ -132,6 +132,9 @@ fn verdict(vm: &VmRecord, node: &str) -> Option<Command> {
         VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating => {
             let reason = format!("node {node}, where it ran, was cut off");
             Some(lost(vm, reason))
+        }
+        VmState::Saved if has_arrived(vm) => {
+            Some(lost(vm, format!("node {node}, where it had just arrived, was cut off")))
         }
         VmState::Saved if vm.reason.is_empty() => Some(vm.update(|record| {
             record.reason = format!("node {node}, which was to go on with it, is gone; its memory is kept");
@@ -262,7 +265,7 @@ mod tests {
     #[test]
     fn a_vm_of_a_node_that_is_gone_says_why_it_does_not_run() {
         let mut state = state(&[(1, 2, Fenced), (2, 1, Up)], 2, 1);
-        let mut verdicts = |vm_state: VmState, reason: &str| {
+        let mut verdicts = |vm_state: VmState, saved: Option<&str>, reason: &str| {
             let vm = VmRecord {
                 name: "web".into(),
                 id: Uuid::nil(),
@@ -271,21 +274,26 @@ mod tests {
                 state: vm_state,
                 peer: None,
                 spec: Vec::new().into(),
-                saved: None,
+                saved: saved.map(str::to_owned),
                 reason: reason.into(),
                 restarts_left: 0,
             };
             state.vms.insert("web".into(), vm);
             lost_vms(&state)
         };
-        for (before, after) in [(VmState::Running, VmState::Failed), (VmState::Saved, VmState::Saved)] {
-            let commands = verdicts(before, "");
+        let file = Some("vol:/web");
+        for (before, saved, after) in [
+            (VmState::Running, None, VmState::Failed),
+            (VmState::Saved, file, VmState::Saved),
+            (VmState::Saved, None, VmState::Failed),
+        ] {
+            let commands = verdicts(before, saved, "");
             let [Command::UpdateVm(update)] = commands.as_slice() else { panic!("{commands:?}") };
             assert_eq!(update.to.state, after);
             assert!(update.to.reason.contains("n1"), "{}", update.to.reason);
         }
         // Said once, and nothing is said of a VM that is not meant to run.
-        assert!(verdicts(VmState::Saved, "said before").is_empty());
-        assert!(verdicts(VmState::Stopped, "").is_empty());
+        assert!(verdicts(VmState::Saved, file, "said before").is_empty());
+        assert!(verdicts(VmState::Stopped, None, "").is_empty());
     }
 }

@@ -35,21 +35,24 @@ impl Control {
             .map_err(|error| Error::failed(error.explain()).during("connecting to the VM's process"))
     }
 
+    /// A connection of its own for many requests, one after the other.
+    pub(super) async fn session(&self) -> Result<Session, Error> {
+        Ok(Session(self.connect().await?))
+    }
+
     async fn ask(&self, op: Op, limit: Duration) -> Result<Answer, Error> {
-        let body = pb::Control { op: Some(op) }.encode_to_vec();
-        let call = async {
-            let connection = self.connect().await?;
-            connection.call(service::HV, body.into()).await.map_err(|error| Error::failed(error.explain()))
-        };
-        let reply = tokio::time::timeout(limit, call).await.map_err(|_| {
-            Error::failed(format!("the VM's process did not answer within {} s", limit.as_secs()))
-        })??;
-        let reply = pb::ControlReply::decode(reply).map_err(Error::failed)?;
-        match reply.result {
-            Some(Answer::Refused(refused)) => Err(Error::conflict(refused.message).hint(refused.hint)),
-            Some(answer) => Ok(answer),
-            None => Err(Error::failed("the VM's process gave an empty answer")),
-        }
+        let connection = tokio::time::timeout(limit, self.connect()).await;
+        call(&connection.map_err(|_| late(limit))??, op, limit).await
+    }
+
+    /// A VM that came over the network: RAM is there, this is the rest.
+    pub(super) async fn load(&self, state: Vec<u8>) -> Result<(), Error> {
+        self.ask(Op::Load(pb::Load { state }), LONG).await.map(drop)
+    }
+
+    /// Ends the noting of written pages, and lets the guest run as fast as it can.
+    pub(super) async fn untrack(&self) -> Result<(), Error> {
+        self.ask(Op::Track(pb::Track { on: false }), LONG).await.map(drop)
     }
 
     pub(super) async fn status(&self) -> Result<pb::StatusReply, Error> {
@@ -96,6 +99,69 @@ impl Control {
             _ => Err(unexpected()),
         }
     }
+}
+
+/// A connection to a process for the many requests of a live move.
+#[derive(Debug)]
+pub(crate) struct Session(Connection);
+
+impl Session {
+    /// Which memfd holds the RAM.
+    pub(super) async fn ram(&self) -> Result<pb::RamReply, Error> {
+        match call(&self.0, Op::Ram(pb::Ram {}), QUICK).await? {
+            Answer::Ram(ram) => Ok(ram),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Begins to note which pages are written.
+    pub(super) async fn track(&self, on: bool) -> Result<(), Error> {
+        call(&self.0, Op::Track(pb::Track { on }), LONG).await.map(drop)
+    }
+
+    /// Begins a pass; gives the number of written pages.
+    pub(super) async fn fetch(&self) -> Result<u64, Error> {
+        match call(&self.0, Op::Fetch(pb::Fetch {}), LONG).await? {
+            Answer::Fetch(fetched) => Ok(fetched.pages),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// The written pages of a part of RAM, a bit each: exactly as many words as the pages need.
+    pub(super) async fn take(&self, first_page: u64, pages: u64) -> Result<Vec<u64>, Error> {
+        match call(&self.0, Op::Take(pb::Take { first_page, pages }), LONG).await? {
+            Answer::Take(taken) if taken.bits.len() as u64 == pages.div_ceil(64) => Ok(taken.bits),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Holds the guest back for this share of its time.
+    pub(super) async fn hold_back(&self, percent: u8) -> Result<(), Error> {
+        call(&self.0, Op::Throttle(pb::Throttle { percent: percent.into() }), QUICK).await.map(drop)
+    }
+
+    /// Pauses the guest, flushes and closes the disks, gives the state.
+    pub(super) async fn halt(&self) -> Result<pb::HaltReply, Error> {
+        match call(&self.0, Op::Halt(pb::Halt {}), LONG).await? {
+            Answer::Halt(halted) => Ok(halted),
+            _ => Err(unexpected()),
+        }
+    }
+}
+
+async fn call(connection: &Connection, op: Op, limit: Duration) -> Result<Answer, Error> {
+    let body = pb::Control { op: Some(op) }.encode_to_vec();
+    let called = tokio::time::timeout(limit, connection.call(service::HV, body.into())).await;
+    let reply = called.map_err(|_| late(limit))?.map_err(|error| Error::failed(error.explain()))?;
+    match pb::ControlReply::decode(reply).map_err(Error::failed)?.result {
+        Some(Answer::Refused(refused)) => Err(Error::conflict(refused.message).hint(refused.hint)),
+        Some(answer) => Ok(answer),
+        None => Err(Error::failed("the VM's process gave an empty answer")),
+    }
+}
+
+fn late(limit: Duration) -> Error {
+    Error::failed(format!("the VM's process did not answer within {} s", limit.as_secs()))
 }
 
 fn unexpected() -> Error {

@@ -49,7 +49,8 @@ impl Priority {
 
 /// The record of a VM whose node is gone. What ran, or was about to, shall run again.
 pub(crate) fn lost(vm: &VmRecord, reason: String) -> Command {
-    let ran = matches!(vm.state, VmState::Starting | VmState::Running | VmState::Migrating);
+    let ran =
+        matches!(vm.state, VmState::Starting | VmState::Running | VmState::Migrating) || has_arrived(vm);
     let stays = pb::VmSpec::decode(vm.spec.clone()).is_ok_and(|spec| spec.on_node_loss == "stay");
     vm.update(|record| {
         record.state = VmState::Failed;
@@ -57,6 +58,11 @@ pub(crate) fn lost(vm: &VmRecord, reason: String) -> Command {
         record.reason = reason;
         record.restarts_left = if ran && !stays { RESTARTS_MAX } else { 0 };
     })
+}
+
+/// It has come by a live move and is about to run: its memory is in a process of its node, and nowhere else.
+pub(crate) fn has_arrived(vm: &VmRecord) -> bool {
+    vm.state == VmState::Saved && vm.saved.is_none()
 }
 
 /// Starts what waits for this node, one after the other, until the daemon ends.

@@ -1,20 +1,28 @@
-//! Quick migration: the deciding is in the `migrator` crate, this carries it out.
+//! Migration: the deciding is in the `migrator` crate, this carries it out.
 //!
 //! ```text
-//!   source.rs   Migration's actions: preflight, records, hv save / abandon, messages to the target
-//!   target.rs   Incoming's actions: hv started with the saved state, records, activation
+//!   source.rs   Migration's actions: preflight, records, hv save / halt / abandon, messages to the target
+//!   copy.rs     the memory of a live move: passes, the rest; lane.rs: one stream and its thread
+//!   target.rs   Incoming's actions: hv started for what comes, records, activation
+//!   arrival.rs  the memory of a live move at the target
+//!   rehearsal.rs  holding a move at a step, for tests
 //!   facts.rs    what this node is and has, for the preflight
 //! ```
 //! The order of steps, and what follows from each failure, is in the crate's PROTOCOL.md.
 
+mod arrival;
+mod copy;
 mod facts;
+mod lane;
+mod progress;
+mod rehearsal;
 mod source;
 mod target;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use api::Error;
+use api::{Error, pb};
 use hv_runner::config::VolumePath;
 use lockmgr::cluster::{ClusterState, Member, MemberState, ProposeError, VmRecord, VmState};
 use migrator::{CasReply, Change, RecordView};
@@ -22,18 +30,23 @@ use migrator::{CasReply, Change, RecordView};
 use crate::core::Core;
 use crate::view;
 
-pub(crate) use source::migrate;
+pub(crate) use arrival::streamed;
+pub(crate) use progress::Progress;
+pub(crate) use rehearsal::Rehearsal;
+pub(crate) use source::{migrate, problems};
 pub(crate) use target::{Moves, incoming};
 
+/// Longest time until the record says that a VM that was seen running runs.
+const RECORDED_WITHIN: Duration = Duration::from_secs(5);
 /// Pause before the record is read again, when nobody answered.
 const READ_AGAIN_AFTER: Duration = Duration::from_millis(200);
 
 /// Whether the records allow this move.
 pub(crate) fn check(state: &ClusterState, record: &VmRecord, to: &Member, kind: &str) -> Result<(), Error> {
     let name = &record.name;
-    if kind != "quick" {
-        return Err(Error::usage(format!("vm migrate {name}: type {kind} is not there yet"))
-            .hint("use --type quick: the state is saved to the volume and restored on the other node"));
+    if !matches!(kind, "live" | "quick") {
+        return Err(Error::usage(format!("vm migrate {name}: there is no type {kind}"))
+            .hint("use --type live or --type quick"));
     }
     if to.id == record.owner {
         return Err(Error::conflict(format!("vm migrate {name}: it is already on {}", to.name))
@@ -105,4 +118,41 @@ pub(super) fn remove_state(core: &Arc<Core>, file: VolumePath) {
             tracing::warn!(volume = file.volume, path = file.path, %error, "saved state not removed");
         }
     });
+}
+
+/// A VM that was in `epoch` has moved and runs: whoever is told so and asks this node next shall read so too.
+pub(crate) async fn await_arrival(core: &Core, name: &str, epoch: u64) {
+    let mut state = core.cluster.watch();
+    let recorded = state.wait_for(|state| {
+        let record = state.vms.get(name);
+        record.is_none_or(|record| record.epoch > epoch && record.state != VmState::Saved)
+    });
+    drop(tokio::time::timeout(RECORDED_WITHIN, recorded).await);
+}
+
+/// How far the move of a VM of this node is.
+pub(crate) fn progress(core: &Core, name: &str) -> Result<pb::MigrateProgress, Error> {
+    moving(core, name).map(|progress| progress.now())
+}
+
+/// Gives up the move of a VM of this node, if it is not committed yet. The move itself reports what becomes of it.
+pub(crate) fn cancel(core: &Core, name: &str) -> Result<(), Error> {
+    moving(core, name).map(|progress| progress.cancel.cancel())
+}
+
+fn moving(core: &Core, name: &str) -> Result<Arc<Progress>, Error> {
+    view::vm(&core.state(), name)?;
+    core.vms.get(name).and_then(|runner| runner.progress()).ok_or_else(|| {
+        Error::conflict(format!("vm {name} is not being moved")).hint("`csvctl vm show` tells where it is")
+    })
+}
+
+/// Whole microseconds of a duration in milliseconds.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a float cast saturates, and the value is a measured duration"
+)]
+fn us(ms: f64) -> u64 {
+    (ms * 1000.0) as u64
 }

@@ -5,8 +5,8 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use api::{Error, pb};
@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use wire::Local;
 
 use super::control::Control;
+use super::migration::Progress;
 use crate::core::Core;
 use crate::messages::{NodeOp, OfClient};
 use crate::{forward, view};
@@ -42,7 +43,8 @@ pub(crate) struct Runner {
     pub(crate) pid: u32,
     /// Its csvfs client.
     pub(crate) serial: u64,
-    moving: AtomicBool,
+    /// The move in progress, if there is one. Rank: a leaf.
+    moving: Mutex<Option<Arc<Progress>>>,
     control: Control,
     end: watch::Receiver<Option<End>>,
     /// Set when somebody asked it to stop: then its end is in order.
@@ -50,15 +52,27 @@ pub(crate) struct Runner {
     recorded: watch::Sender<bool>,
 }
 
+/// Where the content of a VM comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// It boots; the guest runs when the process is ready.
+    Booted,
+    /// From a saved state; it waits to be activated.
+    Saved(VolumePath),
+    /// From another node, over memory streams; it waits for its content, then to be activated.
+    Streamed,
+}
+
 /// A move in progress.
 #[derive(Debug)]
 pub(super) struct Moving {
     runner: Arc<Runner>,
+    pub(super) progress: Arc<Progress>,
 }
 
 impl Drop for Moving {
     fn drop(&mut self) {
-        self.runner.moving.store(false, Ordering::Release);
+        *self.runner.moving() = None;
     }
 }
 
@@ -85,16 +99,15 @@ impl fmt::Display for End {
 }
 
 impl Runner {
-    /// Starts a process for the record's epoch and waits until it is ready. With `restore_from` it loads that state and
-    /// waits to be activated; without it the guest runs.
+    /// Starts a process for the record's epoch and waits until it is ready.
     pub(super) async fn start(
         core: &Arc<Core>,
         record: &VmRecord,
         spec: &pb::VmSpec,
-        restore_from: Option<VolumePath>,
+        content: Content,
     ) -> Result<Arc<Self>, Error> {
         let serial = core.clients.new_serial();
-        let config = config(core, record, spec, serial, restore_from)?;
+        let config = config(core, record, spec, serial, content)?;
         let file = write_config(core, &config)?;
         // Before the process is there: its first request must not be refused.
         core.vms.expect(serial, None);
@@ -122,7 +135,7 @@ impl Runner {
             epoch: AtomicU64::new(record.epoch),
             pid,
             serial,
-            moving: AtomicBool::new(false),
+            moving: Mutex::default(),
             control: Control::new(&config.control_socket, local),
             end,
             stopping: watch::Sender::new(false),
@@ -157,8 +170,21 @@ impl Runner {
 
     /// Marks the VM as being moved, until what this gives is dropped. `None`: it is being moved already.
     pub(super) fn begin_move(self: &Arc<Self>) -> Option<Moving> {
-        let free = !self.moving.swap(true, Ordering::AcqRel);
-        free.then(|| Moving { runner: Arc::clone(self) })
+        let mut moving = self.moving();
+        if moving.is_some() {
+            return None;
+        }
+        let progress = Arc::clone(moving.insert(Arc::default()));
+        Some(Moving { runner: Arc::clone(self), progress })
+    }
+
+    /// How far the move in progress is.
+    pub(super) fn progress(&self) -> Option<Arc<Progress>> {
+        self.moving().clone()
+    }
+
+    fn moving(&self) -> MutexGuard<'_, Option<Arc<Progress>>> {
+        self.moving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether the process has ended.
@@ -242,7 +268,7 @@ fn config(
     record: &VmRecord,
     spec: &pb::VmSpec,
     serial: u64,
-    restore_from: Option<VolumePath>,
+    content: Content,
 ) -> Result<RunnerConfig, Error> {
     let state = core.state();
     let mut volumes = Vec::new();
@@ -283,7 +309,11 @@ fn config(
         // Not the VM's name: a process that has given the VM away may still be ending when the next one comes.
         control_socket: core.config.vm_dir().join(format!("{serial}.sock")),
         console_log_bytes: CONSOLE_BYTES,
-        restore_from,
+        incoming: content == Content::Streamed,
+        restore_from: match content {
+            Content::Saved(file) => Some(file),
+            Content::Booted | Content::Streamed => None,
+        },
     })
 }
 

@@ -19,6 +19,9 @@ pub(crate) struct Fault {
     /// What happens to it
     #[arg(value_enum)]
     action: Action,
+    /// For hold: preflight, announce, prepare, copy, save, commit, activate at the source, load or start at the target
+    #[arg(long, value_name = "STEP", required_if_eq("action", "hold"))]
+    at: Option<String>,
     #[command(flatten)]
     folder: DevDir,
 }
@@ -39,6 +42,12 @@ enum Action {
     LunFail,
     /// The paths to the LUNs are whole again
     LunHeal,
+    /// The next VM move that comes to a step waits there
+    Hold,
+    /// Return when a VM move waits
+    Held,
+    /// A VM move that waits goes on
+    Release,
 }
 
 impl Fault {
@@ -81,6 +90,18 @@ impl Fault {
             Action::LunHeal => {
                 inside(&config, "lun-heal").await?;
                 "connected to its LUNs"
+            }
+            Action::Hold => {
+                inside(&config, &format!("hold:{}", self.at.unwrap_or_default())).await?;
+                "going to hold the next move"
+            }
+            Action::Held => {
+                inside(&config, "held").await?;
+                "holding a move"
+            }
+            Action::Release => {
+                inside(&config, "release").await?;
+                "holding no move"
             }
         };
         context.ui.done(&format!("node {} is {what}", self.node))

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use api::Error;
-use api::pb::{MigrateReport, VmMigrateRequest};
+use api::pb::{MigrateProgress, MigrateReport, VmMigrateRequest, VmRequest};
 use clap::{Args, ValueEnum};
 
 use crate::context::Context;
@@ -14,14 +14,17 @@ pub(crate) struct Migrate {
     /// Name of the VM
     name: String,
     /// Where to
-    #[arg(long, value_name = "NODE")]
-    to: String,
+    #[arg(long, value_name = "NODE", required_unless_present = "cancel")]
+    to: Option<String>,
     /// quick: memory is saved to the volume and restored there. live: memory crosses the network while the VM runs
     #[arg(long = "type", value_enum, default_value_t = Type::Live)]
     kind: Type,
-    /// Longest time that the VM may stand still
+    /// Longest time that the VM may stand still in a live move [default: 300ms]
     #[arg(long, value_parser = units::parse_duration, value_name = "TIME")]
     max_blackout: Option<Duration>,
+    /// Give up the move that is under way; the VM runs on where it is
+    #[arg(long, conflicts_with_all = ["to", "max_blackout"])]
+    cancel: bool,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -32,9 +35,16 @@ enum Type {
 
 impl Migrate {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        match self.to.clone() {
+            Some(to) => self.migrate(to, context).await,
+            None => cancel(self.name, context).await,
+        }
+    }
+
+    async fn migrate(self, to: String, context: &Context) -> Result<(), Error> {
         let request = VmMigrateRequest {
             name: self.name,
-            to: self.to,
+            to,
             r#type: match self.kind {
                 Type::Live => "live",
                 Type::Quick => "quick",
@@ -50,7 +60,7 @@ impl Migrate {
         let mut stream = client.vm_migrate(request).await?.into_inner();
         let mut report = None;
         while let Some(progress) = stream.message().await? {
-            spinner.step(&format!("{what}: {}", progress.phase));
+            spinner.step(&format!("{what}: {}", step(&progress)));
             report = progress.report.or(report);
         }
         drop(spinner);
@@ -60,6 +70,31 @@ impl Migrate {
         })?;
         context.ui.show(&report, text)
     }
+}
+
+async fn cancel(name: String, context: &Context) -> Result<(), Error> {
+    let done = format!("VM {name}: its move is being given up");
+    context.client().await?.vm_migrate_cancel(VmRequest { name }).await?;
+    context.ui.done(&done)
+}
+
+fn step(progress: &MigrateProgress) -> String {
+    if progress.round == 0 {
+        return progress.phase.clone();
+    }
+    let held_back = match progress.throttle_percent {
+        0 => String::new(),
+        percent => format!(", held back by {percent} %"),
+    };
+    format!(
+        "{}, pass {}: {} sent at {}/s, {} left, would stand still for {} ms{held_back}",
+        progress.phase,
+        progress.round,
+        units::size(progress.memory_bytes_sent),
+        units::size(progress.bytes_per_second),
+        units::size(progress.memory_bytes_left),
+        progress.blackout_ms_expected,
+    )
 }
 
 fn text(report: &MigrateReport) -> String {

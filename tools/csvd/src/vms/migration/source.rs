@@ -1,4 +1,4 @@
-//! The source of a quick move: carries out what [`migrator::Migration`] decides.
+//! The source of a move: carries out what [`migrator::Migration`] decides.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 use api::{Error, pb};
 use hv::control::VmRunState;
 use hv_runner::config::VolumePath;
-use lockmgr::cluster::{Member, VmRecord, VmState};
+use lockmgr::NodeId;
+use lockmgr::cluster::{Member, VmRecord};
 use migrator::preflight::{self, Problem};
 use migrator::protocol::{FromTarget, Move, Saved, ToTarget};
-use migrator::{Action, Event, Failure, Migration, Plan, Report, SaveFigures, TargetAnswer};
+use migrator::{Action, Event, Failure, Kind, Migration, Plan, Report, SaveFigures, TargetAnswer};
 
-use super::{check, facts, propose, read_record, remove_state, saved_name};
+use super::copy::Copy;
+use super::progress::Progress;
+use super::{await_arrival, check, facts, propose, read_record, remove_state, saved_name, us};
 use crate::core::Core;
 use crate::forward;
 use crate::messages::{NodeAnswer, NodeOp};
@@ -21,10 +24,10 @@ use crate::view;
 use crate::vms::runner::{Runner, state_volume};
 use crate::vms::{running_here, spec_of};
 
-/// Longest time until the record says that a VM that was seen running runs.
-const RECORDED_WITHIN: Duration = Duration::from_secs(5);
 /// Longest time that a target may take to answer one message; it may have to load the whole memory.
 const ANSWER_WITHIN: Duration = Duration::from_secs(90);
+/// Longest standstill that nobody has to ask for.
+const BLACKOUT_MAX: Duration = Duration::from_millis(300);
 
 /// Moves a VM of this node.
 pub(crate) async fn migrate(
@@ -36,22 +39,75 @@ pub(crate) async fn migrate(
     let (record, runner) = running_here(core, &request.name, "migrate")?;
     check(&state, &record, &to, &request.r#type)?;
     let spec = spec_of(&record)?;
-    let volume = state_volume(core, &spec)?;
-    let file = VolumePath { volume, path: format!(".{}-{}.vmstate", record.name, record.epoch) };
-    let of = Move {
+    let file = match request.r#type.as_str() {
+        "quick" => Some(VolumePath {
+            volume: state_volume(core, &spec)?,
+            path: format!(".{}-{}.vmstate", record.name, record.epoch),
+        }),
+        _ => None,
+    };
+    let of = new_move(core, &record, to.id);
+    let moving = runner.begin_move().ok_or_else(|| {
+        Error::conflict(format!("vm migrate {}: it is being moved already", record.name))
+            .hint("wait until it has arrived, or give that move up with --cancel")
+    })?;
+    let blackout_max = match request.max_blackout_ms {
+        0 => BLACKOUT_MAX,
+        ms => Duration::from_millis(ms),
+    };
+    let progress = Arc::clone(&moving.progress);
+    let mut source =
+        Source { core, record, runner, to, spec, file, blackout_max, of, progress, copy: None, start: now() };
+    source.run().await
+}
+
+/// What stands against moving a VM of this node to another one: what a move would be refused with.
+pub(crate) async fn problems(
+    core: &Arc<Core>,
+    request: &pb::VmCheckMigrateRequest,
+) -> Result<pb::MigrateProblems, Error> {
+    let state = core.state();
+    let record = view::vm(&state, &request.name)?;
+    let to = view::member(&state, &request.to)?;
+    let (spec, of) = (spec_of(record)?, new_move(core, record, to.id));
+    let found = preflight(core, &spec, &of).await;
+    let shown = found
+        .iter()
+        .map(|problem| pb::MigrateProblem { kind: problem.kind().to_owned(), message: problem.to_string() });
+    Ok(pb::MigrateProblems { vm: request.name.clone(), to: to.name.clone(), problems: shown.collect() })
+}
+
+fn new_move(core: &Core, record: &VmRecord, to: NodeId) -> Move {
+    Move {
         vm: record.name.clone(),
         vm_id: record.id,
         from: core.me,
-        to: to.id,
+        to,
         epoch: record.epoch,
         attempt: core.clients.new_serial(),
-    };
-    let _moving = runner.begin_move().ok_or_else(|| {
-        Error::conflict(format!("vm migrate {}: it is being moved already", record.name))
-            .hint("wait until it has arrived")
-    })?;
-    let source = Source { core, record, runner, to, spec, file, of, start: now() };
-    source.run().await
+    }
+}
+
+async fn preflight(core: &Arc<Core>, spec: &pb::VmSpec, of: &Move) -> Vec<Problem> {
+    let needs = facts::needs(core, spec, of.to);
+    let asked = ToTarget::Inquire { of: of.clone(), paths: needs.paths.clone() };
+    let down = |reason: String| vec![Problem::NodeDown { node: of.to, reason }];
+    match tell(core, of.to, &asked).await {
+        Ok(FromTarget::Facts(facts)) => preflight::check(&needs, &facts),
+        Ok(FromTarget::Answer(_)) => down("it gave an answer that makes no sense".to_owned()),
+        Err(error) => down(error.message),
+    }
+}
+
+async fn tell(core: &Arc<Core>, to: NodeId, message: &ToTarget) -> Result<FromTarget, Error> {
+    let op = NodeOp::VmIncoming(message.encode().into());
+    let asked = tokio::time::timeout(ANSWER_WITHIN, forward::ask(core, to, op));
+    match asked.await {
+        Ok(Ok(NodeAnswer::Incoming(body))) => FromTarget::decode(&body).map_err(Error::failed),
+        Ok(Ok(_)) => Err(Error::failed("the target's answer cannot be read")),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(Error::failed(format!("no answer within {} s", ANSWER_WITHIN.as_secs()))),
+    }
 }
 
 /// A move in progress.
@@ -62,8 +118,13 @@ struct Source<'a> {
     runner: Arc<Runner>,
     to: Member,
     spec: pb::VmSpec,
-    file: VolumePath,
+    /// Where the state of a quick move is saved; a live move has none.
+    file: Option<VolumePath>,
+    blackout_max: Duration,
     of: Move,
+    progress: Arc<Progress>,
+    /// The memory of a live move, while it is on its way.
+    copy: Option<Copy>,
     start: Instant,
 }
 
@@ -75,18 +136,27 @@ enum Carried {
 }
 
 impl Source<'_> {
-    async fn run(&self) -> Result<pb::MigrateReport, Error> {
-        let plan = Plan {
-            vm: self.record.name.clone(),
-            record: (&self.record).into(),
-            to: self.to.id,
-            saved: saved_name(&self.file),
+    async fn run(&mut self) -> Result<pb::MigrateReport, Error> {
+        let kind = match &self.file {
+            Some(file) => Kind::Quick { saved: saved_name(file) },
+            None => Kind::Live,
         };
+        let plan = Plan { vm: self.record.name.clone(), record: (&self.record).into(), to: self.to.id, kind };
         let mut machine = Migration::new(plan);
+        let mut cancelled = false;
         let mut todo = VecDeque::from(machine.step(self.now_us(), Event::Begin));
         while let Some(action) = todo.pop_front() {
+            self.progress.phase(machine.phase());
+            self.core.vms.rehearsal.pass(machine.phase()).await;
             match self.carry_out(action).await {
-                Carried::Event(event) => todo.extend(machine.step(self.now_us(), event)),
+                Carried::Event(event) => {
+                    // Told before the answer, which may be what the cancellation has made of it.
+                    if !cancelled && self.progress.cancel.is_cancelled() {
+                        cancelled = true;
+                        todo.extend(machine.step(self.now_us(), Event::Cancel));
+                    }
+                    todo.extend(machine.step(self.now_us(), event));
+                }
                 Carried::Nothing => {}
                 Carried::End(Ok(report)) => return Ok(self.finished(&report).await),
                 Carried::End(Err(failure)) => return Err(self.failed(&failure)),
@@ -95,10 +165,14 @@ impl Source<'_> {
         Err(Error::failed(format!("vm migrate {}: the move ended without an outcome", self.record.name)))
     }
 
-    async fn carry_out(&self, action: Action) -> Carried {
+    async fn carry_out(&mut self, action: Action) -> Carried {
         tracing::debug!(vm = self.record.name, ?action, "move");
         match action {
-            Action::Preflight => Carried::Event(Event::Checked(self.preflight().await)),
+            Action::Preflight => Carried::Event(tokio::select! {
+                found = preflight(self.core, &self.spec, &self.of) => Event::Checked(found),
+                // The machine has heard of the cancellation before it hears of this.
+                () = self.progress.cancel.cancelled() => Event::Checked(Vec::new()),
+            }),
             Action::Propose(change) => {
                 Carried::Event(Event::Cas(propose(self.core, &self.record, &change).await))
             }
@@ -106,6 +180,8 @@ impl Source<'_> {
                 Carried::Event(Event::Record(read_record(self.core, &self.record.name).await))
             }
             Action::Save => Carried::Event(self.save().await),
+            Action::Copy => Carried::Event(self.copy().await),
+            Action::Halt => Carried::Event(self.halt().await),
             Action::PrepareTarget => Carried::Event(self.prepare().await),
             Action::ActivateTarget => Carried::Event(self.activate().await),
             Action::CancelTarget => {
@@ -123,30 +199,52 @@ impl Source<'_> {
         }
     }
 
-    async fn preflight(&self) -> Vec<Problem> {
-        let needs = facts::needs(self.core, &self.spec, self.to.id);
-        let asked = ToTarget::Inquire { of: self.of.clone(), paths: needs.paths.clone() };
-        let down = |reason: String| vec![Problem::NodeDown { node: self.to.id, reason }];
-        match self.tell(&asked).await {
-            Ok(FromTarget::Facts(facts)) => preflight::check(&needs, &facts),
-            Ok(FromTarget::Answer(_)) => down("it gave an answer that makes no sense".to_owned()),
-            Err(error) => down(error.message),
-        }
-    }
-
     async fn save(&self) -> Event {
-        match self.runner.control().save(&self.file.volume, &self.file.path).await {
+        let Some(file) = &self.file else { return Event::SaveFailed("a live move saves nothing".to_owned()) };
+        match self.runner.control().save(&file.volume, &file.path).await {
             Ok(saved) => Event::Saved(SaveFigures {
                 drain_us: us(saved.drain_ms),
                 memory_us: us(saved.memory_ms),
                 state_us: us(saved.state_ms),
+                ..SaveFigures::default()
             }),
             Err(error) => Event::SaveFailed(error.message),
         }
     }
 
+    async fn copy(&mut self) -> Event {
+        let progress = Arc::clone(&self.progress);
+        let begun = Copy::begin(self.core, &self.runner, &self.of, self.blackout_max, progress).await;
+        let copied = match begun {
+            Ok(copy) => self.copy.insert(copy).run(&self.progress.cancel).await,
+            Err(reason) => Err(reason),
+        };
+        match copied {
+            Ok(()) => Event::Copied,
+            Err(reason) => {
+                self.copy = None;
+                Event::CopyFailed(reason)
+            }
+        }
+    }
+
+    async fn halt(&mut self) -> Event {
+        let Some(copy) = self.copy.take() else {
+            return Event::SaveFailed("no memory was sent".to_owned());
+        };
+        match copy.halt().await {
+            Ok(figures) => Event::Saved(figures),
+            Err(reason) => Event::SaveFailed(reason),
+        }
+    }
+
     async fn prepare(&self) -> Event {
-        match self.tell(&ToTarget::Prepare(self.of.clone(), self.saved())).await {
+        let prepare = ToTarget::Prepare(self.of.clone(), self.saved());
+        let answered = tokio::select! {
+            answered = self.tell(&prepare) => answered,
+            () = self.progress.cancel.cancelled() => return Event::TargetLost("it was cancelled".to_owned()),
+        };
+        match answered {
             Ok(FromTarget::Answer(TargetAnswer::Prepared)) => Event::Prepared,
             Ok(FromTarget::Answer(TargetAnswer::Refused(reason))) => Event::Refused(reason),
             Ok(_) => Event::Refused("the target gave an answer that makes no sense".to_owned()),
@@ -170,10 +268,10 @@ impl Source<'_> {
     }
 
     fn saved(&self) -> Saved {
-        Saved {
-            volume: self.file.volume.clone(),
-            path: self.file.path.clone(),
-            spec: self.record.spec.to_vec(),
+        let spec = self.record.spec.to_vec();
+        match &self.file {
+            Some(file) => Saved { volume: file.volume.clone(), path: file.path.clone(), spec },
+            None => Saved::nowhere(spec),
         }
     }
 
@@ -186,7 +284,10 @@ impl Source<'_> {
             Ok(status) => Err(Error::failed(format!("its process says {:?}", status.state()))),
             Err(error) => Err(error),
         };
-        remove_state(self.core, self.file.clone());
+        match &self.file {
+            Some(file) => remove_state(self.core, file.clone()),
+            None => self.follow_no_more().await,
+        }
         match resumed {
             Ok(()) => Event::Resumed,
             Err(error) => {
@@ -195,6 +296,13 @@ impl Source<'_> {
                 self.runner.ended().await;
                 Event::ResumeFailed(error.message)
             }
+        }
+    }
+
+    /// The guest runs, so this can take its time.
+    async fn follow_no_more(&self) {
+        if let Err(error) = self.runner.control().untrack().await {
+            tracing::warn!(vm = self.record.name, %error, "written pages are still noted; the next move puts it right");
         }
     }
 
@@ -211,18 +319,14 @@ impl Source<'_> {
     }
 
     async fn tell(&self, message: &ToTarget) -> Result<FromTarget, Error> {
-        let op = NodeOp::VmIncoming(message.encode().into());
-        let asked = tokio::time::timeout(ANSWER_WITHIN, forward::ask(self.core, self.to.id, op));
-        match asked.await {
-            Ok(Ok(NodeAnswer::Incoming(body))) => FromTarget::decode(&body).map_err(Error::failed),
-            Ok(Ok(_)) => Err(Error::failed("the target's answer cannot be read")),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(Error::failed(format!("no answer within {} s", ANSWER_WITHIN.as_secs()))),
-        }
+        tell(self.core, self.to.id, message).await
     }
 
     async fn finished(&self, report: &Report) -> pb::MigrateReport {
-        self.await_recorded().await;
+        if self.file.is_none() {
+            self.core.vms.moves.learn_overhead(us(report.blackout.overhead_ms()));
+        }
+        await_arrival(self.core, &self.record.name, self.record.epoch).await;
         let shown = pb::MigrateReport {
             vm: report.vm.clone(),
             from: self.core.config.name.clone(),
@@ -241,21 +345,11 @@ impl Source<'_> {
             disk_bytes_copied: report.disk_bytes_copied,
         };
         let text = format!(
-            "vm {} moved from {} to {} (quick) as asked; it stood still for {:.1} ms",
-            shown.vm, shown.from, shown.to, shown.blackout_ms
+            "vm {} moved from {} to {} ({}) as asked; it stood still for {:.1} ms",
+            shown.vm, shown.from, shown.to, shown.r#type, shown.blackout_ms
         );
         self.core.note("vm.moved", &shown.vm, text);
         shown
-    }
-
-    /// The guest runs; whoever asks for the VM next shall read so too.
-    async fn await_recorded(&self) {
-        let mut state = self.core.cluster.watch();
-        let recorded = state.wait_for(|state| {
-            let record = state.vms.get(&self.record.name);
-            record.is_none_or(|record| record.epoch > self.record.epoch && record.state != VmState::Saved)
-        });
-        drop(tokio::time::timeout(RECORDED_WITHIN, recorded).await);
     }
 
     fn failed(&self, failure: &Failure) -> Error {
@@ -276,16 +370,6 @@ impl Source<'_> {
     fn now_us(&self) -> u64 {
         u64::try_from(self.start.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
-}
-
-/// Whole microseconds of a duration in milliseconds.
-#[expect(
-    clippy::cast_possible_truncation,
-    clippy::cast_sign_loss,
-    reason = "a float cast saturates, and the value is a measured duration"
-)]
-fn us(ms: f64) -> u64 {
-    (ms * 1000.0) as u64
 }
 
 #[expect(clippy::disallowed_methods, reason = "measures the phases that it reports")]

@@ -1,7 +1,8 @@
-//! The target of a quick move: carries out what [`migrator::Incoming`] decides.
+//! The target of a move: carries out what [`migrator::Incoming`] decides.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use api::Error;
@@ -11,10 +12,11 @@ use lockmgr::cluster::{ProposeError, VmRecord, VmState};
 use migrator::protocol::{FromTarget, Move, Saved, ToTarget};
 use migrator::{Incoming, TargetAction, TargetAnswer, TargetEvent};
 
+use super::arrival::Arrival;
 use super::{facts, propose, read_record, remove_state};
 use crate::core::{Core, refused};
 use crate::view;
-use crate::vms::runner::Runner;
+use crate::vms::runner::{Content, Runner};
 use crate::vms::{spec_of, supervise};
 
 /// How often a VM that waits for its source looks at the record by itself.
@@ -25,6 +27,10 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 pub(crate) struct Moves {
     /// Rank: above the attempts' own locks; nothing is awaited under it.
     attempts: Mutex<HashMap<Move, Arc<tokio::sync::Mutex<Attempt>>>>,
+    /// Those whose memory is expected. Rank: a leaf.
+    arrivals: Mutex<HashMap<Move, Weak<Arrival>>>,
+    /// What moves from this node took besides memory, in microseconds; 0 before the first one.
+    overhead_us: AtomicU64,
 }
 
 impl Moves {
@@ -36,7 +42,14 @@ impl Moves {
         let mut attempts = self.lock();
         let attempt = attempts.entry(of.clone()).or_insert_with(|| {
             let machine = Incoming::new(of.from, core.me, of.epoch);
-            Arc::new(tokio::sync::Mutex::new(Attempt { of: of.clone(), machine, saved: None, runner: None }))
+            let of = of.clone();
+            Arc::new(tokio::sync::Mutex::new(Attempt {
+                of,
+                machine,
+                saved: None,
+                runner: None,
+                arrival: None,
+            }))
         });
         Arc::clone(attempt)
     }
@@ -48,6 +61,31 @@ impl Moves {
 
     fn forget(&self, of: &Move) {
         self.lock().remove(of);
+        self.arrivals().remove(of);
+    }
+
+    /// What the next move from this node will probably take besides memory.
+    pub(super) fn overhead_us(&self) -> u64 {
+        match self.overhead_us.load(Ordering::Relaxed) {
+            0 => migrator::OVERHEAD_US,
+            measured => measured,
+        }
+    }
+
+    /// A live move took so long besides memory.
+    pub(super) fn learn_overhead(&self, took_us: u64) {
+        // A quarter of the newest: one that was slow by chance changes little.
+        let learned = (self.overhead_us().saturating_mul(3).saturating_add(took_us)) / 4;
+        self.overhead_us.store(learned, Ordering::Relaxed);
+    }
+
+    /// The move that expects a memory stream.
+    pub(super) fn arrival(&self, of: &Move) -> Option<Arc<Arrival>> {
+        self.arrivals().get(of)?.upgrade()
+    }
+
+    fn arrivals(&self) -> MutexGuard<'_, HashMap<Move, Weak<Arrival>>> {
+        self.arrivals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -57,8 +95,10 @@ struct Attempt {
     of: Move,
     machine: Incoming,
     saved: Option<Saved>,
-    /// The process that has loaded the state.
+    /// The process that has loaded the state, or waits for it.
     runner: Option<Arc<Runner>>,
+    /// The memory of a live move, on its way.
+    arrival: Option<Arc<Arrival>>,
 }
 
 /// A message of the source of a move to this node.
@@ -126,6 +166,7 @@ async fn look(core: Arc<Core>, attempt: Arc<tokio::sync::Mutex<Attempt>>, of: Mo
         let ended = attempt.runner.as_ref().is_some_and(|runner| runner.has_ended());
         if ended && !attempt.machine.is_running() {
             attempt.runner = None;
+            attempt.arrival = None;
             attempt.take(&core, TargetEvent::ProcessEnded("its process ended".to_owned()), None).await;
         }
         attempt.take(&core, TargetEvent::Look, None).await;
@@ -183,22 +224,47 @@ impl Attempt {
     /// Starts a process that loads the state, for the epoch that the record would give to this node.
     async fn load(&mut self, core: &Arc<Core>) -> TargetEvent {
         match self.try_load(core).await {
-            Ok(runner) => {
-                self.runner = Some(runner);
-                TargetEvent::Loaded
-            }
+            Ok(runner) => self.expect_memory(core, runner).await,
             Err(error) => TargetEvent::LoadFailed(error.message),
         }
     }
 
+    /// From here on memory streams are taken, if this is a live move.
+    async fn expect_memory(&mut self, core: &Arc<Core>, runner: Arc<Runner>) -> TargetEvent {
+        self.runner = Some(Arc::clone(&runner));
+        if self.is_streamed() {
+            match Arrival::expect(core, &runner).await {
+                Ok(arrival) => {
+                    core.vms.moves.arrivals().insert(self.of.clone(), Arc::downgrade(&arrival));
+                    self.arrival = Some(arrival);
+                }
+                Err(reason) => return TargetEvent::LoadFailed(reason),
+            }
+        }
+        TargetEvent::Loaded
+    }
+
+    fn is_streamed(&self) -> bool {
+        self.saved.as_ref().is_some_and(Saved::is_streamed)
+    }
+
     async fn try_load(&self, core: &Arc<Core>) -> Result<Arc<Runner>, Error> {
+        core.vms.rehearsal.pass("load").await;
         let saved = self.saved.as_ref().ok_or_else(|| Error::usage("the move names no saved state"))?;
         let mut record: VmRecord = view::vm(&core.state(), &self.of.vm)?.clone();
         record.owner = core.me;
         record.epoch = self.of.epoch + 1;
         let spec = spec_of(&record)?;
-        let file = VolumePath { volume: saved.volume.clone(), path: saved.path.clone() };
-        let runner = Runner::start(core, &record, &spec, Some(file)).await?;
+        let content = match (saved.is_streamed(), self.machine.is_owned()) {
+            (true, true) => {
+                return Err(Error::failed("its memory was lost with the process that had it here"));
+            }
+            (true, false) => Content::Streamed,
+            (false, _) => {
+                Content::Saved(VolumePath { volume: saved.volume.clone(), path: saved.path.clone() })
+            }
+        };
+        let runner = Runner::start(core, &record, &spec, content).await?;
         core.vms.add(&runner);
         supervise(core, &runner);
         Ok(runner)
@@ -213,10 +279,13 @@ impl Attempt {
         let mut state = core.cluster.watch();
         let (vm, epoch) = (self.of.vm.clone(), self.of.epoch + 1);
         drop(state.wait_for(|state| state.vms.get(&vm).is_none_or(|record| record.epoch >= epoch)).await);
-        let ready = match self.use_up_saved(core).await {
+        core.vms.rehearsal.pass("start").await;
+        let used_up = if self.is_streamed() { Ok(()) } else { self.use_up_saved(core).await };
+        let ready = match used_up {
             Ok(()) => runner.control().activate().await,
             Err(error) => Err(error),
         };
+        self.arrival = None;
         match ready {
             Ok(()) => TargetEvent::Started,
             Err(error) => TargetEvent::StartFailed(error.message),
@@ -250,6 +319,9 @@ impl Attempt {
 
     /// Ends the process, and sees its end: it may have opened the disks.
     async fn discard(&mut self) {
+        if let Some(arrival) = self.arrival.take() {
+            arrival.give_up("the move is off");
+        }
         if let Some(runner) = self.runner.take() {
             runner.release();
             runner.kill();
@@ -259,7 +331,7 @@ impl Attempt {
 
     /// The guest runs and the record says so: the saved state is of no use any more.
     fn clean_up(&mut self, core: &Arc<Core>) {
-        if let Some(saved) = self.saved.take() {
+        if let Some(saved) = self.saved.take().filter(|saved| !saved.is_streamed()) {
             remove_state(core, VolumePath { volume: saved.volume, path: saved.path });
         }
     }

@@ -1,0 +1,42 @@
+//! Holding a move at a step, for rehearsals of what happens when a side dies right there.
+//!
+//! ```text
+//!   dev fault n1 hold --at copy     the next move that comes to this step on this node waits there
+//!   dev fault n1 held               returns when one does: now kill, cut off, cancel ...
+//!   dev fault n1 release            it goes on
+//! ```
+
+use tokio::sync::watch;
+
+/// The steps of a move on this node.
+#[derive(Debug, Default)]
+pub(crate) struct Rehearsal {
+    hold_at: watch::Sender<Option<String>>,
+    held: watch::Sender<bool>,
+}
+
+impl Rehearsal {
+    /// The next move that comes to this step waits; with `None` whatever waits goes on.
+    pub(crate) fn hold(&self, step: Option<&str>) {
+        self.hold_at.send_replace(step.map(ToOwned::to_owned));
+    }
+
+    /// Returns when a move waits.
+    pub(crate) async fn held(&self) {
+        let mut held = self.held.subscribe();
+        // The sender lives in `self`.
+        drop(held.wait_for(|held| *held).await);
+    }
+
+    /// A move comes to this step.
+    pub(super) async fn pass(&self, step: &str) {
+        let mut hold_at = self.hold_at.subscribe();
+        if hold_at.borrow().as_deref() != Some(step) {
+            return;
+        }
+        tracing::warn!(step, "a move is held here, for a rehearsal");
+        self.held.send_replace(true);
+        drop(hold_at.wait_for(|at| at.as_deref() != Some(step)).await);
+        self.held.send_replace(false);
+    }
+}
