@@ -13,7 +13,9 @@ fn range(ino: u64, owner: u64, start: u64, end: u64) -> Lock {
 }
 
 fn take(node: &Node, lock: Lock) -> Result<(), i32> {
-    let outcome: Result<(), FsError> = wait(|tell| drop(node.lock(&lock, false, tell)));
+    let outcome: Result<(), FsError> = wait(|tell| {
+        node.lock(&lock, false, tell);
+    });
     outcome.map_err(|error| error.errno())
 }
 
