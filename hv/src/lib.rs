@@ -8,6 +8,7 @@
 //! ```
 //! What is behind a disk is not known here: any [`blockio::BlockDevice`] will do.
 
+mod board;
 pub mod boot;
 mod console;
 mod devices;
@@ -21,9 +22,11 @@ mod vcpu;
 mod vcpus;
 mod vm;
 
+pub use board::NetConfig;
 pub use boot::{BootError, BootSource, Firmware};
 pub use console::{Console, ConsoleText};
-pub use devices::virtio::block::DiskStats;
+pub use devices::virtio::block::{DiskStats, SlotError};
+pub use devices::virtio::limiter::DiskLimits;
 pub use devices::virtio::queue::DrainTimeout;
 pub use dirty::CHUNK_ALIGNMENT_PAGES;
 pub use kvm::{HostCaps, KvmError};

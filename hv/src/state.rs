@@ -8,7 +8,7 @@
 include!(concat!(env!("OUT_DIR"), "/hv.state.rs"));
 
 /// Version of the state that this build writes; it reads this one and all before it.
-pub const STATE_VERSION: u32 = 1;
+pub const STATE_VERSION: u32 = 2;
 
 /// Why a saved state was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -10,31 +10,23 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
 
 use blockio::BlockDevice;
 
+use crate::board::{Board, NetConfig};
 use crate::boot::{self, BootError, BootSource};
 use crate::console::Console;
-use crate::devices::bus::{Bus, Place, Slot};
-use crate::devices::rtc::Rtc;
-use crate::devices::serial::{COM1_LINE, SerialPort};
-use crate::devices::virtio::VirtioDevice;
-use crate::devices::virtio::block::{Disk, DiskStats, shape_of};
-use crate::devices::virtio::mmio::{NOTIFY, Transport};
+use crate::devices::virtio::block::{DiskStats, SlotError};
+use crate::devices::virtio::limiter::DiskLimits;
 use crate::devices::virtio::queue::DrainTimeout;
-use crate::devices::virtio::request::Shape;
 use crate::dirty::WrittenPages;
-use crate::kvm::{HostCaps, KvmError, Machine, Tried};
+use crate::kvm::{HostCaps, KvmError, Machine};
 use crate::memory::{GuestRam, MemoryError};
 use crate::state::{self, STATE_VERSION, SavedMachine, StateError};
 use crate::throttle::Throttle;
 use crate::vcpu::{Stop, VcpuContext};
 use crate::vcpus::Vcpus;
 use crate::{CPUS_MAX, DISKS_MAX};
-
-/// A worker's calls are shallow, too; the depth is in the disk's own stack of layers.
-const WORKER_STACK_BYTES: usize = 256 << 10;
 
 /// What a VM is made of.
 #[derive(Debug)]
@@ -45,14 +37,18 @@ pub struct VmConfig<'a> {
     pub cpus: u32,
     /// What to boot; `None` for a VM whose state will be restored.
     pub boot: Option<BootSource<'a>>,
-    /// Disks in the order of their slots.
+    /// Disks; all other slots are empty.
     pub disks: Vec<DiskConfig>,
+    /// Its network card.
+    pub net: Option<NetConfig>,
     /// Console output that is kept, in bytes.
     pub console_bytes: usize,
 }
 
 /// A disk of a VM.
 pub struct DiskConfig {
+    /// Its slot, below [`DISKS_MAX`].
+    pub slot: u32,
     /// Its content; `None` when it will be attached before the VM runs, after a restore.
     pub device: Option<Arc<dyn BlockDevice>>,
     /// Whether the guest may only read.
@@ -64,6 +60,7 @@ pub struct DiskConfig {
 impl std::fmt::Debug for DiskConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("DiskConfig")
+            .field("slot", &self.slot)
             .field("read_only", &self.read_only)
             .field("serial", &self.serial)
             .finish_non_exhaustive()
@@ -108,15 +105,18 @@ pub enum VmError {
     /// The number of processors is out of bounds.
     #[error("{0} processors were asked for; a VM has 1 to {CPUS_MAX}")]
     Cpus(u32),
-    /// There are too many disks.
-    #[error("{0} disks were asked for; a VM has at most {DISKS_MAX}")]
-    Disks(usize),
     /// A disk is not there.
     #[error("disk {0} has no content yet: attach it before the VM runs")]
     NotAttached(u32),
-    /// The VM has no such disk.
-    #[error("the VM has no disk {0}")]
+    /// There is no such slot.
+    #[error("there is no disk slot {0}; a VM has {DISKS_MAX}")]
     NoDisk(u32),
+    /// Two disks were given one slot.
+    #[error("two disks were given slot {0}")]
+    SlotTwice(u32),
+    /// A disk cannot come or go.
+    #[error(transparent)]
+    Slot(#[from] SlotError),
     /// The VM is in a state in which this cannot be done.
     #[error("a VM that is {found:?} cannot be {wanted}")]
     WrongState {
@@ -157,8 +157,7 @@ pub struct Vm {
     /// Holds the guest back while a move needs it; protects that only.
     throttle: Mutex<Option<Throttle>>,
     vcpus: Vcpus,
-    workers: Vec<JoinHandle<()>>,
-    bus: Arc<Bus>,
+    board: Board,
     life: Arc<Life>,
     exits: Arc<AtomicU64>,
     ram: GuestRam,
@@ -175,17 +174,13 @@ impl Vm {
     /// # Errors
     /// What could not be made; nothing is left behind.
     pub fn build(config: VmConfig<'_>) -> Result<Self, VmError> {
-        if config.disks.len() > DISKS_MAX {
-            return Err(VmError::Disks(config.disks.len()));
-        }
         if !(1..=CPUS_MAX).contains(&config.cpus) {
             return Err(VmError::Cpus(config.cpus));
         }
-        let places: Vec<_> = (0..config.disks.len()).map(Place::of_slot).collect();
         let ram = GuestRam::new(config.memory_bytes)?;
         let machine = Machine::new(ram.clone())?;
         let console = Arc::new(Console::new(config.console_bytes));
-        let bus = Arc::new(make_bus(&machine, &ram, &console, config.disks)?);
+        let board = Board::build(&machine, &ram, &console, config.disks, config.net)?;
         let life = Arc::new(Life { state: Mutex::new(RunState::Created), changed: Condvar::new(), console });
         let exits = Arc::new(AtomicU64::new(0));
         let (msrs, xsave_bytes) = (machine.saved_msrs()?, HostCaps::probe()?.xsave_bytes);
@@ -194,7 +189,7 @@ impl Vm {
                 id,
                 fd: machine.create_vcpu(id.into())?,
                 ram: ram.clone(),
-                bus: Arc::clone(&bus),
+                bus: Arc::clone(&board.bus),
                 msrs: msrs.clone(),
                 xsave_bytes,
                 exits: Arc::clone(&exits),
@@ -206,15 +201,13 @@ impl Vm {
             move |stop| life.ended(stop)
         })?;
         if let Some(source) = &config.boot {
-            let entry = boot::load(&ram, source, config.cpus, &places)?;
+            let entry = boot::load(&ram, source, config.cpus, &board.places())?;
             vcpus.boot(entry, |id| machine.cpuid(id, config.cpus))?;
         }
-        let workers = bus.slots.iter().map(spawn_worker).collect::<Result<_, _>>()?;
         Ok(Self {
             throttle: Mutex::default(),
             vcpus,
-            workers,
-            bus,
+            board,
             life,
             exits,
             ram,
@@ -232,11 +225,12 @@ impl Vm {
         self.expect_state("run", |state| {
             !matches!(state, RunState::Running | RunState::Stopped(_) | RunState::Crashed(_))
         })?;
-        if let Some(slot) = self.bus.slots.iter().find(|slot| !slot.disk.is_attached()) {
+        if let Some(slot) = self.board.bus.slots.iter().find(|slot| slot.disk.lacks_content()) {
             return Err(VmError::NotAttached(slot.disk.slot()));
         }
-        for slot in &self.bus.slots {
-            slot.disk.release();
+        self.board.release();
+        if self.run_state() == RunState::Restored {
+            self.board.announce();
         }
         self.life.set(RunState::Running);
         self.vcpus.run()
@@ -264,10 +258,7 @@ impl Vm {
     /// # Errors
     /// [`VmError::Drain`] when the storage does not answer; the VM can still resume.
     pub fn drain(&self) -> Result<(), VmError> {
-        for slot in &self.bus.slots {
-            slot.disk.hold_and_drain()?;
-        }
-        Ok(())
+        Ok(self.board.drain()?)
     }
 
     /// The whole state but RAM. The VM is unchanged and may resume.
@@ -277,8 +268,6 @@ impl Vm {
     pub fn save_state(&self) -> Result<SavedMachine, VmError> {
         self.expect_state("saved", |state| matches!(state, RunState::Paused | RunState::Restored))?;
         self.drain()?;
-        let disks = self.bus.slots.iter().map(save_disk).collect();
-        let serial = Some(self.bus.serial.save());
         // Devices are silent now. What they have raised must be in the chips and the APIC before these are read.
         self.machine.settle_lines()?;
         let vcpus = self.vcpus.save()?;
@@ -288,12 +277,10 @@ impl Vm {
             memory_bytes: self.ram.bytes(),
             clock: *self.stopped_at(),
             vcpus,
-            serial,
-            rtc_register: self.bus.rtc.selected().into(),
-            disks,
             console: Some(state::Console { start: output.from, data: output.data }),
             ..SavedMachine::default()
         };
+        self.board.save(&mut machine);
         self.machine.save_chips(&mut machine)?;
         Ok(machine)
     }
@@ -308,19 +295,11 @@ impl Vm {
         if saved.memory_bytes != self.ram.bytes() {
             return Err(StateError::mismatch("RAM in bytes", saved.memory_bytes, self.ram.bytes()).into());
         }
-        if saved.disks.len() != self.bus.slots.len() {
-            let what = "the number of disks";
-            return Err(StateError::mismatch(what, saved.disks.len(), self.bus.slots.len()).into());
-        }
         self.vcpus.restore(&saved.vcpus)?;
         self.machine.restore_chips(saved)?;
         let console = state::part(saved.console.as_ref(), "console")?;
         self.console().restore(console.start, &console.data);
-        self.bus.serial.restore(state::part(saved.serial.as_ref(), "serial port")?)?;
-        self.bus.rtc.select(state::byte(saved.rtc_register)?);
-        for disk in &saved.disks {
-            restore_disk(self.slot(disk.slot)?, disk)?;
-        }
+        self.board.restore(saved)?;
         *self.stopped_at() = saved.clock;
         self.life.set(RunState::Restored);
         Ok(())
@@ -395,7 +374,54 @@ impl Vm {
     /// # Errors
     /// When there is no such disk, or its size differs.
     pub fn attach_disk(&self, slot: u32, device: Arc<dyn BlockDevice>) -> Result<(), VmError> {
-        Ok(self.slot(slot)?.disk.attach(device)?)
+        Ok(self.board.slot(slot)?.disk.attach(device)?)
+    }
+
+    /// Puts a disk into an empty slot, while the guest runs; it learns that by a configuration interrupt.
+    ///
+    /// # Errors
+    /// When the slot is taken, or the guest's driver cannot use this disk; nothing has changed.
+    pub fn insert_disk(
+        &self,
+        slot: u32,
+        device: Arc<dyn BlockDevice>,
+        read_only: bool,
+        serial: &str,
+    ) -> Result<(), VmError> {
+        Ok(self.board.slot(slot)?.disk.insert(device, read_only, serial.to_owned())?)
+    }
+
+    /// Takes a disk out, after its requests in flight; the guest sees a disk of no capacity.
+    ///
+    /// # Errors
+    /// When the slot is empty, or requests do not end: then the disk stays.
+    pub fn eject_disk(&self, slot: u32) -> Result<(), VmError> {
+        Ok(self.board.slot(slot)?.disk.eject()?)
+    }
+
+    /// Tells the guest the size that a disk has now.
+    ///
+    /// # Errors
+    /// When the slot is empty.
+    pub fn remeasure_disk(&self, slot: u32) -> Result<u64, VmError> {
+        Ok(self.board.slot(slot)?.disk.remeasure()?)
+    }
+
+    /// Limits what a disk may do; without limits it is bounded by the storage alone.
+    ///
+    /// # Errors
+    /// When there is no such slot.
+    pub fn limit_disk(&self, slot: u32, limits: DiskLimits) -> Result<(), VmError> {
+        self.board.slot(slot)?.disk.set_limits(limits);
+        Ok(())
+    }
+
+    /// The limits of a disk.
+    ///
+    /// # Errors
+    /// When there is no such slot.
+    pub fn disk_limits(&self, slot: u32) -> Result<DiskLimits, VmError> {
+        Ok(self.board.slot(slot)?.disk.limits())
     }
 
     /// Drains all disks and lets go of their content, so that it can be closed.
@@ -404,7 +430,7 @@ impl Vm {
     /// When requests do not end.
     pub fn detach_disks(&self) -> Result<(), VmError> {
         self.drain()?;
-        for slot in &self.bus.slots {
+        for slot in &self.board.bus.slots {
             slot.disk.detach();
         }
         Ok(())
@@ -437,13 +463,13 @@ impl Vm {
     /// Whether a disk has its content.
     #[must_use]
     pub fn is_disk_attached(&self, slot: u32) -> bool {
-        self.slot(slot).is_ok_and(|slot| slot.disk.is_attached())
+        self.board.slot(slot).is_ok_and(|slot| slot.disk.is_attached())
     }
 
-    /// Size of each disk in bytes, as the guest sees it.
+    /// Size of the disk in each slot, as the guest sees it; 0 for an empty one.
     #[must_use]
     pub fn disk_sizes(&self) -> Vec<u64> {
-        self.bus.slots.iter().map(|slot| slot.disk.shape().size_bytes).collect()
+        self.board.bus.slots.iter().map(|slot| slot.disk.shape().size_bytes).collect()
     }
 
     /// How often the guest has left for this process.
@@ -452,15 +478,10 @@ impl Vm {
         self.exits.load(Ordering::Relaxed)
     }
 
-    /// What each disk has done.
+    /// What the disk in each slot has done.
     #[must_use]
     pub fn disk_stats(&self) -> Vec<DiskStats> {
-        self.bus.slots.iter().map(|slot| slot.disk.stats()).collect()
-    }
-
-    fn slot(&self, slot: u32) -> Result<&Slot, VmError> {
-        let index = usize::try_from(slot).unwrap_or(usize::MAX);
-        self.bus.slots.get(index).ok_or(VmError::NoDisk(slot))
+        self.board.bus.slots.iter().map(|slot| slot.disk.stats()).collect()
     }
 
     fn expect_state(
@@ -497,12 +518,6 @@ impl GuestEnd {
 impl Drop for Vm {
     fn drop(&mut self) {
         self.life.set(RunState::Stopped("the VM was dropped".into()));
-        for slot in &self.bus.slots {
-            slot.disk.stop();
-        }
-        for worker in self.workers.drain(..) {
-            drop(worker.join());
-        }
         self.life.console.close();
     }
 }
@@ -535,58 +550,4 @@ impl Life {
         self.changed.notify_all();
         self.console.close();
     }
-}
-
-fn make_bus(
-    machine: &Machine,
-    ram: &GuestRam,
-    console: &Arc<Console>,
-    disks: Vec<DiskConfig>,
-) -> Result<Bus, VmError> {
-    let serial = SerialPort::new(Arc::clone(console), machine.line(COM1_LINE)?);
-    let mut slots = Vec::new();
-    for (slot, config) in (0..).zip(disks) {
-        slots.push(make_slot(machine, ram, slot, Place::of_slot(slots.len()), config)?);
-    }
-    Ok(Bus { serial, rtc: Rtc::default(), slots })
-}
-
-fn make_slot(
-    machine: &Machine,
-    ram: &GuestRam,
-    slot: u32,
-    place: Place,
-    config: DiskConfig,
-) -> Result<Slot, VmError> {
-    let shape = match &config.device {
-        Some(device) => shape_of(&device.geometry(), config.read_only),
-        None => Shape { size_bytes: 0, block_bytes: 512, read_only: config.read_only, can_discard: false },
-    };
-    let disk = Disk::new(slot, config.serial, shape, ram.clone(), machine.line(place.line)?)
-        .tried("making a disk")?;
-    let disk = Arc::new(disk);
-    if let Some(device) = config.device {
-        disk.attach(device)?;
-    }
-    machine.notify_on_write(place.start + NOTIFY, disk.wake())?;
-    let device: Arc<dyn VirtioDevice> = disk.clone();
-    Ok(Slot { disk, transport: Transport::new(device, ram.clone()) })
-}
-
-fn spawn_worker(slot: &Slot) -> Result<JoinHandle<()>, KvmError> {
-    let disk = Arc::clone(&slot.disk);
-    thread::Builder::new()
-        .name(format!("disk{}", disk.slot()))
-        .stack_size(WORKER_STACK_BYTES)
-        .spawn(move || disk.serve())
-        .tried("starting a disk's thread")
-}
-
-fn save_disk(slot: &Slot) -> state::Disk {
-    state::Disk { transport: Some(slot.transport.save()), ..slot.disk.save() }
-}
-
-fn restore_disk(slot: &Slot, saved: &state::Disk) -> Result<(), StateError> {
-    slot.disk.restore(saved)?;
-    slot.transport.restore(state::part(saved.transport.as_ref(), "registers of a disk")?)
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::rtc::{RTC_PORT, Rtc};
 use super::serial::{COM1, SerialPort};
+use super::virtio::VirtioDevice;
 use super::virtio::block::Disk;
 use super::virtio::mmio::{Transport, WINDOW_BYTES};
 
@@ -61,11 +62,22 @@ pub(crate) struct Slot {
     pub(crate) transport: Transport,
 }
 
+/// Any other virtio device.
+pub(crate) struct Other {
+    /// In saved states.
+    pub(crate) name: &'static str,
+    pub(crate) slot: usize,
+    pub(crate) device: Arc<dyn VirtioDevice>,
+    pub(crate) transport: Transport,
+}
+
 /// All devices of a VM outside of the kernel.
 pub(crate) struct Bus {
     pub(crate) serial: SerialPort,
     pub(crate) rtc: Rtc,
+    /// By number.
     pub(crate) slots: Vec<Slot>,
+    pub(crate) others: Vec<Other>,
 }
 
 impl Bus {
@@ -110,7 +122,9 @@ impl Bus {
     fn resolve(&self, address: u64) -> Option<(&Transport, u64)> {
         let offset = address.checked_sub(MMIO_START)?;
         let slot = usize::try_from(offset / WINDOW_BYTES).ok()?;
-        Some((&self.slots.get(slot)?.transport, offset % WINDOW_BYTES))
+        let disk = self.slots.get(slot).map(|slot| &slot.transport);
+        let other = || self.others.iter().find(|other| other.slot == slot).map(|other| &other.transport);
+        Some((disk.or_else(other)?, offset % WINDOW_BYTES))
     }
 }
 

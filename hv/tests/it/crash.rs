@@ -9,8 +9,15 @@ const IMAGE_START: u64 = 0x10_0000;
 fn boot(kernel: &[u8], cmdline: &str, disks: &Disks) -> Vm {
     let boot = BootSource { kernel, initrd: None, cmdline, firmware: Firmware::CommandLine };
     let disks = disks.configs(true);
-    Vm::build(VmConfig { memory_bytes: 16 << 20, cpus: 1, boot: Some(boot), disks, console_bytes: 4096 })
-        .unwrap()
+    Vm::build(VmConfig {
+        memory_bytes: 16 << 20,
+        cpus: 1,
+        boot: Some(boot),
+        disks,
+        net: None,
+        console_bytes: 4096,
+    })
+    .unwrap()
 }
 
 /// Runs until the guest's end.

@@ -19,6 +19,7 @@ fn dirtier(cmdline: &str) -> Vm {
         cpus: 1,
         boot: Some(boot),
         disks: vec![],
+        net: None,
         console_bytes: 1 << 16,
     })
     .unwrap()

@@ -74,6 +74,6 @@ fn what_makes_no_sense_is_refused_by_state() {
     disks.attach_to(&vm);
     vm.resume().unwrap();
     assert!(matches!(vm.resume(), Err(VmError::WrongState { .. })));
-    let small = VmConfig { memory_bytes: 5, cpus: 1, boot: None, disks: vec![], console_bytes: 1 };
+    let small = VmConfig { memory_bytes: 5, cpus: 1, boot: None, disks: vec![], net: None, console_bytes: 1 };
     assert!(matches!(Vm::build(small), Err(VmError::Memory(_))));
 }

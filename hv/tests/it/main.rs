@@ -7,5 +7,6 @@ mod guest;
 mod hostile;
 mod roles;
 mod save;
+mod slots;
 mod support;
 mod written;

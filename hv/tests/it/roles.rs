@@ -9,8 +9,15 @@ const RAM_BYTES: u64 = 8 << 20;
 fn boot(cpus: u32, cmdline: &str, disks: &Disks) -> Vm {
     let boot = BootSource { kernel: hv_guest::IMAGE, initrd: None, cmdline, firmware: Firmware::CommandLine };
     let disks = disks.configs(true);
-    Vm::build(VmConfig { memory_bytes: RAM_BYTES, cpus, boot: Some(boot), disks, console_bytes: 1 << 18 })
-        .unwrap()
+    Vm::build(VmConfig {
+        memory_bytes: RAM_BYTES,
+        cpus,
+        boot: Some(boot),
+        disks,
+        net: None,
+        console_bytes: 1 << 18,
+    })
+    .unwrap()
 }
 
 /// The VM goes on in another one, as after a move.

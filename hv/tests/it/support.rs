@@ -38,12 +38,13 @@ impl Disks {
     }
 
     pub(crate) fn configs(&self, attached: bool) -> Vec<DiskConfig> {
-        let config = |device: &Arc<MemoryDevice>, read_only, serial: &str| DiskConfig {
+        let config = |slot, device: &Arc<MemoryDevice>, read_only, serial: &str| DiskConfig {
+            slot,
             device: attached.then(|| Arc::clone(device) as Arc<dyn BlockDevice>),
             read_only,
             serial: serial.into(),
         };
-        vec![config(&self.source, true, "source"), config(&self.scratch, false, "scratch")]
+        vec![config(0, &self.source, true, "source"), config(1, &self.scratch, false, "scratch")]
     }
 
     pub(crate) fn attach_to(&self, vm: &Vm) {
@@ -65,8 +66,15 @@ pub(crate) fn writer(disks: Vec<DiskConfig>) -> Vm {
         cmdline: CMDLINE,
         firmware: Firmware::CommandLine,
     };
-    Vm::build(VmConfig { memory_bytes: RAM_BYTES, cpus: 1, boot: Some(boot), disks, console_bytes: 1 << 20 })
-        .unwrap()
+    Vm::build(VmConfig {
+        memory_bytes: RAM_BYTES,
+        cpus: 1,
+        boot: Some(boot),
+        disks,
+        net: None,
+        console_bytes: 1 << 20,
+    })
+    .unwrap()
 }
 
 /// A VM without a kernel, for a state to be restored into.
@@ -75,7 +83,7 @@ pub(crate) fn empty(disks: Vec<DiskConfig>) -> Vm {
 }
 
 pub(crate) fn empty_with(memory_bytes: u64, cpus: u32, disks: Vec<DiskConfig>) -> Vm {
-    Vm::build(VmConfig { memory_bytes, cpus, boot: None, disks, console_bytes: 1 << 20 }).unwrap()
+    Vm::build(VmConfig { memory_bytes, cpus, boot: None, disks, net: None, console_bytes: 1 << 20 }).unwrap()
 }
 
 pub(crate) fn text(vm: &Vm) -> String {

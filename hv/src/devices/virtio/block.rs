@@ -4,17 +4,23 @@
 //!   guest: notify --ioeventfd--> worker thread: pop, parse, submit --> BlockDevice
 //!   guest: interrupt <--irqfd--- completion (on the device's thread): status, used ring, dirty bitmap
 //! ```
+//! A slot may be empty: the guest then sees a disk of no capacity. A medium that comes or goes changes the capacity, which
+//! the guest learns by a configuration interrupt; features and block size stay what its driver has found at boot.
+//!
 //! **Invariants:** the backend is only used by requests that are counted as in flight, so it can be taken away after a
 //! drain; a read marks its pages dirty after the data is there (H4).
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use blockio::{BlockDevice, Geometry};
-use vmm_sys_util::eventfd::EventFd;
+use rustix::time::{ClockId, clock_gettime};
 
-use super::queue::{Popped, RequestQueue};
+use super::limiter::{DiskLimits, Limiter};
+use super::queue::{DrainTimeout, Popped, RequestQueue};
 use super::request::{self, Op, RANGES_MAX, Request, SECTOR_BYTES, Shape, Status};
+use super::worker::Wakeup;
 use super::{DeviceInterrupt, FEATURE_INDIRECT, FEATURE_VERSION_1, VirtioDevice};
 use crate::devices::Interrupt;
 use crate::devices::virtio::flight::Flight;
@@ -49,6 +55,35 @@ pub struct DiskStats {
     pub last_error: Option<String>,
 }
 
+/// What an empty slot looks like: a driver may later be given any medium with sectors of 512 bytes.
+const NO_MEDIUM: Shape = Shape { size_bytes: 0, block_bytes: 512, read_only: false, can_discard: true };
+
+/// Why a medium cannot come or go.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SlotError {
+    /// There is one already.
+    #[error("slot {0} holds a disk already")]
+    Occupied(u32),
+    /// There is none.
+    #[error("slot {0} holds no disk")]
+    Empty(u32),
+    /// The driver has found another block size, and keeps to it.
+    #[error(
+        "a disk with blocks of {found} bytes cannot come into slot {slot} while the VM runs: its driver uses {expected}"
+    )]
+    BlockSize {
+        /// Which.
+        slot: u32,
+        /// Of the medium.
+        found: u32,
+        /// Of the driver.
+        expected: u32,
+    },
+    /// Requests in flight did not end.
+    #[error(transparent)]
+    Drain(#[from] DrainTimeout),
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) reads: AtomicU64,
@@ -59,17 +94,33 @@ pub(super) struct Counters {
     last_error: Mutex<Option<String>>,
 }
 
+/// What a driver finds when it looks at its device, and then keeps to.
+#[derive(Clone, Copy, Debug)]
+struct Offer {
+    block_bytes: u32,
+    read_only: bool,
+    can_discard: bool,
+}
+
 /// One disk of the guest.
 pub(crate) struct Disk {
     slot: u32,
-    serial: String,
-    /// Protects the size; it may grow.
+    /// Protects the text; it is the medium's.
+    serial: RwLock<String>,
+    /// Changed only by a restore, before the driver goes on.
+    offer: RwLock<Offer>,
+    /// The medium as requests are checked against it; no bytes when there is none.
     shape: RwLock<Shape>,
-    /// Protects the handle; `None` while the disk belongs to another process or is being closed.
+    /// Protects the handle; `None` while the disk belongs to another process or is being closed, or the slot is empty.
     backend: RwLock<Option<Arc<dyn BlockDevice>>>,
+    /// Whether the slot has a medium, here or in another process.
+    occupied: AtomicBool,
     features: AtomicU64,
-    stopped: AtomicBool,
-    wake: EventFd,
+    /// Whether there are limits: without any no clock is read.
+    limited: AtomicBool,
+    /// Protects what is owed. A leaf.
+    limiter: Mutex<Limiter>,
+    wakeup: Arc<Wakeup>,
     pub(super) queue: RequestQueue,
     pub(super) interrupt: DeviceInterrupt,
     pub(super) ram: GuestRam,
@@ -78,7 +129,7 @@ pub(crate) struct Disk {
 
 impl std::fmt::Debug for Disk {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Disk").field("slot", &self.slot).field("serial", &self.serial).finish_non_exhaustive()
+        f.debug_struct("Disk").field("slot", &self.slot).finish_non_exhaustive()
     }
 }
 
@@ -91,14 +142,18 @@ impl Disk {
         ram: GuestRam,
         line: Arc<dyn Interrupt>,
     ) -> std::io::Result<Self> {
+        let Shape { block_bytes, read_only, can_discard, .. } = shape;
         Ok(Self {
             slot,
-            serial,
+            serial: RwLock::new(serial),
+            offer: RwLock::new(Offer { block_bytes, read_only, can_discard }),
             shape: RwLock::new(shape),
             backend: RwLock::default(),
+            occupied: AtomicBool::new(true),
             features: AtomicU64::new(0),
-            stopped: AtomicBool::new(false),
-            wake: EventFd::new(libc::EFD_CLOEXEC)?,
+            limited: AtomicBool::new(false),
+            limiter: Mutex::default(),
+            wakeup: Arc::new(Wakeup::new()?),
             queue: RequestQueue::new(),
             interrupt: DeviceInterrupt::new(line),
             ram,
@@ -106,43 +161,43 @@ impl Disk {
         })
     }
 
+    /// A slot without a medium.
+    pub(crate) fn empty(slot: u32, ram: GuestRam, line: Arc<dyn Interrupt>) -> std::io::Result<Self> {
+        let disk = Self::new(slot, String::new(), NO_MEDIUM, ram, line)?;
+        disk.occupied.store(false, Ordering::SeqCst);
+        Ok(disk)
+    }
+
     pub(crate) fn slot(&self) -> u32 {
         self.slot
     }
 
-    /// Written to when the guest notifies.
-    pub(crate) fn wake(&self) -> &EventFd {
-        &self.wake
+    pub(crate) fn wakeup(&self) -> Arc<Wakeup> {
+        Arc::clone(&self.wakeup)
     }
 
-    /// Body of the worker thread; ends after [`Disk::stop`].
-    pub(crate) fn serve(self: &Arc<Self>) {
-        while !self.stopped.load(Ordering::SeqCst) {
-            if self.wake.read().is_ok() {
-                self.take_requests();
-            }
-        }
-    }
-
-    pub(crate) fn stop(&self) {
-        self.stopped.store(true, Ordering::SeqCst);
-        self.notify();
-    }
-
-    /// Hands everything that the driver has posted to the backend.
-    pub(crate) fn take_requests(self: &Arc<Self>) {
+    /// Hands everything that the driver has posted, and that the limits allow, to the backend. Says when it wants to be
+    /// called again without a notification.
+    pub(crate) fn take_requests(self: &Arc<Self>) -> Option<Duration> {
         loop {
+            if let Some(wait) = self.limit_wait() {
+                return Some(wait);
+            }
             match self.queue.pop(&self.ram) {
-                Popped::Empty => return,
+                Popped::Empty => return None,
                 Popped::Broken => {
                     tracing::warn!(
                         disk = self.slot,
                         "the driver broke its queue; the disk waits for a reset"
                     );
-                    return self.interrupt.config_changed();
+                    self.interrupt.config_changed();
+                    return None;
                 }
                 Popped::Chain(chain) => match request::parse(&self.ram, &chain, &self.shape()) {
-                    Some(request) => self.start(chain.head, request),
+                    Some(request) => {
+                        self.charge(&request);
+                        self.start(chain.head, request);
+                    }
                     None => self.queue.complete(&self.ram, chain.head, 0, &self.interrupt),
                 },
             }
@@ -172,16 +227,33 @@ impl Disk {
         }
     }
 
-    /// Stops taking requests and waits for those in flight.
-    pub(crate) fn hold_and_drain(&self) -> Result<(), super::queue::DrainTimeout> {
-        self.queue.hold_and_drain()
+    /// Sets or lifts limits, at any time.
+    pub(crate) fn set_limits(&self, limits: DiskLimits) {
+        self.limiter().set(limits);
+        self.limited.store(!limits.is_none(), Ordering::SeqCst);
+        // A request that waits under the old limits is looked at again.
+        self.wakeup.wake();
     }
 
-    /// Goes on, with a look at the queue: a notification may have been consumed without being served.
-    pub(crate) fn release(&self) {
-        self.queue.release();
-        self.interrupt.raise_again();
-        self.notify();
+    pub(crate) fn limits(&self) -> DiskLimits {
+        self.limiter().limits()
+    }
+
+    fn limit_wait(&self) -> Option<Duration> {
+        if !self.limited.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.limiter().wait(monotonic_now())
+    }
+
+    fn charge(&self, request: &Request) {
+        if self.limited.load(Ordering::Relaxed) {
+            self.limiter().charge(monotonic_now(), request.op.transfer_bytes());
+        }
+    }
+
+    fn limiter(&self) -> MutexGuard<'_, Limiter> {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives the disk its backend, which must have the size that the guest knows.
@@ -190,8 +262,12 @@ impl Disk {
         let what = |name: &str| format!("{name} of disk {}", self.slot);
         if known.size_bytes == 0 {
             // No guest has seen this disk yet.
-            *self.shape.write().unwrap_or_else(PoisonError::into_inner) = shape_of(&found, known.read_only);
-            *self.backend.write().unwrap_or_else(PoisonError::into_inner) = Some(backend);
+            let shape = shape_of(&found, known.read_only);
+            let Shape { block_bytes, read_only, can_discard, .. } = shape;
+            *self.offer.write().unwrap_or_else(PoisonError::into_inner) =
+                Offer { block_bytes, read_only, can_discard };
+            self.set_shape(shape);
+            self.set_backend(Some(backend));
             return Ok(());
         }
         if found.size_bytes != known.size_bytes {
@@ -200,13 +276,78 @@ impl Disk {
         if block_bytes(&found) != known.block_bytes {
             return Err(StateError::mismatch(what("the block size"), known.block_bytes, block_bytes(&found)));
         }
-        *self.backend.write().unwrap_or_else(PoisonError::into_inner) = Some(backend);
+        self.set_backend(Some(backend));
         Ok(())
     }
 
     /// Takes the backend away. The disk must be drained.
     pub(crate) fn detach(&self) {
-        *self.backend.write().unwrap_or_else(PoisonError::into_inner) = None;
+        self.set_backend(None);
+    }
+
+    /// Puts a medium into an empty slot, while the guest runs.
+    pub(crate) fn insert(
+        &self,
+        backend: Arc<dyn BlockDevice>,
+        read_only: bool,
+        serial: String,
+    ) -> Result<(), SlotError> {
+        let offer = self.offer();
+        let found = shape_of(&backend.geometry(), read_only || offer.read_only);
+        if found.block_bytes != offer.block_bytes {
+            return Err(SlotError::BlockSize {
+                slot: self.slot,
+                found: found.block_bytes,
+                expected: offer.block_bytes,
+            });
+        }
+        if self.occupied.swap(true, Ordering::SeqCst) {
+            return Err(SlotError::Occupied(self.slot));
+        }
+        *self.serial.write().unwrap_or_else(PoisonError::into_inner) = serial;
+        self.set_backend(Some(backend));
+        self.set_shape(found);
+        self.interrupt.config_changed();
+        Ok(())
+    }
+
+    /// Takes the medium out. Requests in flight are waited for; those that the guest makes afterwards fail.
+    pub(crate) fn eject(&self) -> Result<(), SlotError> {
+        if !self.occupied.load(Ordering::SeqCst) {
+            return Err(SlotError::Empty(self.slot));
+        }
+        let (before, was_held) = (self.shape(), self.queue.is_held());
+        self.set_shape(Shape { block_bytes: before.block_bytes, ..NO_MEDIUM });
+        let drained = self.queue.hold_and_drain();
+        if drained.is_ok() {
+            self.set_backend(None);
+            self.occupied.store(false, Ordering::SeqCst);
+            self.serial.write().unwrap_or_else(PoisonError::into_inner).clear();
+            self.interrupt.config_changed();
+        } else {
+            self.set_shape(before);
+        }
+        if !was_held {
+            self.queue.release();
+            self.wakeup.wake();
+        }
+        Ok(drained?)
+    }
+
+    /// The backend may have another size now: the guest learns it.
+    pub(crate) fn remeasure(&self) -> Result<u64, SlotError> {
+        let size_bytes = self.backend().ok_or(SlotError::Empty(self.slot))?.geometry().size_bytes;
+        let shape = self.shape();
+        if shape.size_bytes != size_bytes {
+            self.set_shape(Shape { size_bytes, ..shape });
+            self.interrupt.config_changed();
+        }
+        Ok(size_bytes)
+    }
+
+    /// Whether its content is missing: it has some, but not in this process.
+    pub(crate) fn lacks_content(&self) -> bool {
+        self.occupied.load(Ordering::SeqCst) && !self.is_attached()
     }
 
     pub(crate) fn is_attached(&self) -> bool {
@@ -226,14 +367,16 @@ impl Disk {
 
     /// The parts of the saved state that this device owns; the transport adds its own.
     pub(crate) fn save(&self) -> state::Disk {
-        let shape = self.shape();
+        let (shape, offer) = (self.shape(), self.offer());
         state::Disk {
             slot: self.slot,
-            serial: self.serial.clone(),
+            serial: self.serial(),
             size_bytes: shape.size_bytes,
-            block_bytes: shape.block_bytes,
-            read_only: shape.read_only,
-            can_discard: shape.can_discard,
+            block_bytes: offer.block_bytes,
+            read_only: offer.read_only,
+            can_discard: offer.can_discard,
+            medium_read_only: shape.read_only,
+            medium_no_discard: !shape.can_discard,
             transport: None,
             queue: Some(self.queue.save()),
         }
@@ -241,30 +384,54 @@ impl Disk {
 
     /// Takes over what was saved. The guest keeps the shape that it has seen.
     pub(crate) fn restore(&self, saved: &state::Disk) -> Result<(), StateError> {
-        if saved.serial != self.serial {
-            let what = format!("the serial of disk {}", self.slot);
-            return Err(StateError::mismatch(what, &saved.serial, &self.serial));
+        let what = |name: &str| format!("the {name} of disk {}", self.slot);
+        if saved.serial != self.serial() {
+            return Err(StateError::mismatch(what("serial"), &saved.serial, self.serial()));
         }
-        let known = self.shape().read_only;
-        if saved.read_only != known {
-            let what = format!("write protection of disk {}", self.slot);
-            return Err(StateError::mismatch(what, saved.read_only, known));
+        let occupied = self.occupied.load(Ordering::SeqCst);
+        if occupied != (saved.size_bytes > 0) {
+            return Err(StateError::mismatch(
+                what("size"),
+                saved.size_bytes,
+                if occupied { "a disk" } else { "empty" },
+            ));
+        }
+        let read_only = saved.read_only || saved.medium_read_only;
+        if occupied && read_only != self.shape().read_only {
+            return Err(StateError::mismatch(what("write protection"), read_only, self.shape().read_only));
         }
         if !saved.size_bytes.is_multiple_of(SECTOR_BYTES) || !saved.block_bytes.is_power_of_two() {
             return Err(StateError::Invalid("a disk's size is not in whole sectors"));
         }
         self.queue.restore(state::part(saved.queue.as_ref(), "queue of a disk")?, &self.ram)?;
-        *self.shape.write().unwrap_or_else(PoisonError::into_inner) = Shape {
-            size_bytes: saved.size_bytes,
+        *self.offer.write().unwrap_or_else(PoisonError::into_inner) = Offer {
             block_bytes: saved.block_bytes,
             read_only: saved.read_only,
             can_discard: saved.can_discard,
         };
+        self.set_shape(Shape {
+            size_bytes: saved.size_bytes,
+            block_bytes: saved.block_bytes,
+            read_only,
+            can_discard: saved.can_discard && !saved.medium_no_discard,
+        });
         Ok(())
     }
 
-    pub(super) fn serial(&self) -> &str {
-        &self.serial
+    pub(super) fn serial(&self) -> String {
+        self.serial.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn offer(&self) -> Offer {
+        *self.offer.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_shape(&self, shape: Shape) {
+        *self.shape.write().unwrap_or_else(PoisonError::into_inner) = shape;
+    }
+
+    fn set_backend(&self, backend: Option<Arc<dyn BlockDevice>>) {
+        *self.backend.write().unwrap_or_else(PoisonError::into_inner) = backend;
     }
 
     pub(crate) fn shape(&self) -> Shape {
@@ -305,6 +472,12 @@ impl Counters {
     }
 }
 
+/// A monotonic clock for the limits.
+fn monotonic_now() -> Duration {
+    let now = clock_gettime(ClockId::Monotonic);
+    Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
 /// What the guest sees of a backend.
 pub(crate) fn shape_of(geometry: &Geometry, read_only: bool) -> Shape {
     Shape {
@@ -325,22 +498,22 @@ impl VirtioDevice for Disk {
     }
 
     fn features(&self) -> u64 {
-        let shape = self.shape();
+        let offer = self.offer();
         let mut features =
             FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_SEG_MAX | FEATURE_BLOCK_SIZE | FEATURE_FLUSH;
-        if shape.read_only {
+        if offer.read_only {
             features |= FEATURE_READ_ONLY;
         } else {
             features |= FEATURE_WRITE_ZEROES;
         }
-        if shape.can_discard {
+        if offer.can_discard {
             features |= FEATURE_DISCARD;
         }
         features
     }
 
-    fn queue(&self) -> &RequestQueue {
-        &self.queue
+    fn queues(&self) -> &[RequestQueue] {
+        std::slice::from_ref(&self.queue)
     }
 
     fn interrupt(&self) -> &DeviceInterrupt {
@@ -360,18 +533,6 @@ impl VirtioDevice for Disk {
     }
 
     fn notify(&self) {
-        // Fails only when the counter is about to overflow, and then the worker has been woken anyway.
-        drop(self.wake.write(1));
-    }
-
-    fn reset(&self) {
-        if let Err(error) = self.queue.hold_and_drain() {
-            // The worker still owns guest memory: the driver must not get it back. It sees a device that failed.
-            tracing::error!(disk = self.slot, %error, "reset of a disk refused");
-            return;
-        }
-        self.queue.reset();
-        self.features.store(0, Ordering::Relaxed);
-        self.queue.release();
+        self.wakeup.wake();
     }
 }

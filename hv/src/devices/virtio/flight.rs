@@ -40,7 +40,7 @@ impl Flight {
     /// Answers with the disk's serial.
     pub(super) fn identify(disk: &Arc<Disk>, head: u16, status_at: u64, parts: &[Part]) {
         let mut id = [0; ID_BYTES];
-        for (to, from) in id.iter_mut().zip(disk.serial().bytes()) {
+        for (to, from) in id.iter_mut().zip(disk.serial().into_bytes()) {
             *to = from;
         }
         let written = scatter(disk, parts, &id);

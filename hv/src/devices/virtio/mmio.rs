@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::QueueT;
 
-use super::queue::QUEUE_SIZE_MAX;
+use super::queue::{QUEUE_SIZE_MAX, RequestQueue};
 use super::{FEATURE_VERSION_1, VirtioDevice};
 use crate::memory::GuestRam;
 use crate::state::{self, StateError};
@@ -44,7 +44,6 @@ struct Registers {
     features_select: u32,
     driver_features_select: u32,
     queue_select: u32,
-    config_generation: u32,
 }
 
 /// A device behind its registers.
@@ -74,24 +73,26 @@ impl Transport {
 
     fn read_register(&self, offset: u64) -> u32 {
         let registers = self.lock();
-        let selected = registers.queue_select == 0;
+        let queue = self.selected(&registers);
         match offset {
             0x00 => MAGIC,
             0x04 => VERSION,
             0x08 => self.device.kind(),
             0x0c => VENDOR,
             0x10 => half_of(self.device.features(), registers.features_select),
-            0x34 if selected => QUEUE_SIZE_MAX.into(),
-            0x44 if selected => self.device.queue().is_ready().into(),
+            0x34 => queue.map_or(0, |_| QUEUE_SIZE_MAX.into()),
+            0x44 => queue.is_some_and(RequestQueue::is_ready).into(),
             0x60 => self.device.interrupt().reasons(),
-            0x70 if self.device.queue().is_broken() => registers.status | STATUS_NEEDS_RESET,
+            0x70 if self.device.queues().iter().any(RequestQueue::is_broken) => {
+                registers.status | STATUS_NEEDS_RESET
+            }
             0x70 => registers.status,
-            0xfc => registers.config_generation,
+            0xfc => self.device.interrupt().generation(),
             _ => 0,
         }
     }
 
-    /// The guest writes. The configuration space of a disk has nothing to write.
+    /// The guest writes. No configuration space here has anything to write.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
         let Ok(value) = bytes.try_into().map(u32::from_le_bytes) else { return };
         let mut registers = self.lock();
@@ -103,16 +104,19 @@ impl Transport {
             NOTIFY => self.device.notify(),
             0x64 => self.device.interrupt().acknowledge(value),
             0x70 => self.set_status(&mut registers, value),
-            _ if registers.queue_select == 0 => self.write_queue_register(&registers, offset, value),
-            _ => {}
+            _ => self.write_queue_register(&registers, offset, value),
         }
+    }
+
+    fn selected(&self, registers: &Registers) -> Option<&RequestQueue> {
+        self.device.queues().get(usize::try_from(registers.queue_select).ok()?)
     }
 
     fn write_queue_register(&self, registers: &Registers, offset: u64, value: u32) {
         if registers.status & STATUS_DRIVER_OK != 0 {
             return;
         }
-        let queue = self.device.queue();
+        let Some(queue) = self.selected(registers) else { return };
         match offset {
             0x38 => queue.configure(|queue| queue.set_size(u16::try_from(value).unwrap_or(0))),
             0x44 => queue.set_ready(value == 1),
@@ -143,17 +147,23 @@ impl Transport {
     fn reset(&self, registers: &mut Registers) {
         self.device.reset();
         self.device.interrupt().restore(0);
-        *registers = Registers { config_generation: registers.config_generation, ..Registers::default() };
+        *registers = Registers::default();
     }
 
     fn start(&self, registers: &mut Registers) {
-        let queue = self.device.queue();
-        if registers.status & STATUS_FEATURES_OK == 0 || !queue.is_ready() || !queue.is_valid(&self.ram) {
+        if registers.status & STATUS_FEATURES_OK == 0 || !self.queues_are_sound() {
             registers.status |= STATUS_NEEDS_RESET;
             self.device.interrupt().config_changed();
             return;
         }
         self.device.activate(registers.driver_features);
+    }
+
+    /// The first queue is there, and each that is lies where memory is.
+    fn queues_are_sound(&self) -> bool {
+        let queues = self.device.queues();
+        queues.first().is_some_and(RequestQueue::is_ready)
+            && queues.iter().filter(|queue| queue.is_ready()).all(|queue| queue.is_valid(&self.ram))
     }
 
     fn features_fit(&self, accepted: u64) -> bool {
@@ -169,7 +179,7 @@ impl Transport {
             driver_features_select: registers.driver_features_select,
             queue_select: registers.queue_select,
             interrupt_status: self.device.interrupt().reasons(),
-            config_generation: registers.config_generation,
+            config_generation: self.device.interrupt().generation(),
         }
     }
 
@@ -182,7 +192,7 @@ impl Transport {
             return Err(StateError::Invalid("a driver uses features that this device does not have"));
         }
         let running = saved.status & STATUS_DRIVER_OK != 0 && saved.status & STATUS_NEEDS_RESET == 0;
-        if running && !self.device.queue().is_valid(&self.ram) {
+        if running && !self.queues_are_sound() {
             return Err(StateError::Invalid("a running device has no valid queue"));
         }
         *self.lock() = Registers {
@@ -191,8 +201,8 @@ impl Transport {
             features_select: saved.features_select,
             driver_features_select: saved.driver_features_select,
             queue_select: saved.queue_select,
-            config_generation: saved.config_generation,
         };
+        self.device.interrupt().restore_generation(saved.config_generation);
         self.device.interrupt().restore(saved.interrupt_status);
         if running {
             self.device.activate(saved.driver_features);

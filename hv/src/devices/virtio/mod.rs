@@ -1,23 +1,27 @@
 //! virtio 1.x devices. A device model is transport-neutral; [`mmio`] is the transport it is reached by.
 //!
 //! ```text
-//!   guest driver -- registers --> mmio::Transport -- activate, reset, notify --> dyn VirtioDevice (block::Disk)
+//!   guest driver -- registers --> mmio::Transport -- activate, reset, notify --> dyn VirtioDevice (block, net, rng)
 //!        \--- rings in guest RAM ------------------------------------------------> queue::RequestQueue
 //! ```
 
 pub(crate) mod block;
 mod flight;
+pub(crate) mod limiter;
 pub(crate) mod mmio;
+pub(crate) mod net;
 pub(crate) mod queue;
 pub(crate) mod request;
+pub(crate) mod rng;
 #[cfg(test)]
 mod tests;
+pub(crate) mod worker;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::devices::Interrupt;
-use queue::RequestQueue;
+use queue::{DrainTimeout, RequestQueue};
 
 /// `VIRTIO_F_VERSION_1`: the driver speaks the standard, not a draft of it.
 pub(crate) const FEATURE_VERSION_1: u64 = 1 << 32;
@@ -27,24 +31,60 @@ pub(crate) const FEATURE_INDIRECT: u64 = 1 << 28;
 const STATUS_USED: u32 = 1;
 const STATUS_CONFIG: u32 = 2;
 
-/// What a transport needs of a device with one queue.
+/// What a transport needs of a device.
 pub(crate) trait VirtioDevice: Send + Sync {
     /// The standard's number of the kind of device.
     fn kind(&self) -> u32;
     /// Features that a driver may accept.
     fn features(&self) -> u64;
-    /// The queue.
-    fn queue(&self) -> &RequestQueue;
+    /// The queues, by number.
+    fn queues(&self) -> &[RequestQueue];
     /// The interrupt and its reasons.
     fn interrupt(&self) -> &DeviceInterrupt;
     /// Reads configuration space; zeros beyond its end.
     fn read_config(&self, offset: u64, into: &mut [u8]);
     /// The driver is ready and has accepted these features.
     fn activate(&self, features: u64);
-    /// There may be new requests. Never blocks.
+    /// There may be new requests in any queue. Never blocks.
     fn notify(&self);
-    /// Back to power-on; returns when nothing is in flight.
-    fn reset(&self);
+    /// The driver has given its device back: accepted features are none.
+    fn forget(&self) {
+        self.activate(0);
+    }
+    /// What must be the same wherever the VM runs, beside the features. Saved, and compared at a restore.
+    fn identity(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// Back to power-on. When something stays in flight, guest memory is still in use: then nothing changes, and the
+    /// driver sees a device that failed.
+    fn reset(&self) {
+        for queue in self.queues() {
+            if let Err(error) = queue.hold_and_drain() {
+                tracing::error!(kind = self.kind(), %error, "reset of a device refused");
+                return;
+            }
+        }
+        for queue in self.queues() {
+            queue.reset();
+        }
+        self.forget();
+        for queue in self.queues() {
+            queue.release();
+        }
+    }
+
+    /// Stops taking requests and waits for those in flight.
+    fn hold_and_drain(&self) -> Result<(), DrainTimeout> {
+        self.queues().iter().try_for_each(RequestQueue::hold_and_drain)
+    }
+
+    /// Goes on, with a look at the queues: a notification may have been consumed without being served.
+    fn release(&self) {
+        self.queues().iter().for_each(RequestQueue::release);
+        self.interrupt().raise_again();
+        self.notify();
+    }
 }
 
 /// An interrupt line and why it was raised. Reasons stay until the driver acknowledges them.
@@ -52,11 +92,13 @@ pub(crate) trait VirtioDevice: Send + Sync {
 pub(crate) struct DeviceInterrupt {
     line: Arc<dyn Interrupt>,
     reasons: AtomicU32,
+    /// Moves on with each change of the configuration, so that a driver notices one in the middle of its reading.
+    generation: AtomicU32,
 }
 
 impl DeviceInterrupt {
     pub(crate) fn new(line: Arc<dyn Interrupt>) -> Self {
-        Self { line, reasons: AtomicU32::new(0) }
+        Self { line, reasons: AtomicU32::new(0), generation: AtomicU32::new(0) }
     }
 
     /// A request was completed.
@@ -66,6 +108,7 @@ impl DeviceInterrupt {
 
     /// The configuration, or the device's status, has changed.
     pub(crate) fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
         self.raise(STATUS_CONFIG);
     }
 
@@ -77,6 +120,14 @@ impl DeviceInterrupt {
 
     pub(crate) fn reasons(&self) -> u32 {
         self.reasons.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn restore_generation(&self, generation: u32) {
+        self.generation.store(generation, Ordering::SeqCst);
     }
 
     pub(crate) fn acknowledge(&self, reasons: u32) {

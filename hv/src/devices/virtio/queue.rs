@@ -140,6 +140,11 @@ impl RequestQueue {
         self.lock().held = false;
     }
 
+    /// Whether it takes no requests.
+    pub(crate) fn is_held(&self) -> bool {
+        self.lock().held
+    }
+
     /// Back to power-on. Nothing may be in flight.
     pub(crate) fn reset(&self) {
         let mut inner = self.lock();

@@ -71,6 +71,18 @@ pub(crate) enum Op {
     Refuse(Status),
 }
 
+impl Op {
+    /// Bytes that it moves between the disk and the guest.
+    pub(crate) fn transfer_bytes(&self) -> u64 {
+        match self {
+            Self::Read { parts, .. } | Self::Write { parts, .. } => {
+                parts.iter().map(|part| u64::from(part.len)).sum()
+            }
+            _ => 0,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Request {
     /// Guest address of the status byte.

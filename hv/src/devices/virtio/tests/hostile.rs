@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use crate::devices::virtio::VirtioDevice;
+
 use super::driver::{
     AVAIL, DATA, DESCRIPTORS, Descriptor, Driver, FLUSH, HEADER, INDIRECT, NEXT, QUEUE_SIZE, RAM_BYTES,
     STATUS, Stuck, VERSION_1, WRITE,

@@ -6,6 +6,8 @@ use blockio::{BlockDevice, MemoryDevice};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use crate::devices::virtio::VirtioDevice;
+
 use super::driver::{DATA, DESCRIPTORS, DISK_BYTES, Driver, HEADER, NEXT, STATUS, Stuck, VERSION_1, WRITE};
 
 #[test]

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use blockio::MemoryDevice;
 
+use crate::devices::virtio::VirtioDevice;
+
 use super::driver::{DESCRIPTORS, DISK_BYTES, Driver, FLUSH, QUEUE_SIZE, VERSION_1};
 
 const NEEDS_RESET: u32 = 64;

@@ -1,0 +1,102 @@
+//! virtio-rng: the host's random numbers.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use super::queue::{Chain, Popped, RequestQueue};
+use super::worker::Wakeup;
+use super::{DeviceInterrupt, FEATURE_INDIRECT, FEATURE_VERSION_1, VirtioDevice};
+use crate::devices::Interrupt;
+use crate::memory::GuestRam;
+
+const KIND: u32 = 4;
+/// Given for one request; a guest asks for a few dozen bytes.
+const BYTES_MAX: usize = 64 << 10;
+
+/// The device.
+#[derive(Debug)]
+pub(crate) struct Rng {
+    /// Protects the handle's position only.
+    source: Mutex<File>,
+    queue: RequestQueue,
+    interrupt: DeviceInterrupt,
+    wakeup: Arc<Wakeup>,
+    ram: GuestRam,
+}
+
+impl Rng {
+    pub(crate) fn new(ram: GuestRam, line: Arc<dyn Interrupt>) -> io::Result<Self> {
+        Ok(Self {
+            source: Mutex::new(File::open("/dev/urandom")?),
+            queue: RequestQueue::new(),
+            interrupt: DeviceInterrupt::new(line),
+            wakeup: Arc::new(Wakeup::new()?),
+            ram,
+        })
+    }
+
+    pub(crate) fn wakeup(&self) -> Arc<Wakeup> {
+        Arc::clone(&self.wakeup)
+    }
+
+    /// Fills everything that the driver has posted.
+    pub(crate) fn serve(&self) -> Option<Duration> {
+        loop {
+            match self.queue.pop(&self.ram) {
+                Popped::Empty => return None,
+                Popped::Broken => {
+                    self.interrupt.config_changed();
+                    return None;
+                }
+                Popped::Chain(chain) => {
+                    let written = self.fill(&chain);
+                    self.queue.complete(&self.ram, chain.head, written, &self.interrupt);
+                }
+            }
+        }
+    }
+
+    fn fill(&self, chain: &Chain) -> u32 {
+        let mut written = 0;
+        let mut bytes = vec![0; 4096];
+        for part in chain.parts.iter().filter(|part| part.writable) {
+            let (mut at, mut left) = (part.address, part.len as usize);
+            while left > 0 && written < BYTES_MAX {
+                let now = &mut bytes[..left.min(4096).min(BYTES_MAX - written)];
+                let source = self.source.lock().unwrap_or_else(PoisonError::into_inner).read_exact(now);
+                // A part outside of RAM ends it; the driver sees how far it got.
+                if source.is_err() || self.ram.write(at, now).is_err() {
+                    return u32::try_from(written).expect("bounded above");
+                }
+                (at, left, written) = (at + now.len() as u64, left - now.len(), written + now.len());
+            }
+        }
+        u32::try_from(written).expect("bounded above")
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn kind(&self) -> u32 {
+        KIND
+    }
+    fn features(&self) -> u64 {
+        FEATURE_VERSION_1 | FEATURE_INDIRECT
+    }
+    fn queues(&self) -> &[RequestQueue] {
+        std::slice::from_ref(&self.queue)
+    }
+    fn interrupt(&self) -> &DeviceInterrupt {
+        &self.interrupt
+    }
+    fn read_config(&self, _offset: u64, into: &mut [u8]) {
+        into.fill(0);
+    }
+    fn activate(&self, _features: u64) {
+        self.wakeup.wake();
+    }
+    fn notify(&self) {
+        self.wakeup.wake();
+    }
+}
