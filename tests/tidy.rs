@@ -55,6 +55,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ),
     ("csvfs/fuse/src/wire/channel.rs", "one ioctl, which clones a FUSE connection for a further reader"),
     ("csvfs/blockio/src/uring.rs", "the kernel reads and writes buffers that a ring entry points to"),
+    ("hv/runner/src/tap.rs", "a tap is configured by an ioctl"),
     ("hv/src/kvm/chips.rs", "reads the union in which KVM returns an interrupt controller"),
     ("hv/src/kvm/dirty.rs", "clears a part of KVM's log of written pages"),
     ("hv/src/kvm/mod.rs", "maps guest RAM into a virtual machine"),

@@ -42,6 +42,9 @@ pub struct RunnerConfig {
     pub cmdline: String,
     /// Disks in the order of their slots.
     pub disks: Vec<DiskSpec>,
+    /// Its network card.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub net: Option<NetSpec>,
     /// Volumes that hold the disks and the saved state.
     pub volumes: Vec<VolumeSpec>,
     /// This node.
@@ -75,6 +78,23 @@ pub struct DiskSpec {
     /// Whether the guest may only read.
     #[serde(default)]
     pub read_only: bool,
+    /// Its slot; without one it is its place in the list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slot: Option<u32>,
+    /// Requests in a second; 0 is no limit.
+    #[serde(default)]
+    pub iops: u64,
+    /// Bytes in a second; 0 is no limit.
+    #[serde(default)]
+    pub bytes_per_second: u64,
+}
+
+/// A network card of the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetSpec {
+    /// Name of the tap on this node.
+    pub tap: String,
 }
 
 /// A cluster volume.
@@ -202,7 +222,15 @@ mod tests {
             kernel: BUILTIN_SECTOR_WRITER.into(),
             initrd: None,
             cmdline: "seed=7".into(),
-            disks: vec![DiskSpec { volume: "vol1".into(), path: "web.vhdx".into(), read_only: false }],
+            disks: vec![DiskSpec {
+                volume: "vol1".into(),
+                path: "web.vhdx".into(),
+                read_only: false,
+                slot: None,
+                iops: 0,
+                bytes_per_second: 0,
+            }],
+            net: None,
             volumes: vec![VolumeSpec {
                 name: "vol1".into(),
                 id: Uuid::nil(),

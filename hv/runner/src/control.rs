@@ -7,14 +7,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use hv::DiskLimits;
 use hv::control::{
-    Console, ConsoleReply, Control, ControlReply, FetchReply, Ok as Done, Refused, TakeReply, control,
+    Console, ConsoleReply, Control, ControlReply, DiskAdd, FetchReply, Ok as Done, Refused, TakeReply, control,
     control_reply,
 };
 use prost::Message;
 use wire::{BlockingServer, Local, Refusal, RefusalCode, service};
 
-use crate::config::VolumePath;
+use crate::config::{DiskSpec, VolumePath};
 use crate::failure::Failure;
 use crate::runner::Runner;
 
@@ -82,6 +83,17 @@ fn carry_out(runner: &Runner, op: control::Op) -> Result<control_reply::Result, 
         Op::Abandon(_) => runner.abandon().map(done),
         Op::Activate(_) => runner.activate().map(done),
         Op::Console(console) => Ok(control_reply::Result::Console(read_console(runner, &console))),
+        Op::DiskAdd(disk) => {
+            let DiskAdd { slot, volume, path, read_only } = disk;
+            let spec = DiskSpec { volume, path, read_only, slot: Some(slot), iops: 0, bytes_per_second: 0 };
+            runner.add_disk(slot, spec).map(done)
+        }
+        Op::DiskRemove(disk) => runner.remove_disk(disk.slot).map(done),
+        Op::DiskResize(disk) => runner.resize_disk(disk.slot, disk.size_bytes).map(done),
+        Op::DiskLimit(disk) => {
+            let limits = DiskLimits { iops: disk.iops, bytes_per_second: disk.bytes_per_second };
+            runner.limit_disk(disk.slot, limits).map(done)
+        }
         Op::Stop(stop) => runner.stop(stop.force).map(done),
         Op::Ram(_) => runner.ram().map(control_reply::Result::Ram),
         Op::Track(track) => runner.track(track.on).map(done),

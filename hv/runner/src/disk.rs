@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use blockio::{BlockDevice, ImageFile};
 use csvfs::node::File;
-use vhdx::{Builder, ErrorKind, Standby, VhdxError};
+use uuid::Uuid;
+use vhdx::{Builder, ErrorKind, NewSize, Standby, VhdxError};
 
 use crate::config::{DiskSpec, VolumePath};
 use crate::failure::Failure;
@@ -15,6 +16,7 @@ use crate::volume::Volumes;
 
 /// One disk of the VM.
 pub(crate) struct RunnerDisk {
+    slot: u32,
     spec: DiskSpec,
     state: State,
 }
@@ -27,8 +29,36 @@ enum State {
 }
 
 impl RunnerDisk {
-    pub(crate) fn new(spec: DiskSpec) -> Self {
-        Self { spec, state: State::Closed }
+    pub(crate) fn new(slot: u32, spec: DiskSpec) -> Self {
+        Self { slot, spec, state: State::Closed }
+    }
+
+    /// The disks of a configuration, each in its slot.
+    pub(crate) fn all(specs: &[DiskSpec]) -> Vec<Self> {
+        let disk = |(place, spec): (u32, &DiskSpec)| Self::new(spec.slot.unwrap_or(place), spec.clone());
+        (0..).zip(specs).map(disk).collect()
+    }
+
+    pub(crate) fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    /// What the guest sees as serial number: the same wherever the VM runs.
+    pub(crate) fn serial(&self, vm: Uuid) -> String {
+        format!("{}-{}", &vm.simple().to_string()[..12], self.slot)
+    }
+
+    /// Changes the size of the disk while the guest uses it.
+    pub(crate) fn resize(&self, size_bytes: u64) -> Result<(), Failure> {
+        match &self.state {
+            State::Writable(disk) => {
+                disk.resize(NewSize::To(size_bytes)).map(drop).map_err(|error| self.refused(&error))
+            }
+            _ => Err(Failure::new(
+                format!("the disk {}:{} is not open for writing", self.spec.volume, self.spec.path),
+                "a disk that is only read keeps its size",
+            )),
+        }
     }
 
     pub(crate) fn spec(&self) -> &DiskSpec {

@@ -17,6 +17,7 @@ mod parents;
 mod path;
 mod runner;
 mod saved;
+mod tap;
 mod volume;
 
 pub use control::serve_control;

@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 
 use blockio::BlockDevice;
 use hv::control::{SaveReply, StatusReply, VmRunState};
-use hv::{BootSource, DiskConfig, Firmware, RunState, Vm, VmConfig, VmError};
+use hv::{BootSource, DiskConfig, DiskLimits, Firmware, RunState, Vm, VmConfig, VmError};
 use lockmgr::Epoch;
 
-use crate::config::{BUILTIN, RunnerConfig, VolumePath};
+use crate::config::{BUILTIN, DiskSpec, RunnerConfig, VolumePath};
 use crate::disk::RunnerDisk;
 use crate::failure::Failure;
 use crate::volume::Volumes;
-use crate::{lease, saved};
+use crate::{lease, saved, tap};
 
 const WATCH_STACK_BYTES: usize = 256 << 10;
 
@@ -35,6 +35,8 @@ pub struct Runner {
     work: Mutex<Vec<RunnerDisk>>,
     /// Protects the phase only; taken under `work`.
     phase: Mutex<Phase>,
+    /// Slot and path of each disk, for those who must not wait for work. A leaf.
+    shown: Mutex<Vec<(u32, String)>>,
     ended: Sender<Ended>,
 }
 
@@ -80,7 +82,7 @@ impl Runner {
         let over = ended.clone();
         let epoch = Epoch(config.node_epoch);
         lease::watch(lease, epoch, volumes.gates(), move |why| drop(over.send(Ended::LeaseOver(why))))?;
-        let mut disks: Vec<_> = config.disks.iter().cloned().map(RunnerDisk::new).collect();
+        let mut disks = RunnerDisk::all(&config.disks);
         let vm = match &config.restore_from {
             Some(from) => {
                 restored(&config, &volumes, &mut disks, from).map(|vm| (vm, Phase::Incoming { loaded: true }))
@@ -92,8 +94,9 @@ impl Runner {
         };
         // Nobody waits for grants of a process that is about to end.
         let (vm, phase) = vm.inspect_err(|_| volumes.detach())?;
+        let shown = Mutex::new(shown(&disks));
         let (work, phase) = (Mutex::new(disks), Mutex::new(phase));
-        let runner = Arc::new(Self { config, vm, volumes, work, phase, ended });
+        let runner = Arc::new(Self { config, vm, volumes, work, phase, shown, ended });
         watch_end(&runner)?;
         Ok((runner, told))
     }
@@ -195,12 +198,12 @@ impl Runner {
 
     /// Opens what is closed, and runs the VM if it ran.
     pub(crate) fn go_on(&self, disks: &mut [RunnerDisk], run: bool) -> Result<(), Failure> {
-        for (slot, disk) in (0..).zip(disks) {
-            if self.vm.is_disk_attached(slot) {
+        for disk in disks {
+            if self.vm.is_disk_attached(disk.slot()) {
                 continue;
             }
             let device = disk.open(&self.volumes)?;
-            self.vm.attach_disk(slot, device).map_err(|error| {
+            self.vm.attach_disk(disk.slot(), device).map_err(|error| {
                 let at = format!("{}:{}", disk.spec().volume, disk.spec().path);
                 Failure::new(
                     format!("the disk {at} cannot be attached: {error}"),
@@ -212,6 +215,64 @@ impl Runner {
             self.vm.resume().map_err(|error| not_now(&error))?;
         }
         Ok(())
+    }
+
+    /// Puts a disk into an empty slot of the running VM.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or the slot is taken; nothing has changed.
+    pub fn add_disk(&self, slot: u32, spec: DiskSpec) -> Result<(), Failure> {
+        let mut disks = self.work_in("given a disk", &[Phase::Live])?;
+        let mut disk = RunnerDisk::new(slot, spec);
+        let device = disk.open(&self.volumes)?;
+        let serial = disk.serial(self.config.vm_id);
+        if let Err(error) = self.vm.insert_disk(slot, device, disk.spec().read_only, &serial) {
+            disk.close()?;
+            return Err(not_changed(&error));
+        }
+        disks.push(disk);
+        self.show(&disks);
+        Ok(())
+    }
+
+    /// Takes a disk out of the running VM and closes it.
+    ///
+    /// # Errors
+    /// When the slot is empty, or requests do not end: then the disk stays.
+    pub fn remove_disk(&self, slot: u32) -> Result<(), Failure> {
+        let mut disks = self.work_in("freed of a disk", &[Phase::Live])?;
+        self.vm.eject_disk(slot).map_err(|error| not_changed(&error))?;
+        let place = disks.iter().position(|disk| disk.slot() == slot);
+        let closed = place.map_or(Ok(()), |place| disks.remove(place).close());
+        self.show(&disks);
+        closed
+    }
+
+    /// Changes the size of a disk, and tells the guest.
+    ///
+    /// # Errors
+    /// When the slot is empty, or the size is not possible: then nothing has changed.
+    pub fn resize_disk(&self, slot: u32, size_bytes: u64) -> Result<(), Failure> {
+        let disks = self.work_in("given a larger disk", &[Phase::Live])?;
+        let disk = disks.iter().find(|disk| disk.slot() == slot);
+        disk.ok_or_else(|| not_changed(&VmError::NoDisk(slot)))?.resize(size_bytes)?;
+        self.vm.remeasure_disk(slot).map(drop).map_err(|error| not_changed(&error))
+    }
+
+    /// Sets or lifts the limits of a disk, at once.
+    ///
+    /// # Errors
+    /// When there is no such slot.
+    pub fn limit_disk(&self, slot: u32, limits: DiskLimits) -> Result<(), Failure> {
+        self.vm.limit_disk(slot, limits).map_err(|error| not_changed(&error))
+    }
+
+    fn show(&self, disks: &[RunnerDisk]) {
+        *self.shown() = shown(disks);
+    }
+
+    fn shown(&self) -> MutexGuard<'_, Vec<(u32, String)>> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ends the VM. Without `force` its disks are drained and closed first.
@@ -246,23 +307,29 @@ impl Runner {
     #[must_use]
     pub fn status(&self) -> StatusReply {
         let (state, reason) = self.run_state();
-        let geometry = self.vm.disk_sizes();
-        let disks = self.config.disks.iter().zip(self.vm.disk_stats()).zip(geometry);
+        let (sizes, stats) = (self.vm.disk_sizes(), self.vm.disk_stats());
+        let disk = |(slot, path): &(u32, String)| {
+            let index = usize::try_from(*slot).ok()?;
+            let (stats, limits) = (stats.get(index)?, self.vm.disk_limits(*slot).ok()?);
+            Some(hv::control::DiskStatus {
+                path: path.clone(),
+                size_bytes: *sizes.get(index)?,
+                reads: stats.reads,
+                writes: stats.writes,
+                flushes: stats.flushes,
+                errors: stats.errors,
+                slot: *slot,
+                iops_limit: limits.iops,
+                bytes_per_second_limit: limits.bytes_per_second,
+            })
+        };
         StatusReply {
             state: state.into(),
             reason,
             memory_bytes: self.config.memory_bytes,
             exits: self.vm.exits(),
             console_bytes: self.vm.console().end(),
-            disks: disks
-                .map(|((spec, stats), size_bytes)| hv::control::DiskStatus {
-                    path: format!("{}:{}", spec.volume, spec.path),
-                    size_bytes,
-                    reads: stats.reads,
-                    writes: stats.writes,
-                    flushes: stats.flushes,
-                })
-                .collect(),
+            disks: self.shown().iter().filter_map(disk).collect(),
         }
     }
 
@@ -333,12 +400,12 @@ fn boot(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) -> R
     let (kernel, cmdline) = read_kernel(config)?;
     let initrd = config.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
     let mut devices = Vec::new();
-    for disk in disks {
+    for disk in disks.iter_mut() {
         devices.push(Some(disk.open(volumes)?));
     }
     let firmware = firmware_for(config);
     let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cmdline, firmware };
-    let vm = build(config, Some(source), devices)?;
+    let vm = build(config, Some(source), disks, devices)?;
     vm.resume().map_err(|error| not_built(&error))?;
     Ok(vm)
 }
@@ -348,7 +415,7 @@ fn incoming(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) 
     for disk in disks.iter_mut() {
         disk.stand_by(volumes)?;
     }
-    build(config, None, disks.iter().map(|_| None).collect())
+    build(config, None, disks, disks.iter().map(|_| None).collect())
 }
 
 /// A VM with its RAM and state; the disks follow when it is activated.
@@ -368,16 +435,33 @@ fn restored(
 fn build(
     config: &RunnerConfig,
     boot: Option<BootSource<'_>>,
+    disks: &[RunnerDisk],
     devices: Vec<Option<Arc<dyn BlockDevice>>>,
 ) -> Result<Vm, Failure> {
-    Vm::build(VmConfig {
+    let each = disks.iter().zip(devices).map(|(disk, device)| DiskConfig {
+        slot: disk.slot(),
+        device,
+        read_only: disk.spec().read_only,
+        serial: disk.serial(config.vm_id),
+    });
+    let vm = Vm::build(VmConfig {
         memory_bytes: config.memory_bytes,
         cpus: config.cpus,
         boot,
-        disks: disk_configs(config, devices),
+        disks: each.collect(),
+        net: config.net.as_ref().map(|net| tap::card(net, config.vm_id)).transpose()?,
         console_bytes: config.console_log_bytes,
     })
-    .map_err(|error| not_built(&error))
+    .map_err(|error| not_built(&error))?;
+    for disk in disks {
+        let limits = DiskLimits { iops: disk.spec().iops, bytes_per_second: disk.spec().bytes_per_second };
+        vm.limit_disk(disk.slot(), limits).map_err(|error| not_built(&error))?;
+    }
+    Ok(vm)
+}
+
+fn shown(disks: &[RunnerDisk]) -> Vec<(u32, String)> {
+    disks.iter().map(|disk| (disk.slot(), format!("{}:{}", disk.spec().volume, disk.spec().path))).collect()
 }
 
 fn watch_end(runner: &Arc<Runner>) -> Result<(), Failure> {
@@ -394,17 +478,6 @@ fn watch_end(runner: &Arc<Runner>) -> Result<(), Failure> {
         })
         .map(drop)
         .map_err(|error| Failure::new(format!("cannot start a thread: {error}"), "check the limits"))
-}
-
-fn disk_configs(config: &RunnerConfig, devices: Vec<Option<Arc<dyn BlockDevice>>>) -> Vec<DiskConfig> {
-    let vm = config.vm_id.simple().to_string();
-    let disk = |(slot, (spec, device)): (usize, (&crate::config::DiskSpec, _))| DiskConfig {
-        device,
-        read_only: spec.read_only,
-        // The same wherever the VM runs.
-        serial: format!("{}-{slot}", &vm[..12]),
-    };
-    config.disks.iter().zip(devices).enumerate().map(disk).collect()
 }
 
 /// The test guests read no tables, and a kernel that is told not to does not either.
@@ -452,6 +525,17 @@ pub(crate) fn not_now(error: &VmError) -> Failure {
     let hint = match error {
         VmError::Drain(_) => "the storage does not answer: look at the volume with `csvctl volume show`",
         _ => "look at its state with `csvctl vm show`",
+    };
+    Failure::new(error.to_string(), hint)
+}
+
+fn not_changed(error: &VmError) -> Failure {
+    let hint = match error {
+        VmError::Slot(hv::SlotError::Drain(_)) => {
+            "the storage does not answer: look at the volume with `csvctl volume show`"
+        }
+        VmError::Slot(hv::SlotError::BlockSize { .. }) => "stop the VM, add the disk, and start it",
+        _ => "look at its disks with `csvctl vm show`",
     };
     Failure::new(error.to_string(), hint)
 }

@@ -193,6 +193,10 @@ impl pb::admin_server::Admin for Admin {
         answer(vm::pause(&self.core, request.into_inner()).await)
     }
 
+    async fn vm_disk(&self, request: Request<pb::VmDiskRequest>) -> Answer<pb::Vm> {
+        answer(vm::disk(&self.core, request.into_inner()).await)
+    }
+
     async fn vm_resume(&self, request: Request<pb::VmRequest>) -> Answer<pb::Vm> {
         answer(vm::resume(&self.core, request.into_inner()).await)
     }

@@ -45,7 +45,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 40, 41, 42, 50, 51, 52, 53"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53"
     )]
     pub(crate) op: Option<NodeOp>,
 }
@@ -110,6 +110,8 @@ pub(crate) enum NodeOp {
     /// To the leader: the sender's detector holds this node for dead.
     #[prost(message, tag = "53")]
     Testify(Convict),
+    #[prost(message, tag = "30")]
+    VmDisk(pb::VmDiskRequest),
 }
 
 /// See [`NodeOp::AwaitCoordinator`].

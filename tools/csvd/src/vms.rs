@@ -12,6 +12,7 @@
 mod control;
 mod disks;
 mod ha;
+mod hotplug;
 mod migration;
 mod runner;
 
@@ -30,6 +31,7 @@ use crate::core::Core;
 use crate::view;
 
 pub(crate) use ha::{Priority, has_arrived, lost, run as restart_lost};
+pub(crate) use hotplug::change_disk;
 pub(crate) use migration::{
     Moves, Rehearsal, await_arrival, cancel, check as check_migrate, incoming, migrate, problems, progress,
     streamed,
@@ -465,6 +467,10 @@ pub(crate) async fn show(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> 
             reads: disk.reads,
             writes: disk.writes,
             flushes: disk.flushes,
+            errors: disk.errors,
+            slot: disk.slot,
+            iops_limit: disk.iops_limit,
+            bytes_per_second_limit: disk.bytes_per_second_limit,
         });
         vm.disks = disks.collect();
     }

@@ -148,6 +148,6 @@ fn a_vm_ends_with_its_nodes_lease() {
     let hv = Hv::start(&world.config(10));
     hv.wait_ack_beyond(50);
     world.revoke_lease();
-    assert_eq!(hv.wait().code(), Some(3));
+    assert_eq!(hv.wait_end().code(), Some(3));
     world.process_gone(10);
 }

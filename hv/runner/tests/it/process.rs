@@ -4,8 +4,8 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use hv::control::{
-    Abandon, Activate, Console, Control, ControlReply, Pause, Refused, Resume, Save, SaveReply, Status,
-    StatusReply, Stop, VmRunState, control, control_reply,
+    Abandon, Activate, Console, Control, ControlReply, DiskAdd, DiskLimit, DiskRemove, DiskResize, Pause,
+    Refused, Resume, Save, SaveReply, Status, StatusReply, Stop, VmRunState, control, control_reply,
 };
 use hv_guest::Ack;
 use hv_runner::config::RunnerConfig;
@@ -95,6 +95,24 @@ impl Hv {
         self.done(control::Op::Activate(Activate {}))
     }
 
+    pub(crate) fn add_disk(&self, slot: u32, path: &str) -> Result<(), Refused> {
+        self.done(control::Op::DiskAdd(DiskAdd {
+            slot,
+            volume: "vol1".into(),
+            path: path.into(),
+            read_only: false,
+        }))
+    }
+    pub(crate) fn remove_disk(&self, slot: u32) -> Result<(), Refused> {
+        self.done(control::Op::DiskRemove(DiskRemove { slot }))
+    }
+    pub(crate) fn resize_disk(&self, slot: u32, size_bytes: u64) -> Result<(), Refused> {
+        self.done(control::Op::DiskResize(DiskResize { slot, size_bytes }))
+    }
+    pub(crate) fn limit_disk(&self, slot: u32, iops: u64, bytes_per_second: u64) -> Result<(), Refused> {
+        self.done(control::Op::DiskLimit(DiskLimit { slot, iops, bytes_per_second }))
+    }
+
     pub(crate) fn save(&self, path: &str) -> Result<SaveReply, Refused> {
         match self.ask(control::Op::Save(Save { volume: "vol1".into(), path: path.into() })) {
             control_reply::Result::Save(save) => Ok(save),
@@ -125,12 +143,22 @@ impl Hv {
 
     /// Waits until the guest has acknowledged more than `sequence`.
     pub(crate) fn wait_ack_beyond(&self, sequence: u64) -> Ack {
+        let last = |said: &str| hv_guest::last_ack(said.as_bytes()).filter(|ack| ack.sequence > sequence);
+        last(&self.wait(|said| last(said).is_some())).expect("just seen")
+    }
+
+    /// Waits until the guest has said `what`.
+    pub(crate) fn wait_console(&self, what: &str) {
+        self.wait(|said| said.contains(what));
+    }
+
+    fn wait(&self, until: impl Fn(&str) -> bool) -> String {
         let (mut said, mut next) = self.console_from(0, false);
         let mut silent = 0;
         while silent < 60 {
             assert!(!said.contains("FAIL"), "the guest failed:\n{said}");
-            if let Some(ack) = hv_guest::last_ack(said.as_bytes()).filter(|ack| ack.sequence > sequence) {
-                return ack;
+            if until(&said) {
+                return said;
             }
             let status = self.status();
             assert_eq!(status.state(), VmRunState::Running, "{status:?}\n{said}");
@@ -138,7 +166,7 @@ impl Hv {
             silent = if more.is_empty() { silent + 1 } else { 0 };
             (said, next) = (said + &more, end);
         }
-        panic!("no acknowledgement beyond {sequence}:\n{said}");
+        panic!("the guest has not said what was waited for:\n{said}");
     }
 
     pub(crate) fn acked(&self) -> Ack {
@@ -160,7 +188,7 @@ impl Hv {
         self.child.wait().unwrap()
     }
 
-    pub(crate) fn wait(mut self) -> ExitStatus {
+    pub(crate) fn wait_end(mut self) -> ExitStatus {
         self.child.wait().unwrap()
     }
 

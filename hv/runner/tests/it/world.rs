@@ -196,7 +196,14 @@ impl World {
 
     pub(crate) fn config(&self, serial: u64) -> RunnerConfig {
         let at = |name: &str| self.dir.path().join(name);
-        let disk = |path: &str, read_only| DiskSpec { volume: "vol1".into(), path: path.into(), read_only };
+        let disk = |path: &str, read_only| DiskSpec {
+            volume: "vol1".into(),
+            path: path.into(),
+            read_only,
+            slot: None,
+            iops: 0,
+            bytes_per_second: 0,
+        };
         RunnerConfig {
             vm: "web".into(),
             vm_id: Uuid::from_u128(7),
@@ -207,6 +214,7 @@ impl World {
             initrd: None,
             cmdline: CMDLINE.into(),
             disks: vec![disk("source.vhdx", false), disk("scratch.vhdx", false)],
+            net: None,
             volumes: vec![VolumeSpec {
                 name: "vol1".into(),
                 id: self.volume.0,

@@ -4,6 +4,7 @@ mod check_migrate;
 mod console;
 mod create;
 mod delete;
+mod disk;
 mod list;
 mod migrate;
 mod pause;
@@ -37,6 +38,9 @@ pub(crate) enum VmCommand {
     Show(VmName),
     /// Print what a VM wrote to its serial console
     Console(console::Console),
+    /// Add, remove, resize or limit a disk, also while the VM runs
+    #[command(subcommand)]
+    Disk(disk::DiskCommand),
     /// Move a VM to another node
     Migrate(migrate::Migrate),
     /// Tell what stands against moving a VM to a node
@@ -56,6 +60,7 @@ impl VmCommand {
             Self::List(command) => command.run(context).await,
             Self::Show(vm) => show::run(vm, context).await,
             Self::Console(command) => command.run(context).await,
+            Self::Disk(command) => command.run(context).await,
             Self::Migrate(command) => command.run(context).await,
             Self::CheckMigrate(command) => command.run(context).await,
             Self::Delete(command) => command.run(context).await,
@@ -92,6 +97,7 @@ fn details(vm: &Vm) -> String {
         ("kernel", spec.kernel),
         ("initrd", spec.initrd),
         ("cmdline", spec.cmdline),
+        ("network", spec.net),
         ("priority", spec.priority),
         ("console bytes", known(vm.console_bytes)),
         ("exits", known(vm.exits)),

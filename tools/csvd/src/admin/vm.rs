@@ -24,7 +24,12 @@ pub(super) async fn create(core: &Arc<Core>, request: pb::VmCreateRequest) -> Re
         let (path, read_only) = disk.strip_suffix(",ro").map_or((disk.as_str(), false), |path| (path, true));
         let place = resolve(core, &state, path)
             .map_err(|error| error.during(format!("vm create {}", request.name)))?;
-        disks.push(pb::VmDisk { volume: place.volume.name, path: place.path, read_only });
+        disks.push(pb::VmDisk {
+            volume: place.volume.name,
+            path: place.path,
+            read_only,
+            ..pb::VmDisk::default()
+        });
     }
     let spec = pb::VmSpec {
         memory_bytes: request.memory_bytes,
@@ -35,6 +40,7 @@ pub(super) async fn create(core: &Arc<Core>, request: pb::VmCreateRequest) -> Re
         cmdline: request.cmdline,
         priority: request.priority,
         on_node_loss: request.on_node_loss,
+        net: request.net,
     };
     vms::create(core, &request.name, spec).await
 }
@@ -66,6 +72,18 @@ pub(super) async fn pause(core: &Arc<Core>, request: pb::VmRequest) -> Result<pb
 
 pub(super) async fn resume(core: &Arc<Core>, request: pb::VmRequest) -> Result<pb::Vm, Error> {
     at_owner(core, &request.name.clone(), NodeOp::VmResume(request)).await
+}
+
+/// Changes a disk. The path is looked up here, where the user's mounts are.
+pub(super) async fn disk(core: &Arc<Core>, mut request: pb::VmDiskRequest) -> Result<pb::Vm, Error> {
+    let state = core.state();
+    let during = |error: Error| error.during(format!("vm disk {} {}", request.action, request.name));
+    let (path, read_only) =
+        request.path.strip_suffix(",ro").map_or((&*request.path, false), |path| (path, true));
+    let place = resolve(core, &state, path).map_err(during)?;
+    let disk = request.disk.take().unwrap_or_default();
+    request.disk = Some(pb::VmDisk { volume: place.volume.name, path: place.path, read_only, ..disk });
+    at_owner(core, &request.name.clone(), NodeOp::VmDisk(request)).await
 }
 
 pub(super) fn list(core: &Arc<Core>) -> pb::Vms {

@@ -93,6 +93,11 @@ impl Control {
         self.ask(Op::Stop(pb::Stop { force }), LONG).await.map(drop)
     }
 
+    /// Adds, removes, resizes or limits a disk.
+    pub(super) async fn disk(&self, op: Op) -> Result<(), Error> {
+        self.ask(op, LONG).await.map(drop)
+    }
+
     pub(super) async fn console(&self, from: u64, follow: bool) -> Result<pb::ConsoleReply, Error> {
         match self.ask(Op::Console(pb::Console { from, follow }), LONG).await? {
             Answer::Console(chunk) => Ok(chunk),

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use api::{Error, pb};
 use hv_runner::Failure;
-use hv_runner::config::{DiskSpec, RunnerConfig, VolumePath, VolumeSpec};
+use hv_runner::config::{DiskSpec, NetSpec, RunnerConfig, VolumePath, VolumeSpec};
 use lockmgr::cluster::VmRecord;
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -289,6 +289,9 @@ fn config(
         volume: disk.volume.clone(),
         path: disk.path.clone(),
         read_only: disk.read_only,
+        slot: disk.slot,
+        iops: disk.iops,
+        bytes_per_second: disk.bytes_per_second,
     });
     let epoch = core.epoch().ok_or_else(|| Error::unreachable("this node has not joined yet"))?;
     Ok(RunnerConfig {
@@ -301,6 +304,7 @@ fn config(
         initrd: (!spec.initrd.is_empty()).then(|| PathBuf::from(&spec.initrd)),
         cmdline: spec.cmdline.clone(),
         disks: disks.collect(),
+        net: (!spec.net.is_empty()).then(|| NetSpec { tap: spec.net.clone() }),
         volumes,
         node: core.me.0,
         node_epoch: epoch.0,

@@ -16,12 +16,12 @@ pub(crate) struct Create {
     #[arg(long, value_parser = units::parse_size, value_name = "SIZE")]
     memory: u64,
     /// Number of processors
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=254))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     cpus: u32,
     /// VHDX file on a cluster volume; `,ro` at the end makes it read-only
     #[arg(long = "disk", value_name = "PATH")]
     disks: Vec<String>,
-    /// Kernel to boot: a file, or the test guest `builtin:sector-writer`
+    /// Kernel to boot: a bzImage or ELF file, or a test guest such as `builtin:sector-writer`
     #[arg(long, default_value = "builtin:sector-writer", value_name = "PATH")]
     kernel: String,
     /// Initial RAM disk
@@ -30,6 +30,9 @@ pub(crate) struct Create {
     /// Kernel command line
     #[arg(long, default_value = "")]
     cmdline: String,
+    /// Network device (tap) for its network card, the same name on every node
+    #[arg(long, default_value = "", value_name = "TAP")]
+    net: String,
     /// Who goes first when many VMs start
     #[arg(long, value_enum, default_value_t = Priority::Medium)]
     priority: Priority,
@@ -72,13 +75,14 @@ impl Create {
                 OnNodeLoss::Stay => "stay",
             }
             .to_owned(),
+            net: self.net,
         };
         let vm = context.client().await?.vm_create(request).await?.into_inner();
         context.ui.show(&vm, super::details)
     }
 }
 
-fn disk_path(disk: &str) -> Result<String, Error> {
+pub(super) fn disk_path(disk: &str) -> Result<String, Error> {
     match disk.strip_suffix(",ro") {
         Some(path) => on_volume(path).map(|path| path + ",ro"),
         None => on_volume(disk),

@@ -1,0 +1,98 @@
+//! The tap of a VM's network card, opened before the process gives up its rights.
+//!
+//! A tap that the administrator has made with several queues can be opened at the target of a move while the source still
+//! has it. **Invariant:** nothing is read from it before the guest runs here.
+#![expect(unsafe_code, reason = "what a tap is, is told to the kernel by an ioctl that no library here has")]
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+
+use hv::NetConfig;
+use uuid::Uuid;
+
+use crate::config::NetSpec;
+use crate::failure::Failure;
+
+const DEVICE: &str = "/dev/net/tun";
+const NAME_BYTES_MAX: usize = 15;
+const HEADER_BYTES: libc::c_int = 12;
+
+/// The card of a VM: its address is made of the VM's id, so it is the same wherever the VM runs.
+pub(crate) fn card(spec: &NetSpec, vm: Uuid) -> Result<NetConfig, Failure> {
+    Ok(NetConfig { tap: open(&spec.tap)?, mac: address_of(vm) })
+}
+
+/// Locally administered, of one station.
+fn address_of(vm: Uuid) -> [u8; 6] {
+    let id = vm.as_bytes();
+    [0x02, id[0], id[1], id[2], id[3], id[4]]
+}
+
+fn open(name: &str) -> Result<File, Failure> {
+    let refused = |why: &dyn std::fmt::Display| {
+        Failure::new(
+            format!("the tap {name} cannot be used: {why}"),
+            format!("make it with `ip tuntap add {name} mode tap`, put it on a bridge, and set it up"),
+        )
+    };
+    if name.is_empty() || name.len() > NAME_BYTES_MAX {
+        return Err(refused(&"a network device has 1 to 15 letters"));
+    }
+    if !std::path::Path::new("/sys/class/net").join(name).exists() {
+        return Err(refused(&"there is no such network device"));
+    }
+    let tun = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
+            .open(DEVICE)
+    };
+    let tap = tun().map_err(|error| refused(&error))?;
+    // A tap with one queue refuses the flag, one with several refuses to be opened without it.
+    if set_interface(&tap, name, libc::IFF_MULTI_QUEUE).is_err() {
+        set_interface(&tap, name, 0).map_err(|error| refused(&error))?;
+    }
+    let header = HEADER_BYTES;
+    // SAFETY: the kernel reads one integer at this address.
+    if unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const header) } < 0 {
+        return Err(refused(&std::io::Error::last_os_error()));
+    }
+    Ok(tap)
+}
+
+fn set_interface(tap: &File, name: &str, more: libc::c_int) -> std::io::Result<()> {
+    // SAFETY: a structure of numbers and bytes; all zeros are a value of it.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).expect("flags of 16 bits");
+    // SAFETY: the kernel reads and writes this structure, which outlives the call.
+    if unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_of_a_vm_is_its_own_and_always_the_same() {
+        let (a, b) = (Uuid::from_u128(1 << 120), Uuid::from_u128(2 << 120));
+        assert_eq!(address_of(a), address_of(a));
+        assert_ne!(address_of(a), address_of(b));
+        assert_eq!(address_of(a)[0] & 3, 2);
+    }
+
+    #[test]
+    fn a_tap_that_is_not_there_is_refused_by_name() {
+        for name in ["", "no-such-tap", "a-name-that-is-far-too-long"] {
+            assert!(open(name).unwrap_err().error.contains(name));
+        }
+    }
+}
