@@ -104,3 +104,34 @@ fn an_idle_csvd_uses_less_than_64_mib() {
         assert!(kib < 64 * 1024, "csvd {pid} uses {kib} KiB");
     }
 }
+
+#[test]
+fn a_disk_is_added_and_removed_while_the_vm_runs_and_belongs_to_it_meanwhile() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let ctl = cluster.ctl(1);
+    let image = cluster.mount(1).join("extra.vhdx");
+    let extra = text(&image);
+    Ctl::local().must(&["vhdx", "create", extra, "--size", "32M"]);
+    for name in ["one", "two"] {
+        ctl.must(&["vm", "create", name, "--memory", "16M", "--cpus", "2", "--kernel", "builtin:listener"]);
+    }
+    ctl.must(&["vm", "start", "one"]);
+    let limit = std::time::Duration::from_secs(60);
+    cluster.console(1, "one", limit, |said| said.contains("listener disks=8 ready"));
+    let added = ctl.must(&["vm", "disk", "add", "one", extra]);
+    assert_eq!(added["spec"]["disks"][0]["slot"], 0, "{added}");
+    cluster.console(1, "one", limit, |said| said.contains("changed index=0 from=0 sectors=65536"));
+    let refused = ctl.run(&["vm", "disk", "add", "two", extra]).unwrap_err();
+    assert!(refused.code == 4 && refused.message().contains("used by VM one"), "{refused}");
+    ctl.must(&["vm", "disk", "resize", "one", extra, "--size", "64M"]);
+    cluster.console(1, "one", limit, |said| said.contains("changed index=0 from=65536 sectors=131072"));
+    ctl.must(&["vm", "disk", "limit", "one", extra, "--iops", "100"]);
+    assert_eq!(ctl.must(&["vm", "show", "one"])["disks"][0]["iops_limit"], 100);
+    ctl.must(&["vm", "disk", "remove", "one", extra]);
+    cluster.console(1, "one", limit, |said| said.contains("changed index=0 from=131072 sectors=0"));
+    ctl.must(&["vm", "disk", "add", "two", extra]);
+    ctl.must(&["vm", "stop", "one"]);
+}

@@ -9,8 +9,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use hv::DiskLimits;
 use hv::control::{
-    Console, ConsoleReply, Control, ControlReply, DiskAdd, FetchReply, Ok as Done, Refused, TakeReply, control,
-    control_reply,
+    Console, ConsoleReply, Control, ControlReply, DiskAdd, FetchReply, Ok as Done, Refused, TakeReply,
+    control, control_reply,
 };
 use prost::Message;
 use wire::{BlockingServer, Local, Refusal, RefusalCode, service};

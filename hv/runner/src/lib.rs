@@ -15,6 +15,7 @@ mod link;
 mod live;
 mod parents;
 mod path;
+mod privileges;
 mod runner;
 mod saved;
 mod tap;

@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 
 use blockio::BlockDevice;
 use hv::control::{SaveReply, StatusReply, VmRunState};
-use hv::{BootSource, DiskConfig, DiskLimits, Firmware, RunState, Vm, VmConfig, VmError};
+use hv::{BootSource, DiskConfig, DiskLimits, Firmware, NetConfig, RunState, Vm, VmConfig, VmError};
 use lockmgr::Epoch;
 
 use crate::config::{BUILTIN, DiskSpec, RunnerConfig, VolumePath};
 use crate::disk::RunnerDisk;
 use crate::failure::Failure;
 use crate::volume::Volumes;
-use crate::{lease, saved, tap};
+use crate::{lease, privileges, saved, tap};
 
 const WATCH_STACK_BYTES: usize = 256 << 10;
 
@@ -76,6 +76,9 @@ impl Runner {
     /// What could not be opened and what to do about it.
     pub fn start(config: RunnerConfig) -> Result<(Arc<Self>, Receiver<Ended>), Failure> {
         config.check()?;
+        // First of all, while this is the only thread.
+        let net = config.net.as_ref().map(|net| tap::card(net, config.vm_id)).transpose()?;
+        privileges::drop_all()?;
         let lease = lease::open(&config.lease_page)?;
         let volumes = Volumes::open(&config, &lease)?;
         let (ended, told) = channel();
@@ -84,13 +87,12 @@ impl Runner {
         lease::watch(lease, epoch, volumes.gates(), move |why| drop(over.send(Ended::LeaseOver(why))))?;
         let mut disks = RunnerDisk::all(&config.disks);
         let vm = match &config.restore_from {
-            Some(from) => {
-                restored(&config, &volumes, &mut disks, from).map(|vm| (vm, Phase::Incoming { loaded: true }))
-            }
+            Some(from) => restored(&config, &volumes, &mut disks, net, from)
+                .map(|vm| (vm, Phase::Incoming { loaded: true })),
             None if config.incoming => {
-                incoming(&config, &volumes, &mut disks).map(|vm| (vm, Phase::Incoming { loaded: false }))
+                incoming(&config, &volumes, &mut disks, net).map(|vm| (vm, Phase::Incoming { loaded: false }))
             }
-            None => boot(&config, &volumes, &mut disks).map(|vm| (vm, Phase::Live)),
+            None => boot(&config, &volumes, &mut disks, net).map(|vm| (vm, Phase::Live)),
         };
         // Nobody waits for grants of a process that is about to end.
         let (vm, phase) = vm.inspect_err(|_| volumes.detach())?;
@@ -396,7 +398,12 @@ impl Runner {
 }
 
 /// A VM that runs when this returns.
-fn boot(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) -> Result<Vm, Failure> {
+fn boot(
+    config: &RunnerConfig,
+    volumes: &Volumes,
+    disks: &mut [RunnerDisk],
+    net: Option<NetConfig>,
+) -> Result<Vm, Failure> {
     let (kernel, cmdline) = read_kernel(config)?;
     let initrd = config.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
     let mut devices = Vec::new();
@@ -405,17 +412,22 @@ fn boot(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) -> R
     }
     let firmware = firmware_for(config);
     let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cmdline, firmware };
-    let vm = build(config, Some(source), disks, devices)?;
+    let vm = build(config, Some(source), disks, devices, net)?;
     vm.resume().map_err(|error| not_built(&error))?;
     Ok(vm)
 }
 
 /// A VM without content; RAM and state come from outside, the disks follow when it is activated.
-fn incoming(config: &RunnerConfig, volumes: &Volumes, disks: &mut [RunnerDisk]) -> Result<Vm, Failure> {
+fn incoming(
+    config: &RunnerConfig,
+    volumes: &Volumes,
+    disks: &mut [RunnerDisk],
+    net: Option<NetConfig>,
+) -> Result<Vm, Failure> {
     for disk in disks.iter_mut() {
         disk.stand_by(volumes)?;
     }
-    build(config, None, disks, disks.iter().map(|_| None).collect())
+    build(config, None, disks, disks.iter().map(|_| None).collect(), net)
 }
 
 /// A VM with its RAM and state; the disks follow when it is activated.
@@ -423,11 +435,12 @@ fn restored(
     config: &RunnerConfig,
     volumes: &Volumes,
     disks: &mut [RunnerDisk],
+    net: Option<NetConfig>,
     from: &VolumePath,
 ) -> Result<Vm, Failure> {
     let file = volumes.open_file(from)?;
     let image = saved::read(&file, from, config)?;
-    let vm = incoming(config, volumes, disks)?;
+    let vm = incoming(config, volumes, disks, net)?;
     saved::load(&file, from, &image, &vm)?;
     Ok(vm)
 }
@@ -437,6 +450,7 @@ fn build(
     boot: Option<BootSource<'_>>,
     disks: &[RunnerDisk],
     devices: Vec<Option<Arc<dyn BlockDevice>>>,
+    net: Option<NetConfig>,
 ) -> Result<Vm, Failure> {
     let each = disks.iter().zip(devices).map(|(disk, device)| DiskConfig {
         slot: disk.slot(),
@@ -449,7 +463,7 @@ fn build(
         cpus: config.cpus,
         boot,
         disks: each.collect(),
-        net: config.net.as_ref().map(|net| tap::card(net, config.vm_id)).transpose()?,
+        net,
         console_bytes: config.console_log_bytes,
     })
     .map_err(|error| not_built(&error))?;

@@ -76,7 +76,7 @@ fn a_saved_state_that_does_not_fit_is_refused() {
     assert!(refused(&larger).0.contains("RAM"));
     let mut fewer = world.incoming(11, "web.hvs");
     fewer.disks.pop();
-    assert!(refused(&fewer).0.contains("disks"));
+    assert!(refused(&fewer).0.contains("content of disk 1"));
     assert!(refused(&world.incoming(11, "scratch.vhdx")).0.contains("not a completely saved VM"));
     assert!(refused(&world.incoming(11, "missing.hvs")).0.contains("does not exist"));
     hv.abandon().unwrap();

@@ -53,7 +53,7 @@ fn an_added_disk_moves_with_the_vm() {
     let mut disk = incoming.disks.remove(1);
     disk.slot = Some(4);
     incoming.disks = vec![disk.clone()];
-    assert!(refused(&incoming).0.contains("slot"), "in another slot it is another disk");
+    assert!(refused(&incoming).0.contains("content of disk 4"), "in another slot it is another disk");
     disk.slot = Some(5);
     incoming.disks = vec![disk];
     let target = Hv::start(&incoming);

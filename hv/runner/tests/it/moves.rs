@@ -151,3 +151,21 @@ fn a_vm_ends_with_its_nodes_lease() {
     assert_eq!(hv.wait_end().code(), Some(3));
     world.process_gone(10);
 }
+
+#[test]
+fn no_thread_of_a_vm_has_a_capability() {
+    if !kvm_is_here() {
+        return;
+    }
+    let world = World::new();
+    world.make_disks();
+    let hv = Hv::start(&world.config(10));
+    hv.wait_ack_beyond(10);
+    let (effective, permitted) = (hv.thread_status("CapEff:"), hv.thread_status("CapPrm:"));
+    assert!(effective.len() > 4, "{effective:?}");
+    for set in effective.iter().chain(&permitted) {
+        assert!(set.chars().all(|digit| digit == '0'), "{effective:?} {permitted:?}");
+    }
+    assert!(hv.thread_status("NoNewPrivs:").iter().all(|flag| flag == "1"));
+    assert!(hv.stop(false).success());
+}

@@ -183,6 +183,16 @@ impl Hv {
         field("RssAnon:") + field("RssFile:")
     }
 
+    /// A field of the status of each of its threads.
+    pub(crate) fn thread_status(&self, field: &str) -> Vec<String> {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        let of = |thread: std::fs::DirEntry| {
+            let status = std::fs::read_to_string(thread.path().join("status")).ok()?;
+            status.lines().find_map(|line| line.strip_prefix(field)).map(|value| value.trim().to_owned())
+        };
+        threads.flatten().filter_map(of).collect()
+    }
+
     pub(crate) fn stop(mut self, force: bool) -> ExitStatus {
         self.done(control::Op::Stop(Stop { force })).unwrap();
         self.child.wait().unwrap()

@@ -385,16 +385,14 @@ impl Disk {
     /// Takes over what was saved. The guest keeps the shape that it has seen.
     pub(crate) fn restore(&self, saved: &state::Disk) -> Result<(), StateError> {
         let what = |name: &str| format!("the {name} of disk {}", self.slot);
-        if saved.serial != self.serial() {
-            return Err(StateError::mismatch(what("serial"), &saved.serial, self.serial()));
-        }
         let occupied = self.occupied.load(Ordering::SeqCst);
         if occupied != (saved.size_bytes > 0) {
-            return Err(StateError::mismatch(
-                what("size"),
-                saved.size_bytes,
-                if occupied { "a disk" } else { "empty" },
-            ));
+            let content = |is_there| if is_there { "a medium" } else { "nothing" };
+            let (found, expected) = (content(saved.size_bytes > 0), content(occupied));
+            return Err(StateError::mismatch(what("content"), found, expected));
+        }
+        if saved.serial != self.serial() {
+            return Err(StateError::mismatch(what("serial"), &saved.serial, self.serial()));
         }
         let read_only = saved.read_only || saved.medium_read_only;
         if occupied && read_only != self.shape().read_only {
