@@ -88,9 +88,9 @@ fn locks_and_who_waits_for_them_survive_the_coordinator() {
     let (_, waits) = wait_for(&b, range(ino, 2, 0, 9));
     for round in 0..6 {
         if round % 2 == 0 {
-            world.kill_coordinator()
+            world.kill_coordinator();
         } else {
-            world.stop_coordinator()
+            world.stop_coordinator();
         }
         world.start_coordinator();
         assert_eq!(take(&b, range(ino, 3, 5, 5)), Err(libc::EAGAIN), "round {round}");

@@ -227,14 +227,14 @@ fn damaged_pages_of_the_store_are_errors_and_no_panic() {
 fn a_volume_without_pools_and_logs_is_upgraded_when_it_is_opened() {
     let device: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::new(64 * MIB));
     let volume = format(&device);
-    let mut older = csvfs::Superblock::read(device.as_ref()).expect("a volume");
+    let mut older = Superblock::read(device.as_ref()).expect("a volume");
     let added = csvfs::format::superblock::INCOMPAT_POOLS;
     older.incompat &= !added;
-    for offset in csvfs::format::layout::SUPERBLOCK_OFFSETS {
+    for offset in SUPERBLOCK_OFFSETS {
         device.write_at(offset, &older.encode(offset)).expect("a write");
     }
     let world = World::open(device.clone(), volume, 1);
-    let now = csvfs::Superblock::read(device.as_ref()).expect("a volume");
+    let now = Superblock::read(device.as_ref()).expect("a volume");
     assert_eq!(now.incompat, older.incompat | added);
     assert!(now.generation > older.generation);
     world.assert_clean(&world.client(1));
