@@ -163,8 +163,12 @@ impl Engine {
             // A full ring takes nothing new and is woken by its own completions.
             let room = self.free.len();
             let closed = self.intake.take(&mut self.ready, room, room > 0 && !progressed);
+            let took = !self.ready.is_empty();
             progressed |= self.issue();
             progressed |= self.submit_staged(closed);
+            // Who took something has not said that it goes to sleep, because a completion will wake it. Not so when all that
+            // was taken waits for its right: then it must look once more, and say so.
+            progressed |= took && self.in_ring() == 0;
             let idle = self.free.len() == self.slots.len() && self.ready.is_empty();
             if closed && idle {
                 return;
@@ -174,6 +178,11 @@ impl Engine {
             }
             self.reap();
         }
+    }
+
+    /// Calls that the kernel has.
+    fn in_ring(&self) -> usize {
+        self.slots.len() - self.free.len() - self.staged.len()
     }
 
     fn arm_bell(&mut self) {
