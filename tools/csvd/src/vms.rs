@@ -46,6 +46,8 @@ const MEMORY_BYTES_MIN: u64 = 1 << 20;
 const LOOK_AT_GUEST_EVERY: Duration = Duration::from_secs(1);
 /// Pause before the record is read again, when the end of a VM could not be written there.
 const RECORD_AGAIN_AFTER: Duration = Duration::from_millis(200);
+/// Longest wait for the present of the records, when they are only to be shown.
+const PRESENT_WITHIN: Duration = Duration::from_secs(1);
 /// Longest piece of a console in one message.
 const CONSOLE_WAIT_MS_MAX: u64 = 5_000;
 
@@ -450,9 +452,19 @@ async fn halt(
     described(core, name)
 }
 
+/// The records as they are now: whoever was told of a change on another node shall not be shown what was before it. Without
+/// a quorum, as they were last.
+async fn present(core: &Core) -> Arc<ClusterState> {
+    match tokio::time::timeout(PRESENT_WITHIN, core.cluster.read()).await {
+        Ok(Ok(state)) => state,
+        Ok(Err(_)) | Err(_) => core.state(),
+    }
+}
+
 /// The record, with what the process of this node knows.
 pub(crate) async fn show(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> {
-    let mut vm = described(core, name)?;
+    let state = present(core).await;
+    let mut vm = describe(&state, view::vm(&state, name)?);
     let Some(runner) = core.vms.get(name) else { return Ok(vm) };
     vm.pid = runner.pid.into();
     if let Ok(status) = runner.control().status().await {

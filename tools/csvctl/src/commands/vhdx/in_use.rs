@@ -8,10 +8,10 @@
 //! a VM uses the image, the verb is refused.
 
 use std::fs::{File, TryLockError};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use api::Error;
 use api::pb::{FileRequest, FileStatus, Vm, VmListRequest};
+use api::{Client, Error};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::io::Errno;
 
@@ -35,8 +35,8 @@ pub(super) struct Claim {
 /// Claims the image at `path`, or says who uses it.
 pub(super) async fn claim(path: &Path, wanted: Use, context: &Context) -> Result<Claim, Error> {
     let locked = lock(path, wanted)?;
-    if on_csvfs(path) {
-        ask_cluster(path, wanted, context).await?;
+    if let Some(mount) = csvfs_mount(path) {
+        ask_cluster(path, &mount, wanted, context).await?;
     }
     Ok(Claim { _locked: locked })
 }
@@ -71,13 +71,24 @@ fn lock(path: &Path, wanted: Use) -> Result<File, Error> {
     }
 }
 
-/// Whether the path lies on a mount of a cluster volume.
-fn on_csvfs(path: &Path) -> bool {
-    let Ok(path) = std::fs::canonicalize(path) else { return false };
+/// The mount of a cluster volume that the path lies on.
+fn csvfs_mount(path: &Path) -> Option<PathBuf> {
+    let path = std::fs::canonicalize(path).ok()?;
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let covering = mounts.lines().filter_map(mount_of).filter(|(point, _)| path.starts_with(point));
     // The last of equally long ones lies on top.
-    covering.max_by_key(|(point, _)| point.len()).is_some_and(|(_, kind)| kind == "fuse.csvfs")
+    let (point, kind) = covering.max_by_key(|(point, _)| point.len())?;
+    (kind == "fuse.csvfs").then(|| point.into())
+}
+
+/// The daemon that the user named; where that one does not answer, the daemon of the mount, whose socket lies beside `mnt/`.
+async fn daemon_of(mount: &Path, context: &Context) -> Result<Client, Error> {
+    let error = match context.client().await {
+        Ok(client) => return Ok(client),
+        Err(error) => error,
+    };
+    let Some(home) = mount.parent().and_then(Path::parent) else { return Err(error) };
+    api::connect(&home.join("csvd.sock")).await.map_err(|_| error)
 }
 
 /// Mount point and type of a line of `mountinfo`.
@@ -89,13 +100,13 @@ fn mount_of(line: &str) -> Option<(String, &str)> {
     Some((point, after.split(' ').next()?))
 }
 
-async fn ask_cluster(path: &Path, wanted: Use, context: &Context) -> Result<(), Error> {
+async fn ask_cluster(path: &Path, mount: &Path, wanted: Use, context: &Context) -> Result<(), Error> {
     let unknown = |error: Error| {
         error.during(format!("asking the cluster whether a VM uses {}", path.display())).hint(
             "name this node's socket with --connect, or copy the image to a place outside of the volume",
         )
     };
-    let mut client = context.client().await.map_err(unknown)?;
+    let mut client = daemon_of(mount, context).await.map_err(unknown)?;
     let full = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let request = FileRequest { path: full.display().to_string() };
     let image = client.file_stat(request).await.map_err(|status| unknown(status.into()))?.into_inner();
