@@ -37,7 +37,6 @@ pub(crate) const TEST: &[Need] = &[
     need("e2fsck", "e2fsprogs"),
     need("debugfs", "e2fsprogs"),
     need("fio", "fio"),
-    need("qemu-nbd", "qemu-utils"),
     need("nbdinfo", "libnbd-bin"),
     need("nbdcopy", "libnbd-bin"),
     need("nbdkit", "nbdkit"),
