@@ -87,10 +87,10 @@ fn a_disk_that_grows_is_seen_by_the_guest() {
     let vm = listener();
     let grows = Arc::new(Grows { disk: disk(400, 7), size_bytes: AtomicU64::new(100 * 512) });
     vm.insert_disk(0, grows.clone(), false, "grows").unwrap();
-    wait_console(&vm, "the disk", |said| said.contains("index=0 from=0 sectors=100"));
+    wait_console(&vm, "the disk", |said| said.contains("index=0 from=0 sectors=100 first="));
     grows.size_bytes.store(400 * 512, Ordering::SeqCst);
     assert_eq!(vm.remeasure_disk(0).unwrap(), 400 * 512);
-    wait_console(&vm, "the larger disk", |said| said.contains("index=0 from=100 sectors=400"));
+    wait_console(&vm, "the larger disk", |said| said.contains("index=0 from=100 sectors=400 first="));
     assert!(matches!(vm.remeasure_disk(1), Err(VmError::Slot(SlotError::Empty(1)))));
 }
 
@@ -102,7 +102,7 @@ fn an_inserted_disk_is_there_after_a_move_and_its_slot_can_be_used_again() {
     let vm = listener();
     let inserted = disk(100, 1);
     vm.insert_disk(2, inserted.clone(), false, "moved").unwrap();
-    wait_console(&vm, "the disk", |said| said.contains("index=2 from=0 sectors=100"));
+    wait_console(&vm, "the disk", |said| said.contains("index=2 from=0 sectors=100 first="));
     vm.pause().unwrap();
     let state = vm.save_state().unwrap();
     assert!(empty_with(RAM_BYTES, 1, vec![]).restore_state(&state).is_err(), "a disk is missing");
@@ -121,7 +121,9 @@ fn an_inserted_disk_is_there_after_a_move_and_its_slot_can_be_used_again() {
     target.eject_disk(2).unwrap();
     wait_console(&target, "its end", |said| said.contains("index=2 from=100 sectors=0"));
     target.insert_disk(2, disk(50, 2), false, "moved").unwrap();
-    wait_console(&target, "a disk under the old name", |said| said.contains("index=2 from=0 sectors=50"));
+    wait_console(&target, "a disk under the old name", |said| {
+        said.contains("index=2 from=0 sectors=50 first=")
+    });
 }
 
 #[test]
