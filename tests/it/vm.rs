@@ -123,11 +123,12 @@ fn a_disk_is_added_and_removed_while_the_vm_runs_and_belongs_to_it_meanwhile() {
     cluster.console(1, "one", limit, |said| said.contains("listener disks=8 ready"));
     let added = ctl.must(&["vm", "disk", "add", "one", extra]);
     assert_eq!(added["spec"]["disks"][0]["slot"], 0, "{added}");
-    cluster.console(1, "one", limit, |said| said.contains("changed index=0 from=0 sectors=65536"));
+    cluster.console(1, "one", limit, |said| said.contains("changed index=0 from=0 sectors=65536 first="));
     let refused = ctl.run(&["vm", "disk", "add", "two", extra]).unwrap_err();
     assert!(refused.code == 4 && refused.message().contains("used by VM one"), "{refused}");
     ctl.must(&["vm", "disk", "resize", "one", extra, "--size", "64M"]);
-    cluster.console(1, "one", limit, |said| said.contains("changed index=0 from=65536 sectors=131072"));
+    cluster
+        .console(1, "one", limit, |said| said.contains("changed index=0 from=65536 sectors=131072 first="));
     ctl.must(&["vm", "disk", "limit", "one", extra, "--iops", "100"]);
     assert_eq!(ctl.must(&["vm", "show", "one"])["disks"][0]["iops_limit"], 100);
     ctl.must(&["vm", "disk", "remove", "one", extra]);
