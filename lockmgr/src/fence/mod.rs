@@ -8,6 +8,7 @@
 //! | kind | how a node is cut off | here |
 //! |---|---|---|
 //! | `agent` | a program that powers it off; on one machine, SIGKILL of its processes | [`AgentFence`], [`LocalKill`] |
+//! | (shown as `agent`) | nothing can but a person, who confirms it | [`OperatorFence`] |
 //! | `lease` | nothing can, so time does it | comes with a later release |
 //! | `reservation` | the LUN refuses its writes | comes with a later release |
 //!
