@@ -144,7 +144,7 @@ pub enum VmError {
 /// What may change at any time, by a vCPU's thread or by a caller.
 #[derive(Debug)]
 struct Life {
-    /// Protects the state only. No other lock is taken under it.
+    /// Protects the state only. Only the lock of the console is taken under it.
     state: Mutex<RunState>,
     changed: Condvar,
     console: Arc<Console>,
@@ -517,8 +517,9 @@ impl GuestEnd {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.life.set(RunState::Stopped("the VM was dropped".into()));
-        self.life.console.close();
+        let mut state = self.life.lock();
+        *state = RunState::Stopped("the VM was dropped".into());
+        self.life.say_ended(state);
     }
 }
 
@@ -546,8 +547,13 @@ impl Life {
             Stop::Ended(why) => RunState::Stopped(why),
             Stop::Crashed(why) => RunState::Crashed(why),
         };
+        self.say_ended(state);
+    }
+
+    /// Closes the console before the end can be seen: who sees a VM that has ended has all of its output.
+    fn say_ended(&self, state: MutexGuard<'_, RunState>) {
+        self.console.close();
         drop(state);
         self.changed.notify_all();
-        self.console.close();
     }
 }
