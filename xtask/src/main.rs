@@ -11,6 +11,7 @@
 mod bench;
 mod packages;
 mod run;
+mod suites;
 mod test;
 
 use std::process::ExitCode;

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::packages;
 use crate::run::{Failure, cargo, cargo_lines, command_with, root};
+use crate::suites;
 
 /// A build of its own: no other test and no program may contain the switch that leaves a step out.
 const MUTATIONS: [&str; 9] =
@@ -17,6 +18,7 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
         _ => return Err(Failure::usage("usage: cargo xtask test [--quick]")),
     };
     packages::ensure(packages::TEST)?;
+    let no_suites = suites::ensure();
     if !quick {
         step("format", || cargo(&["fmt", "--all", "--check"]))?;
         step("lints", || {
@@ -34,7 +36,7 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
     if !quick {
         step("dependencies", dependencies)?;
     }
-    tally.report()
+    tally.report(&no_suites)
 }
 
 fn step(name: &str, work: impl FnOnce() -> Result<(), Failure>) -> Result<(), Failure> {
@@ -88,9 +90,13 @@ impl Tally {
     }
 
     /// The last lines: what was skipped and why, then the sums.
-    fn report(&self) -> Result<(), Failure> {
+    fn report(&self, no_suites: &[&str]) -> Result<(), Failure> {
         let devices = ["/dev/fuse", "/dev/kvm", "/dev/net/tun"];
-        let missing: Vec<_> = devices.into_iter().filter(|device| !Path::new(device).exists()).collect();
+        let missing: Vec<_> = devices
+            .into_iter()
+            .filter(|device| !Path::new(device).exists())
+            .chain(no_suites.iter().copied())
+            .collect();
         match missing.as_slice() {
             [] => println!("skipped groups of tests: none"),
             missing => println!("skipped groups of tests: those that need {}", missing.join(", ")),

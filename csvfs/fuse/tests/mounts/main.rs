@@ -3,4 +3,5 @@
 mod attributes;
 mod locks;
 mod posix;
+mod suites;
 mod world;

@@ -29,7 +29,7 @@ pub(crate) fn can_mount() -> bool {
     possible
 }
 
-/// A volume on a sparse file. Fields are dropped in their order: mounts, nodes, coordinator, folder.
+/// A volume on a sparse file. Fields are dropped in their order: mounts, nodes, coordinator, folders.
 pub(crate) struct World {
     mounts: Vec<Mounted>,
     link: Arc<LocalLink>,
@@ -37,7 +37,10 @@ pub(crate) struct World {
     device: Arc<dyn BlockDevice>,
     volume: VolumeId,
     serial: AtomicU64,
-    folder: TempDir,
+    /// Mountpoints. Its path is short: a socket's name on a mount must fit into 108 bytes.
+    mountpoints: TempDir,
+    /// The LUN.
+    _folder: TempDir,
 }
 
 struct Mounted {
@@ -48,6 +51,7 @@ struct Mounted {
 impl World {
     pub(crate) fn new() -> Self {
         let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder for the test");
+        let mountpoints = tempfile::Builder::new().prefix("m").tempdir_in("/tmp").expect("mountpoints");
         let path = folder.path().join("lun");
         drop(FileDevice::create(&path, LUN_BYTES).expect("a LUN"));
         let lun = FileDevice::open(&path, OpenOptions::default()).expect("a LUN");
@@ -58,7 +62,16 @@ impl World {
         let who = (NodeId(1), Epoch(1), TERM);
         let coordinator = Coordinator::open(OpenParams::new(device.clone(), volume, who, pushes.clone()));
         let link = LocalLink::to(coordinator.expect("a coordinator"));
-        Self { mounts: Vec::new(), link, pushes, device, volume, serial: AtomicU64::new(1), folder }
+        Self {
+            mounts: Vec::new(),
+            link,
+            pushes,
+            device,
+            volume,
+            serial: AtomicU64::new(1),
+            mountpoints,
+            _folder: folder,
+        }
     }
 
     /// One more node with its own mount.
@@ -75,7 +88,7 @@ impl World {
         };
         let node = Node::attach(params).expect("the coordinator takes a new client");
         self.pushes.add(client, &node);
-        let mountpoint = self.folder.path().join(format!("mount{serial}"));
+        let mountpoint = self.mountpoints.path().join(serial.to_string());
         std::fs::create_dir(&mountpoint).expect("a mountpoint");
         let options = MountOptions { volume: "vol".into(), patience: PATIENCE, ..MountOptions::default() };
         let mount = mount(node.clone(), &mountpoint, &options).expect("a mount");
