@@ -424,6 +424,19 @@ impl Vm {
         Ok(self.board.slot(slot)?.disk.limits())
     }
 
+    /// Why requests of a disk wait, by slot: they found no space, and wait for it without an answer.
+    #[must_use]
+    pub fn stalled_disk(&self) -> Option<(u32, String)> {
+        self.board.bus.slots.iter().find_map(|slot| Some((slot.disk.slot(), slot.disk.stall_reason()?)))
+    }
+
+    /// There may be space now: does the requests that wait once more, whether the guest runs or not.
+    pub fn retry_stalled(&self) {
+        for slot in &self.board.bus.slots {
+            slot.disk.retry();
+        }
+    }
+
     /// Drains all disks and lets go of their content, so that it can be closed.
     ///
     /// # Errors

@@ -121,6 +121,13 @@ impl Disk {
         bytes(core.bat.runs().filter(is_placed).count())
     }
 
+    /// End of the block table in the file. Header and log lie before it in images as we, and all others that we know, make
+    /// them: with space for all of that, making data durable needs no more.
+    #[must_use]
+    pub fn table_end(&self) -> u64 {
+        self.core().bat.region.end()
+    }
+
     /// The image that this one differs from, with its own parents.
     #[must_use]
     pub fn parent(&self) -> Option<Image> {

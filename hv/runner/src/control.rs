@@ -103,6 +103,10 @@ fn carry_out(runner: &Runner, op: control::Op) -> Result<control_reply::Result, 
             .map(|bits| control_reply::Result::Take(TakeReply { bits })),
         Op::Halt(_) => runner.halt().map(control_reply::Result::Halt),
         Op::Throttle(throttle) => runner.hold_back(throttle.percent).map(done),
+        Op::Retry(_) => {
+            runner.vm().retry_stalled();
+            Ok(done(()))
+        }
         Op::Load(load) => runner.load(&load.state).map(done),
     }
 }

@@ -14,6 +14,9 @@ use crate::config::{DiskSpec, VolumePath};
 use crate::failure::Failure;
 use crate::volume::Volumes;
 
+/// Of larger tables only the beginning gets its space ahead: a disk of many TiB should not cost gigabytes at once.
+const STRUCTURES_BYTES_MAX: u64 = 64 << 20;
+
 /// One disk of the VM.
 pub(crate) struct RunnerDisk {
     slot: u32,
@@ -80,6 +83,20 @@ impl RunnerDisk {
         let disk = Arc::new(disk.map_err(|error| self.refused(&error))?);
         self.state = State::Writable(Arc::clone(&disk));
         Ok(disk)
+    }
+
+    /// Takes space for the image's log and tables, of which a new image has only some: a volume that is full stops what the
+    /// guest writes to new blocks, and never what makes its old ones durable.
+    pub(crate) fn reserve_structures(&self, volumes: &Volumes) -> Result<(), Failure> {
+        let State::Writable(disk) = &self.state else { return Ok(()) };
+        let at = VolumePath { volume: self.spec.volume.clone(), path: self.spec.path.clone() };
+        let end = disk.table_end().min(STRUCTURES_BYTES_MAX);
+        volumes.open_file(&at)?.allocate(0, end, true).map_err(|error| {
+            Failure::new(
+                format!("no space for the tables of disk {}:{}: {error}", at.volume, at.path),
+                "delete something on the volume, or extend it",
+            )
+        })
     }
 
     /// Looks at the disk while another node may still write it: early failures, warm caches, no change.

@@ -227,6 +227,10 @@ impl Runner {
         let mut disks = self.work_in("given a disk", &[Phase::Live])?;
         let mut disk = RunnerDisk::new(slot, spec);
         let device = disk.open(&self.volumes)?;
+        if let Err(failure) = disk.reserve_structures(&self.volumes) {
+            disk.close()?;
+            return Err(failure);
+        }
         let serial = disk.serial(self.config.vm_id);
         if let Err(error) = self.vm.insert_disk(slot, device, disk.spec().read_only, &serial) {
             disk.close()?;
@@ -309,6 +313,8 @@ impl Runner {
     #[must_use]
     pub fn status(&self) -> StatusReply {
         let (state, reason) = self.run_state();
+        // Before the list is locked below, which this looks at too.
+        let stalled = self.stalled();
         let (sizes, stats) = (self.vm.disk_sizes(), self.vm.disk_stats());
         let disk = |(slot, path): &(u32, String)| {
             let index = usize::try_from(*slot).ok()?;
@@ -332,6 +338,7 @@ impl Runner {
             exits: self.vm.exits(),
             console_bytes: self.vm.console().end(),
             disks: self.shown().iter().filter_map(disk).collect(),
+            stalled,
         }
     }
 
@@ -348,6 +355,13 @@ impl Runner {
             RunState::Stopped(why) => (VmRunState::Stopped, why),
             RunState::Crashed(why) => (VmRunState::Crashed, why),
         }
+    }
+
+    fn stalled(&self) -> String {
+        let Some((slot, why)) = self.vm.stalled_disk() else { return String::new() };
+        let shown = self.shown();
+        let path = shown.iter().find(|(other, _)| *other == slot).map_or("", |(_, path)| path);
+        format!("disk {path}: {why}")
     }
 
     fn disk_trouble(&self) -> String {
@@ -408,7 +422,9 @@ fn boot(
     let initrd = config.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
     let mut devices = Vec::new();
     for disk in disks.iter_mut() {
-        devices.push(Some(disk.open(volumes)?));
+        let device = disk.open(volumes)?;
+        disk.reserve_structures(volumes)?;
+        devices.push(Some(device));
     }
     let firmware = firmware_for(config);
     let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cmdline, firmware };

@@ -7,9 +7,13 @@
 //! A slot may be empty: the guest then sees a disk of no capacity. A medium that comes or goes changes the capacity, which
 //! the guest learns by a configuration interrupt; features and block size stay what its driver has found at boot.
 //!
+//! A request that finds no space is not failed: it stays in flight, unanswered, and is done again from its beginning, in the
+//! guest's order, when somebody says that there may be room ([`Disk::retry`]). What it has written so far was not acknowledged.
+//!
 //! **Invariants:** the backend is only used by requests that are counted as in flight, so it can be taken away after a
 //! drain; a read marks its pages dirty after the data is there (H4).
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -23,7 +27,7 @@ use super::request::{self, Op, RANGES_MAX, Request, SECTOR_BYTES, Shape, Status}
 use super::worker::Wakeup;
 use super::{DeviceInterrupt, FEATURE_INDIRECT, FEATURE_VERSION_1, VirtioDevice};
 use crate::devices::Interrupt;
-use crate::devices::virtio::flight::Flight;
+use crate::devices::virtio::flight::{Flight, Posted};
 use crate::memory::GuestRam;
 use crate::state::{self, StateError};
 
@@ -94,6 +98,14 @@ pub(super) struct Counters {
     last_error: Mutex<Option<String>>,
 }
 
+/// Requests that found no space.
+#[derive(Debug, Default)]
+struct Stalled {
+    /// By the order in which the guest made them.
+    requests: BTreeMap<u64, (Posted, Op)>,
+    why: String,
+}
+
 /// What a driver finds when it looks at its device, and then keeps to.
 #[derive(Clone, Copy, Debug)]
 struct Offer {
@@ -121,6 +133,10 @@ pub(crate) struct Disk {
     /// Protects what is owed. A leaf.
     limiter: Mutex<Limiter>,
     wakeup: Arc<Wakeup>,
+    /// Number of the next request.
+    next_number: AtomicU64,
+    /// A leaf, but for the queue's lock.
+    stalled: Mutex<Stalled>,
     pub(super) queue: RequestQueue,
     pub(super) interrupt: DeviceInterrupt,
     pub(super) ram: GuestRam,
@@ -154,6 +170,8 @@ impl Disk {
             limited: AtomicBool::new(false),
             limiter: Mutex::default(),
             wakeup: Arc::new(Wakeup::new()?),
+            next_number: AtomicU64::new(0),
+            stalled: Mutex::default(),
             queue: RequestQueue::new(),
             interrupt: DeviceInterrupt::new(line),
             ram,
@@ -196,7 +214,10 @@ impl Disk {
                 Popped::Chain(chain) => match request::parse(&self.ram, &chain, &self.shape()) {
                     Some(request) => {
                         self.charge(&request);
-                        self.start(chain.head, request);
+                        self.count(&request.op);
+                        let number = self.next_number.fetch_add(1, Ordering::Relaxed);
+                        let Request { status_at, op } = request;
+                        self.start(Posted { head: chain.head, status_at, number }, op);
                     }
                     None => self.queue.complete(&self.ram, chain.head, 0, &self.interrupt),
                 },
@@ -204,27 +225,69 @@ impl Disk {
         }
     }
 
-    fn start(self: &Arc<Self>, head: u16, request: Request) {
+    fn start(self: &Arc<Self>, posted: Posted, op: Op) {
         let Some(backend) = self.backend() else {
-            return Flight::refuse(self, head, request.status_at, Status::IoError);
+            return Flight::refuse(self, posted, Status::IoError);
         };
-        match request.op {
-            Op::Refuse(status) => Flight::refuse(self, head, request.status_at, status),
-            Op::Identify { parts } => Flight::identify(self, head, request.status_at, &parts),
-            Op::Read { offset, parts } => {
-                Flight::read(self, head, request.status_at, &*backend, offset, parts);
-            }
+        match op {
+            Op::Refuse(status) => Flight::refuse(self, posted, status),
+            Op::Identify { parts } => Flight::identify(self, posted, &parts),
+            Op::Read { offset, parts } => Flight::read(self, posted, &*backend, offset, parts),
             Op::Write { offset, parts } => {
                 // Without the flush feature the driver takes every completed write as stable.
                 let fua = self.features.load(Ordering::Relaxed) & FEATURE_FLUSH == 0;
-                Flight::write(self, head, request.status_at, &*backend, offset, &parts, fua);
+                Flight::write(self, posted, &*backend, offset, parts, fua);
             }
-            Op::Flush => Flight::flush(self, head, request.status_at, &*backend),
-            Op::Discard(ranges) => Flight::discard(self, head, request.status_at, &*backend, &ranges),
-            Op::WriteZeroes(ranges) => {
-                Flight::write_zeroes(self, head, request.status_at, &*backend, &ranges);
-            }
+            Op::Flush => Flight::flush(self, posted, &*backend),
+            Op::Discard(ranges) => Flight::discard(self, posted, &*backend, ranges),
+            Op::WriteZeroes(ranges) => Flight::write_zeroes(self, posted, &*backend, ranges),
         }
+    }
+
+    fn count(&self, op: &Op) {
+        let counters = &self.counters;
+        let counter = match op {
+            Op::Read { .. } => &counters.reads,
+            Op::Write { .. } | Op::WriteZeroes(_) => &counters.writes,
+            Op::Flush => &counters.flushes,
+            Op::Identify { .. } | Op::Discard(_) | Op::Refuse(_) => return,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A request that found no space waits for it. It stays in flight.
+    pub(super) fn stall(&self, posted: Posted, op: Op, why: String) {
+        let mut stalled = self.stalled();
+        if stalled.requests.is_empty() {
+            tracing::warn!(disk = self.slot, why, "a disk request of the guest waits");
+        }
+        stalled.why = why;
+        stalled.requests.insert(posted.number, (posted, op));
+        self.queue.stall();
+    }
+
+    /// How many requests wait for space, and for which.
+    pub(crate) fn stall_reason(&self) -> Option<String> {
+        let stalled = self.stalled();
+        let count = stalled.requests.len();
+        (count > 0).then(|| format!("{count} requests wait: {}", stalled.why))
+    }
+
+    /// Does the requests that wait once more, in the guest's order.
+    pub(crate) fn retry(self: &Arc<Self>) {
+        let requests = {
+            let mut stalled = self.stalled();
+            let requests = std::mem::take(&mut stalled.requests);
+            self.queue.unstall(requests.len());
+            requests
+        };
+        for (posted, op) in requests.into_values() {
+            self.start(posted, op);
+        }
+    }
+
+    fn stalled(&self) -> MutexGuard<'_, Stalled> {
+        self.stalled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Sets or lifts limits, at any time.

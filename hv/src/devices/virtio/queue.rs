@@ -70,6 +70,8 @@ struct Inner {
     held: bool,
     broken: bool,
     in_flight: u16,
+    /// Of those in flight, how many wait for something that no drain brings.
+    stalled: u16,
 }
 
 impl RequestQueue {
@@ -77,7 +79,7 @@ impl RequestQueue {
     pub(crate) fn new() -> Self {
         let queue = Queue::new(QUEUE_SIZE_MAX).expect("the size is a power of two");
         Self {
-            inner: Mutex::new(Inner { queue, held: true, broken: false, in_flight: 0 }),
+            inner: Mutex::new(Inner { queue, held: true, broken: false, in_flight: 0, stalled: 0 }),
             idle: Condvar::new(),
         }
     }
@@ -118,16 +120,31 @@ impl RequestQueue {
         }
     }
 
+    /// One of those in flight will not complete by itself: a drain does not wait for it.
+    pub(crate) fn stall(&self) {
+        self.lock().stalled += 1;
+        self.idle.notify_all();
+    }
+
+    /// So many of them are under way again.
+    pub(crate) fn unstall(&self, count: usize) {
+        let mut inner = self.lock();
+        inner.stalled = inner.stalled.saturating_sub(u16::try_from(count).unwrap_or(u16::MAX));
+    }
+
     /// Stops taking requests, and waits until those in flight are completed.
     pub(crate) fn hold_and_drain(&self) -> Result<(), DrainTimeout> {
         let mut inner = self.lock();
         inner.held = true;
         for round in 1..=DRAIN_ROUNDS_MAX {
-            let waits = |inner: &mut Inner| inner.in_flight > 0;
+            let waits = |inner: &mut Inner| inner.in_flight > inner.stalled;
             let waited = self.idle.wait_timeout_while(inner, DRAIN_ROUND, waits);
             let (after, over) = waited.unwrap_or_else(PoisonError::into_inner);
             if !over.timed_out() {
-                return Ok(());
+                return match after.in_flight {
+                    0 => Ok(()),
+                    in_flight => Err(DrainTimeout { in_flight }),
+                };
             }
             tracing::warn!(in_flight = after.in_flight, seconds = round, "disk requests are slow to drain");
             inner = after;

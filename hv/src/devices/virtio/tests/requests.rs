@@ -188,3 +188,75 @@ fn a_failed_part_fails_the_request() {
     assert_eq!((driver.used_index(), driver.status()), (1, 1));
     assert!(driver.disk.stats().last_error.is_some());
 }
+
+/// A device that has no space for changes, until it is given some.
+struct Full {
+    inner: MemoryDevice,
+    full: std::sync::atomic::AtomicBool,
+    done: std::sync::Mutex<Vec<u64>>,
+}
+
+impl BlockDevice for Full {
+    fn geometry(&self) -> blockio::Geometry {
+        self.inner.geometry()
+    }
+
+    fn submit(&self, request: blockio::IoRequest) {
+        if let blockio::IoOp::Write { offset, .. } = request.op {
+            if self.full.load(std::sync::atomic::Ordering::SeqCst) {
+                return (request.done)(Err(blockio::IoError::NoSpace { what: "the volume is full".into() }));
+            }
+            self.done.lock().unwrap().push(offset);
+        }
+        self.inner.submit(request);
+    }
+}
+
+// Nothing is acknowledged that is not written; what waits is done in the guest's order, once there is space.
+#[test]
+fn a_request_without_space_waits_unanswered_and_is_done_in_order_when_there_is_some() {
+    use std::sync::atomic::Ordering::SeqCst;
+    let device = Arc::new(Full {
+        inner: MemoryDevice::new(DISK_BYTES),
+        full: true.into(),
+        done: std::sync::Mutex::default(),
+    });
+    let mut driver = Driver::started(device.clone(), false);
+    driver.ram.write(DATA, &[6; 512]).unwrap();
+    // Two writes with headers of their own, so that both can be in flight.
+    for (number, sector) in [(0_u16, 8_u64), (1, 2)] {
+        let header = HEADER + u64::from(number) * 16;
+        let mut bytes = 1_u32.to_le_bytes().to_vec();
+        bytes.extend([0; 4]);
+        bytes.extend(sector.to_le_bytes());
+        driver.ram.write(header, &bytes).unwrap();
+        driver.ram.write(STATUS + u64::from(number), &[0xee]).unwrap();
+        let first = number * 3;
+        driver.describe(
+            DESCRIPTORS + u64::from(first) * 16,
+            &[
+                (header, 16, NEXT, first + 1),
+                (DATA, 512, NEXT, first + 2),
+                (STATUS + u64::from(number), 1, WRITE, 0),
+            ],
+        );
+        driver.post(first);
+    }
+    assert_eq!((driver.used_index(), driver.bytes::<2>(STATUS)), (0, [0xee; 2]), "nothing is answered");
+    let why = driver.disk.stall_reason().expect("they wait");
+    assert!(why.starts_with("2 requests wait") && why.contains("the volume is full"), "{why}");
+    let drained = driver.disk.hold_and_drain().expect_err("a drain says at once that it cannot be");
+    assert_eq!(drained.in_flight, 2);
+    driver.disk.release();
+
+    driver.disk.retry();
+    assert_eq!((driver.used_index(), driver.disk.stall_reason().is_some()), (0, true), "still full");
+    device.full.store(false, SeqCst);
+    driver.disk.retry();
+    driver.disk.hold_and_drain().expect("all is done");
+    assert_eq!((driver.used_index(), driver.bytes::<2>(STATUS)), (2, [0; 2]));
+    assert_eq!(*device.done.lock().unwrap(), [8 * 512, 2 * 512], "in the guest's order");
+    assert_eq!((driver.disk.stats().writes, driver.disk.stats().errors), (2, 0));
+    // Reads and failures of another kind are answered as ever.
+    assert!(driver.disk.stall_reason().is_none());
+}
