@@ -4,14 +4,18 @@
 
 mod bad_input;
 mod coherence;
+mod drain;
 mod faults;
 mod live;
 mod members;
 mod moves;
 mod nbd;
 mod nodes;
+mod operations;
+mod recovery;
 mod redirect;
 mod refusals;
+mod trouble;
 mod vhdx;
 mod vm;
 

@@ -25,14 +25,14 @@ fn await_node(host: &Host, name: &str, wanted: impl Fn(&Value) -> bool) {
     }
 }
 
-fn voters(host: &Host, names: &[&str]) {
+pub(crate) fn voters(host: &Host, names: &[&str]) {
     for name in names {
         await_node(host, name, |node| node["voter"] == true && node["state"] == "up");
     }
 }
 
 /// Three nodes, joined one by one.
-fn three() -> [Host; 3] {
+pub(crate) fn three() -> [Host; 3] {
     let first = Host::found("house", "a", &[]);
     let second = Host::join("b", &first.token());
     // Any member can let others join.
@@ -42,7 +42,7 @@ fn three() -> [Host; 3] {
     [first, second, third]
 }
 
-fn with_volume(hosts: &[Host], lun: &TempDir) {
+pub(crate) fn with_volume(hosts: &[Host], lun: &TempDir) {
     let path = lun.path().join("lun");
     fs::File::create(&path).and_then(|file| file.set_len(1 << 30)).expect("a sparse file");
     let uri = format!("file:{}", text(&path));

@@ -43,8 +43,31 @@ impl Guest {
         options: &[&str],
     ) -> Self {
         let layout = Layout { range, sectors: 1, seed: 7 };
+        Self::start_laid_out(cluster, name, (read_disk, written_disk), layout, options)
+    }
+
+    /// One that writes its records as fast as it can, so that it soon needs space that the volume does not have.
+    ///
+    /// # Panics
+    /// When it is refused.
+    #[must_use]
+    pub fn start_greedy(cluster: &Cluster, name: &str, disks: (&str, &str), layout: Layout) -> Self {
+        Self::start_laid_out(cluster, name, disks, layout, &[])
+    }
+
+    fn start_laid_out(
+        cluster: &Cluster,
+        name: &str,
+        (read_disk, written_disk): (&str, &str),
+        layout: Layout,
+        options: &[&str],
+    ) -> Self {
+        let Layout { range, sectors, seed } = layout;
+        // Small records are for a guest that lives beside others.
+        let pace = if sectors == 1 { "" } else { " pace=0" };
         let disk = |image: &str| cluster.mount(1).join(image).to_str().expect("a UTF-8 path").to_owned();
-        let cmdline = format!("verify=0 write=1 range={range} sectors=1 batch=8 pages=256 seed=7");
+        let cmdline =
+            format!("verify=0 write=1 range={range} sectors={sectors} batch=8 pages=256 seed={seed}{pace}");
         let (read_disk, written_disk) = (disk(read_disk), disk(written_disk));
         let ctl = cluster.ctl(1);
         let disks = ["--disk", &read_disk, "--disk", &written_disk];

@@ -16,6 +16,8 @@ pub struct Host {
     folder: TempDir,
     name: String,
     address: String,
+    /// Variables of the daemon's environment.
+    environment: Vec<(String, String)>,
     daemon: Option<Child>,
 }
 
@@ -52,7 +54,8 @@ impl Host {
         let random = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), node).to_le_bytes();
         let ip = std::net::Ipv4Addr::new(127, random[0].max(1), random[1], random[2].clamp(1, 254));
         let port = TcpListener::bind((ip, 0)).and_then(|it| it.local_addr()).expect("a free port").port();
-        Self { folder, name: node.to_owned(), address: format!("{ip}:{port}"), daemon: None }
+        let (name, address) = (node.to_owned(), format!("{ip}:{port}"));
+        Self { folder, name, address, environment: Vec::new(), daemon: None }
     }
 
     /// Runs a command that makes this host a node, with the options that all of them take.
@@ -88,6 +91,7 @@ impl Host {
             .arg("--config")
             .arg(self.dir().join("csvd.toml"))
             .arg("--new-session")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -104,6 +108,23 @@ impl Host {
         }
         self.daemon = Some(daemon);
         self.ctl().must(&["cluster", "wait"]);
+    }
+
+    /// Gives the daemon a variable of its environment, from its next start on.
+    pub fn set_env(&mut self, name: &str, value: &str) {
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Rehearses a fault, see `csvctl dev fault`.
+    pub fn fault(&self, what: &str) {
+        let dir = self.dir().to_str().expect("a UTF-8 path");
+        Ctl::local().must(&["dev", "fault", &self.name, what, "--dir", dir]);
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// `csvctl` connected to this node.

@@ -9,6 +9,7 @@ use super::records::{
     ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord,
     VolumeState,
 };
+use super::{drain, settings};
 use crate::{ClusterId, Epoch, NODES_MAX, NodeId, Term, VolumeId};
 
 /// Where a command stands in the log and who proposed it when.
@@ -63,6 +64,8 @@ impl ClusterState {
             }),
             Command::UpdateVm(update) => self.update_vm(update),
             Command::DeleteVm { name, expect_epoch } => self.delete_vm(name, expect_epoch),
+            Command::SetDrain { node, expect_step, to } => self.set_drain(node, expect_step, to, at),
+            Command::Set { name, value } => self.set(name, value),
             Command::Event { kind, subject, text } => {
                 self.note(at, kind, subject, text);
                 return Ok(Given::Nothing);
@@ -153,6 +156,7 @@ impl ClusterState {
             )));
         }
         self.check_up(owner, owner_epoch)?;
+        self.check_may_coordinate(owner)?;
         let line = Line {
             kind: "volume.created",
             subject: name.clone(),
@@ -186,9 +190,12 @@ impl ClusterState {
     fn move_volume(&mut self, name: String, expect_term: Term, to: NodeId, to_epoch: Epoch) -> Applied {
         self.volume_mut(&name, expect_term)?;
         self.check_up(to, to_epoch)?;
+        let from = self.volume_mut(&name, expect_term)?.owner;
+        if to != from {
+            self.check_may_coordinate(to)?;
+        }
         let next_term = Term(next(expect_term.0)?);
         let volume = self.volume_mut(&name, expect_term)?;
-        let from = volume.owner;
         volume.owner = to;
         volume.owner_epoch = to_epoch;
         volume.term = next_term;
@@ -241,6 +248,7 @@ impl ClusterState {
             return Err(conflict(format!("vm {}", to.name), told(expected), told(found)));
         }
         check_vm_change(old, &to)?;
+        self.check_may_run(old, &to)?;
         if to.owner != old.owner {
             self.check_vm_owner(to.owner)?;
         }
@@ -372,6 +380,8 @@ fn check_sizes(command: &Command) -> Result<(), Rejection> {
             check_text("path of the saved state", to.saved.as_deref().unwrap_or_default())?;
             check_text("reason", &to.reason)
         }
+        Command::SetDrain { to: Some(drain), .. } => drain::check_size(drain),
+        Command::Set { name, value } => settings::check_size(name, value.as_deref()),
         Command::SetVolumeState { reason, .. } => check_text("reason", reason),
         Command::Event { kind, subject, text } => {
             check_text("event", kind)?;
@@ -379,6 +389,7 @@ fn check_sizes(command: &Command) -> Result<(), Rejection> {
             check_text("event", text)
         }
         Command::BeginEpoch { .. }
+        | Command::SetDrain { to: None, .. }
         | Command::AddTicket { .. }
         | Command::RemoveMember { .. }
         | Command::MarkNode { .. }
@@ -388,7 +399,7 @@ fn check_sizes(command: &Command) -> Result<(), Rejection> {
     }
 }
 
-fn check_name(what: &str, name: &str) -> Result<(), Rejection> {
+pub(super) fn check_name(what: &str, name: &str) -> Result<(), Rejection> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.chars().all(allowed) || name.starts_with('.') {
         return Err(invalid(format!(
@@ -399,7 +410,7 @@ fn check_name(what: &str, name: &str) -> Result<(), Rejection> {
     Ok(())
 }
 
-fn check_text(what: &str, text: &str) -> Result<(), Rejection> {
+pub(super) fn check_text(what: &str, text: &str) -> Result<(), Rejection> {
     if text.len() > TEXT_BYTES_MAX {
         return Err(invalid(format!("{what} has {} bytes, more than {TEXT_BYTES_MAX}", text.len())));
     }

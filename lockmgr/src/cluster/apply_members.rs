@@ -86,8 +86,10 @@ impl ClusterState {
         }
         let subject = member.name.clone();
         let up = self.members.values().find(|member| member.state == MemberState::Up).map(|member| member.id);
-        let heir = up.ok_or_else(|| conflict("members", "one that is up", "none"))?;
+        let heir = self.open_members().next().map(|member| member.id).or(up);
+        let heir = heir.ok_or_else(|| conflict("members", "one that is up", "none"))?;
         self.members.remove(&node);
+        self.drains.remove(&node);
         // What runs nowhere is kept for whoever starts it next.
         for vm in self.vms.values_mut().filter(|vm| vm.owner == node) {
             vm.owner = heir;

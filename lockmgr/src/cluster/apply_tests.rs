@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::apply::Position;
 use super::codec::Proposal;
 use super::command::{Command, Given, Rejection, VmUpdate};
+use super::drain::{Drain, DrainPhase};
 use super::machine::Machine;
 use super::records::{ClusterState, EVENTS_MAX, FenceKind, MemberState, VmRecord, VmState, VolumeState};
 use super::{pb, raft_codec};
@@ -53,6 +54,22 @@ fn vm_record() -> impl Strategy<Value = VmRecord> {
             restarts_left: id.into(),
         },
     )
+}
+
+fn drain_phase() -> impl Strategy<Value = Option<DrainPhase>> {
+    use DrainPhase::{Drained, Draining, Resuming};
+    prop::sample::select(vec![Some(Draining), Some(Drained), Some(Resuming), None])
+}
+
+fn drain(phase: DrainPhase) -> Drain {
+    Drain {
+        step: 0,
+        phase,
+        for_good: false,
+        volumes: ["v0".to_owned()].into(),
+        vms: ["m0".to_owned()].into(),
+        stuck: [("vm m0".to_owned(), "it is paused".to_owned())].into(),
+    }
 }
 
 /// Small numbers, so that expectations are met often.
@@ -103,6 +120,12 @@ fn command() -> impl Strategy<Value = Command> {
         }),
         (node(), number.clone()).prop_map(|(node, e)| Command::RemoveMember { node, expect: Epoch(e) }),
         (name("m"), number).prop_map(|(name, expect_epoch)| Command::DeleteVm { name, expect_epoch }),
+        (node(), 0u64..60, drain_phase()).prop_map(|(node, expect_step, phase)| Command::SetDrain {
+            node,
+            expect_step,
+            to: phase.map(drain),
+        }),
+        (0u8..3).prop_map(|n| Command::Set { name: format!("s{n}"), value: (n > 0).then(|| "on".into()) }),
         Just(Command::Event { kind: "k".into(), subject: "s".into(), text: "t".into() }),
     ]
 }
@@ -148,7 +171,13 @@ fn check_step(before: &ClusterState, after: &ClusterState) {
         if new.owner != old.owner {
             assert_eq!(new.epoch, old.epoch + 1, "another owner has the next epoch");
             assert_eq!(after.members[&new.owner].state, MemberState::Up);
+            assert!(!after.is_closed(new.owner), "nothing is placed on a drained node");
         }
+    }
+    for (node, drain) in after.drains.iter().filter(|(_, drain)| drain.phase == DrainPhase::Drained) {
+        let is_new = before.drains.get(node) != Some(drain);
+        let runs = after.vms.values().find(|vm| vm.owner == *node && ClusterState::is_active(vm));
+        assert!(!is_new || runs.is_none(), "it has nothing: {runs:?}");
     }
     assert!(after.events.len() <= EVENTS_MAX);
 }

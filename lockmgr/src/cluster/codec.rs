@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::apply::Position;
 use super::command::{Command, Given, Rejection, VmUpdate};
+use super::drain::{Drain, DrainPhase};
 use super::pb;
 use super::pb::proposal::Command as PbCommand;
 use super::records::{
@@ -123,6 +124,14 @@ convert_enum!(
     Online = VolumeOnline,
     Offline = VolumeOffline,
     Failed = VolumeFailed
+);
+convert_enum!(
+    DrainPhase,
+    DrainPhase,
+    "drain",
+    Draining = DrainDraining,
+    Drained = DrainDrained,
+    Resuming = DrainResuming
 );
 convert_enum!(
     VmState,
@@ -354,6 +363,12 @@ impl From<&Command> for PbCommand {
                 to: Some(pb::Vm::from(&update.to)),
             }),
             Command::DeleteVm { name, expect_epoch } => Self::DeleteVm(pb::DeleteVm { name, expect_epoch }),
+            Command::SetDrain { node, expect_step, to } => Self::SetDrain(pb::SetDrain {
+                node: node.0.into(),
+                expect_step,
+                to: to.as_ref().map(|drain| drain_to_pb(node, drain)),
+            }),
+            Command::Set { name, value } => Self::Set(pb::Setting { name, value }),
             Command::Event { kind, subject, text } => Self::AddEvent(pb::AddEvent { kind, subject, text }),
         }
     }
@@ -427,6 +442,12 @@ impl TryFrom<PbCommand> for Command {
             PbCommand::AddEvent(event) => {
                 Self::Event { kind: event.kind, subject: event.subject, text: event.text }
             }
+            PbCommand::SetDrain(set) => Self::SetDrain {
+                node: node_id(set.node)?,
+                expect_step: set.expect_step,
+                to: set.to.map(drain_from_pb).transpose()?,
+            },
+            PbCommand::Set(set) => Self::Set { name: set.name, value: set.value },
             PbCommand::Read(_) => return Err(malformed("proposal: a read changes nothing")),
         })
     }
@@ -486,7 +507,37 @@ pub(crate) fn state_to_pb(state: &ClusterState) -> pb::Snapshot {
         applied: state.applied,
         tickets: state.tickets.iter().map(|(digest, expires_ms)| ticket_to_pb(digest, *expires_ms)).collect(),
         nodes_given: state.nodes_given.into(),
+        drains: state.drains.iter().map(|(node, drain)| drain_to_pb(*node, drain)).collect(),
+        settings: state.settings.iter().map(setting_to_pb).collect(),
     }
+}
+
+fn setting_to_pb((name, value): (&String, &String)) -> pb::Setting {
+    pb::Setting { name: name.clone(), value: Some(value.clone()) }
+}
+
+fn drain_to_pb(node: NodeId, drain: &Drain) -> pb::Drain {
+    let stuck = |(what, why): (&String, &String)| pb::Stuck { what: what.clone(), why: why.clone() };
+    pb::Drain {
+        node: node.0.into(),
+        step: drain.step,
+        phase: pb::DrainPhase::from(drain.phase).into(),
+        for_good: drain.for_good,
+        volumes: drain.volumes.iter().cloned().collect(),
+        vms: drain.vms.iter().cloned().collect(),
+        stuck: drain.stuck.iter().map(stuck).collect(),
+    }
+}
+
+fn drain_from_pb(drain: pb::Drain) -> Result<Drain, CodecError> {
+    Ok(Drain {
+        step: drain.step,
+        phase: DrainPhase::from_number(drain.phase)?,
+        for_good: drain.for_good,
+        volumes: drain.volumes.into_iter().collect(),
+        vms: drain.vms.into_iter().collect(),
+        stuck: drain.stuck.into_iter().map(|stuck| (stuck.what, stuck.why)).collect(),
+    })
 }
 
 fn ticket_to_pb(digest: &[u8; 32], expires_ms: u64) -> pb::JoinTicket {
@@ -500,6 +551,12 @@ pub(crate) fn state_from_pb(snapshot: pb::Snapshot) -> Result<ClusterState, Code
     state.nodes_given = node_id(snapshot.nodes_given)?.0;
     for ticket in snapshot.tickets {
         state.tickets.insert(ticket_digest(&ticket.digest)?, ticket.expires_ms);
+    }
+    for drain in snapshot.drains {
+        state.drains.insert(node_id(drain.node)?, drain_from_pb(drain)?);
+    }
+    for setting in snapshot.settings {
+        state.settings.insert(setting.name, setting.value.unwrap_or_default());
     }
     for member in snapshot.members {
         let member = Member::try_from(member)?;

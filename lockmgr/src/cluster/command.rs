@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use uuid::Uuid;
 
+use super::drain::Drain;
 use super::records::{FenceKind, MemberState, VmRecord, VolumeState};
 use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
 
@@ -134,6 +135,22 @@ pub enum Command {
         name: String,
         /// The epoch that it has.
         expect_epoch: u64,
+    },
+    /// Changes what is known of a node's drain.
+    SetDrain {
+        /// The node.
+        node: NodeId,
+        /// Step of the record that this was made from; 0 when there was none.
+        expect_step: u64,
+        /// What it becomes, with whatever step; nothing when the node takes part as before.
+        to: Option<Drain>,
+    },
+    /// Changes a setting of the whole cluster.
+    Set {
+        /// Which.
+        name: String,
+        /// Its value; nothing for the default.
+        value: Option<String>,
     },
     /// Adds a line to the events.
     Event {

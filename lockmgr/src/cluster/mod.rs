@@ -16,6 +16,7 @@ mod apply_tests;
 mod codec;
 mod command;
 mod config;
+mod drain;
 mod machine;
 mod network;
 mod node;
@@ -24,6 +25,7 @@ mod propose;
 mod raft_codec;
 mod raft_types;
 mod records;
+mod settings;
 mod store;
 mod voters;
 
@@ -32,11 +34,13 @@ pub use command::{
     VMS_MAX, VOLUMES_MAX, VmUpdate,
 };
 pub use config::{ClusterConfig, ClusterError, MemberConfig, RaftTiming};
+pub use drain::{Drain, DrainPhase, STUCK_MAX};
 pub use node::{Cluster, RaftStatus, not_started};
 pub use records::{
     ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord,
     VolumeState,
 };
+pub use settings::SETTINGS_MAX;
 pub use store::StoreError;
 
 /// What a log filter in the syntax of `tracing` should say about the consensus engine: a peer that is away is told once by

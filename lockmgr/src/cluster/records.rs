@@ -11,6 +11,7 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 use super::command::{Command, VmUpdate};
+use super::drain::Drain;
 use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
 
 /// Events that are kept; older ones are dropped.
@@ -33,6 +34,10 @@ pub struct ClusterState {
     pub volumes: BTreeMap<String, VolumeRecord>,
     /// Virtual machines by name.
     pub vms: BTreeMap<String, VmRecord>,
+    /// Nodes that are being emptied, are empty, or get back what they had.
+    pub drains: BTreeMap<NodeId, Drain>,
+    /// What was set for the whole cluster; what is not here has its default.
+    pub settings: BTreeMap<String, String>,
     /// The last [`EVENTS_MAX`] events, oldest first.
     pub events: VecDeque<Arc<EventRecord>>,
     /// Position in the log up to which this copy has come.

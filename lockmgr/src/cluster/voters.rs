@@ -3,6 +3,7 @@
 //! ```text
 //!   recorded, not voting --connected--> learner (gets the log) --caught up--> voter
 //!   voting, not recorded -----------------------------------------------------> out
+//!   voting, leaves for good --> learner (still gets the log), until it is not recorded any more --> out
 //! ```
 //! One change at a time: the majorities of two neighbouring configurations always share a node. Any step may be lost with
 //! the leader that took it; the next leader sees what is left to do in records and configuration.
@@ -33,12 +34,18 @@ impl Cluster {
         }
         let state = self.state();
         let voting = |id: &NodeId| status.voters.contains(id);
-        if let Some(gone) = status.voters.iter().find(|id| !state.members.contains_key(id)) {
-            self.drop_voter(*gone).await?;
+        let recorded = |id: &NodeId| state.members.contains_key(id);
+        if let Some(gone) = status.voters.iter().find(|id| !recorded(id) || state.is_leaving(**id)) {
+            self.drop_voter(*gone, recorded(gone)).await?;
             return Ok(Some(format!("node {gone} does not vote any more")));
         }
-        let new = state.members.values().find(|member| !voting(&member.id) && connected(member.id));
-        let Some(new) = new else { return Ok(None) };
+        if let Some(gone) = self.learners().into_iter().find(|id| !recorded(id)) {
+            self.drop_learner(gone).await?;
+            return Ok(Some(format!("node {gone} does not get the log any more")));
+        }
+        let joins =
+            |member: &&Member| !voting(&member.id) && !state.is_leaving(member.id) && connected(member.id);
+        let Some(new) = state.members.values().find(joins) else { return Ok(None) };
         self.add_voter(new).await?;
         Ok(Some(format!("node {} votes", new.name)))
     }
@@ -55,10 +62,26 @@ impl Cluster {
         Ok(())
     }
 
-    async fn drop_voter(&self, node: NodeId) -> Result<(), String> {
+    /// `follows`: it still gets the log, so that it learns when it may go.
+    async fn drop_voter(&self, node: NodeId, follows: bool) -> Result<(), String> {
         let change = ChangeMembers::RemoveVoters(BTreeSet::from([u64::from(node.0)]));
+        self.raft().change_membership(change, follows).await.map_err(|error| error.to_string())?;
+        Ok(())
+    }
+
+    async fn drop_learner(&self, node: NodeId) -> Result<(), String> {
+        let change = ChangeMembers::RemoveNodes(BTreeSet::from([u64::from(node.0)]));
         self.raft().change_membership(change, false).await.map_err(|error| error.to_string())?;
         Ok(())
+    }
+
+    /// Those that get the log and have no vote.
+    fn learners(&self) -> Vec<NodeId> {
+        let metrics = self.raft().metrics();
+        let metrics = metrics.borrow();
+        let membership = metrics.membership_config.membership();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        membership.nodes().filter(|(id, _)| !voters.contains(id)).filter_map(|(id, _)| node_id(*id)).collect()
     }
 
     /// Waits until the set of voters differs from `known`.

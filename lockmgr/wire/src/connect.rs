@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::driver::{self, Greeted, in_time};
 use crate::hello::Proof;
-use crate::identity::tls_error;
+use crate::identity::{node_of_certificate, tls_error};
 use crate::{Class, Connection, Endpoint, Handler, Local, Partition, Stream, Via, WireError, authority};
 
 /// Bytes unacknowledged for this long end a connection; a shorter silence is for heartbeats to judge.
@@ -36,7 +36,7 @@ pub(crate) async fn connect_tls_with(
     handler: Arc<dyn Handler>,
     tasks: &TaskTracker,
 ) -> Result<Connection, WireError> {
-    let greeted = greet_tls(address, endpoint, expected_node, class).await?;
+    let greeted = greet_tls(address, endpoint, Some(expected_node), class).await?;
     Ok(driver::start(greeted, handler, endpoint.partition.clone(), tasks))
 }
 
@@ -46,37 +46,50 @@ pub async fn connect_bare(
     endpoint: &Endpoint,
     expected_node: u16,
 ) -> Result<Stream, WireError> {
-    let greeted = greet_tls(address, endpoint, expected_node, Class::Stream).await?;
+    let greeted = greet_tls(address, endpoint, Some(expected_node), Class::Stream).await?;
     Stream::of_client(greeted, endpoint.partition.clone())
 }
 
-/// Connects and exchanges hellos.
+/// Connects and exchanges hellos. Without an expected node, any member of the cluster will do.
 pub(crate) async fn greet_tls(
     address: &str,
     endpoint: &Endpoint,
-    expected_node: u16,
+    expected: Option<u16>,
     class: Class,
 ) -> Result<Greeted<TlsStream<TcpStream>>, WireError> {
-    let doing = format!("connect to node {expected_node} at {address}");
+    let doing = match expected {
+        Some(node) => format!("connect to node {node} at {address}"),
+        None => format!("connect to {address}"),
+    };
     let handshake = async {
         endpoint.partition.passable().await;
         let tcp = TcpStream::connect(address).await.map_err(|error| WireError::io(&doing, error))?;
         tune(&tcp);
-        let name = ServerName::try_from(authority::node_name(expected_node))
+        // Who takes any member checks the name that the certificate itself gives.
+        let name = ServerName::try_from(authority::node_name(expected.unwrap_or_default()))
             .map_err(|error| WireError::BadIdentity { what: error.to_string() })?;
-        let connector = TlsConnector::from(Arc::clone(&endpoint.identity.client));
-        let tls = connector
-            .connect(name, tcp)
-            .await
-            .map_err(|error| tls_error(&doing, Some(expected_node), &error))?;
-        let proof = Proof { via: Via::Tls, node: Some(expected_node), class: Some(class) };
+        let rules = match expected {
+            Some(_) => &endpoint.identity.client,
+            None => &endpoint.identity.any_member,
+        };
+        let connector = TlsConnector::from(Arc::clone(rules));
+        let tls = connector.connect(name, tcp).await.map_err(|error| tls_error(&doing, expected, &error))?;
+        let proof = Proof { via: Via::Tls, node: Some(certified(&tls)?), class: Some(class) };
         // Our own certificate is judged by the peer after our side of the handshake is done: the verdict comes here.
         driver::greet(tls, &endpoint.local, class, proof).await.map_err(|error| match &error {
-            WireError::Io { source, .. } => tls_error(&doing, Some(expected_node), source),
+            WireError::Io { source, .. } => tls_error(&doing, expected, source),
             _ => error,
         })
     };
     in_time(&doing, handshake).await
+}
+
+/// The node that the peer's certificate names.
+fn certified(tls: &TlsStream<TcpStream>) -> Result<u16, WireError> {
+    let shown = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let shown =
+        shown.ok_or_else(|| WireError::ForeignCertificate { what: "the peer shows none".to_owned() })?;
+    node_of_certificate(shown)
 }
 
 /// Connects to a process of this node over a Unix socket.

@@ -35,6 +35,11 @@ pub trait Handler: Send + Sync + 'static {
         tracing::warn!(peer = %stream.peer(), "a stream that nobody wants was closed");
     }
 
+    /// A program elsewhere wants to talk to this node's admin interface. Must not block.
+    fn admin(&self, stream: ByteStream) {
+        tracing::warn!(peer = %stream.peer(), "there is no admin interface here");
+    }
+
     /// Another node has opened a bare stream. Blocking on it is for a thread of its own.
     fn bare_stream(&self, stream: Stream) {
         tracing::warn!(peer = %stream.peer(), "a stream that nobody expects was closed");

@@ -7,11 +7,14 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustls::client::Resumption;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, WebPkiServerVerifier};
 use rustls::server::WebPkiClientVerifier;
-use rustls::{AlertDescription, ClientConfig, RootCertStore, ServerConfig};
+use rustls::{
+    AlertDescription, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme,
+};
 use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::ticket::{Digest, sha256};
@@ -22,6 +25,8 @@ use crate::{WireError, join};
 pub struct Identity {
     node: u16,
     pub(crate) client: Arc<ClientConfig>,
+    /// For a program that talks to whichever member answers.
+    pub(crate) any_member: Arc<ClientConfig>,
     pub(crate) server: Arc<ServerConfig>,
     /// For nodes that have no certificate yet, see [`crate::join`].
     pub(crate) joining: Arc<ServerConfig>,
@@ -54,10 +59,13 @@ impl Identity {
         }
         let roots = Arc::new(roots);
         let client = client_config(&roots, chain.clone(), key.clone_key())?;
+        let mut any_member = client.clone();
+        any_member.dangerous().set_certificate_verifier(Arc::new(AnyMember::of(&roots)?));
         let server = server_config(roots, chain, key)?;
         Ok(Self {
             node,
             client: Arc::new(client),
+            any_member: Arc::new(any_member),
             server: Arc::new(server),
             joining: Arc::new(joining),
             authority,
@@ -142,6 +150,56 @@ fn joining_config(
     config.send_tls13_tickets = 0;
     config.alpn_protocols = vec![join::ALPN.to_vec()];
     Ok(config)
+}
+
+/// Takes whoever has a certificate of the authority: what TLS checks it for is the name that it gives itself.
+#[derive(Debug)]
+struct AnyMember(Arc<WebPkiServerVerifier>);
+
+impl AnyMember {
+    fn of(roots: &Arc<RootCertStore>) -> Result<Self, WireError> {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(roots), provider).build();
+        verifier.map(Self).map_err(|error| bad(error.to_string()))
+    }
+}
+
+impl ServerCertVerifier for AnyMember {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let unnamed = rustls::Error::InvalidCertificate(rustls::CertificateError::NotValidForName);
+        let node = node_of_certificate(end_entity).map_err(|_| unnamed.clone())?;
+        let name = ServerName::try_from(crate::authority::node_name(node)).map_err(|_| unnamed)?;
+        self.0.verify_server_cert(end_entity, intermediates, &name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
 }
 
 /// Node in the common name `node-<id>`. The certificate's signature has been checked by TLS before.

@@ -3,7 +3,7 @@
 //! ```text
 //!   Mesh ── one connection per peer and class, reconnects by itself
 //!    │
-//!   ByteStream ── after the hello, bytes as they are: redirected blocks
+//!   ByteStream ── after the hello, bytes as they are: redirected blocks, the admin interface
 //!   Connection ── calls (many in flight), pushes; both ends may call
 //!    │   reader task ── frames in order ── Handler
 //!    │   writer task ── drains its queue, then flushes once
@@ -51,7 +51,7 @@ pub use mesh::{Mesh, PeerStatus};
 pub use partition::Partition;
 pub use peer::{Class, Peer, Via};
 pub use server::Server;
-pub use stream::{ByteStream, connect_stream};
+pub use stream::{ByteStream, connect_admin, connect_stream};
 pub use ticket::{Digest, JoinToken, sha256};
 
 /// What a frame is for. A number that the receiver does not serve is refused as [`RefusalCode::Unsupported`].

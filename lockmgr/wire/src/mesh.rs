@@ -150,7 +150,7 @@ impl Mesh {
         let mut lane = match class {
             Class::Control => slot.control.subscribe(),
             Class::Bulk => self.bulk_lane(&slot).subscribe(),
-            Class::Blocks | Class::Stream => {
+            Class::Blocks | Class::Stream | Class::Admin => {
                 let reason = Arc::from("streams have no lane: each is opened for itself");
                 return Err(WireError::NotConnected { node, reason });
             }
@@ -336,7 +336,7 @@ impl Lane {
     fn state(&self) -> &watch::Sender<LaneState> {
         match self.class {
             Class::Control => &self.slot.control,
-            Class::Bulk | Class::Blocks | Class::Stream => {
+            Class::Bulk | Class::Blocks | Class::Stream | Class::Admin => {
                 self.slot.bulk.get_or_init(|| watch::Sender::new(LaneState::Fresh))
             }
         }

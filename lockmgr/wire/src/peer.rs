@@ -14,6 +14,8 @@ pub enum Class {
     Blocks,
     /// The memory of a VM that moves: bare bytes for a thread that blocks; see [`crate::Stream`].
     Stream,
+    /// The admin interface of the node, for a program elsewhere: bytes that are handed over as they are.
+    Admin,
 }
 
 impl Class {
@@ -23,6 +25,7 @@ impl Class {
             Self::Bulk => 1,
             Self::Blocks => 2,
             Self::Stream => 3,
+            Self::Admin => 4,
         }
     }
 
@@ -32,6 +35,7 @@ impl Class {
             1 => Some(Self::Bulk),
             2 => Some(Self::Blocks),
             3 => Some(Self::Stream),
+            4 => Some(Self::Admin),
             _ => None,
         }
     }
@@ -44,6 +48,7 @@ impl fmt::Display for Class {
             Self::Bulk => "bulk",
             Self::Blocks => "blocks",
             Self::Stream => "stream",
+            Self::Admin => "admin",
         })
     }
 }

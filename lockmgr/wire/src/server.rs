@@ -140,8 +140,12 @@ impl<S: Source> Accepting<S> {
             }
             None => return,
         };
-        if greeted.class() == Class::Blocks {
-            return self.handler.streamed(ByteStream::new(greeted, self.source.partition()));
+        if matches!(greeted.class(), Class::Blocks | Class::Admin) {
+            let (class, stream) = (greeted.class(), ByteStream::new(greeted, self.source.partition()));
+            return match class {
+                Class::Admin => self.handler.admin(stream),
+                _ => self.handler.streamed(stream),
+            };
         }
         if greeted.peer().class == Class::Stream {
             match self.source.bare(greeted) {

@@ -1,6 +1,7 @@
 //! The way to a daemon's admin socket.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -24,6 +25,26 @@ pub async fn connect(socket: &Path) -> Result<Client, Error> {
         .connect_with_connector(tower::service_fn(move |_| open(path.clone())))
         .await
         .map_err(|error| refused(socket, &error))?;
+    Ok(AdminClient::new(channel))
+}
+
+/// Talks over a stream that leads to a daemon; `shown` is how errors call it.
+///
+/// # Errors
+/// `unreachable`.
+pub async fn connect_over(stream: UnixStream, shown: &str) -> Result<Client, Error> {
+    let once = Arc::new(Mutex::new(Some(stream)));
+    let take = move |_| {
+        let stream = once.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // A connection that has broken is not made again: whoever made the first one does.
+        let gone = || std::io::Error::from(std::io::ErrorKind::ConnectionReset);
+        std::future::ready(stream.map(TokioIo::new).ok_or_else(gone))
+    };
+    let endpoint = Endpoint::from_static("http://csvd.sock");
+    let channel = endpoint
+        .connect_with_connector(tower::service_fn(take))
+        .await
+        .map_err(|error| refused(Path::new(shown), &error))?;
     Ok(AdminClient::new(channel))
 }
 

@@ -29,5 +29,7 @@ pub mod pb {
     tonic::include_proto!("csvd.admin");
 }
 
-pub use connect::{Client, connect};
+pub use connect::{Client, connect, connect_over};
 pub use error::{Error, Kind};
+/// What comes from the daemon piece by piece.
+pub use tonic::Streaming;

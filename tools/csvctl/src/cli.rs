@@ -23,15 +23,18 @@ pub(crate) struct Cli {
 /// Options that every command takes
 #[derive(Debug, Args)]
 pub(crate) struct Global {
-    /// Admin socket of the daemon to talk to
+    /// Admin socket of the daemon to talk to, or the address of any member
     #[arg(
         long,
         global = true,
-        value_name = "SOCKET",
+        value_name = "SOCKET|HOST:PORT",
         env = "CSVCTL_CONNECT",
         default_value = "/run/csvd/csvd.sock"
     )]
     pub(crate) connect: PathBuf,
+    /// Folder of the node whose certificate proves who you are, when you connect to another host
+    #[arg(long, global = true, value_name = "DIR", env = "CSVCTL_IDENTITY", default_value = "/var/lib/csvd")]
+    pub(crate) identity: PathBuf,
     /// Print one JSON document instead of text
     #[arg(long, global = true)]
     pub(crate) json: bool,

@@ -1,7 +1,7 @@
 //! The command line of the cluster.
 //!
 //! ```text
-//!   csvctl [--connect SOCKET] [--json] [--yes] NOUN VERB ...
+//!   csvctl [--connect SOCKET|HOST:PORT] [--json] [--yes] NOUN VERB ...
 //!       cli.rs: what can be typed     commands/NOUN/VERB.rs: one command each     ui.rs: how results look
 //! ```
 //!
@@ -13,6 +13,7 @@ mod commands;
 mod context;
 mod files;
 mod node_home;
+mod remote;
 mod ui;
 mod units;
 

@@ -1,5 +1,7 @@
 //! The admin interface on `csvd.sock`: one file per noun, this one joins them.
 //!
+//! A member's administrator may come over the network too: with the node's certificate, by mutual TLS, to the same socket.
+//!
 //! Whoever may connect (root and the socket's group, 0660) may do everything; the kernel keeps others out.
 
 mod cluster;
@@ -16,14 +18,16 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use api::{Error, pb};
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
+use wire::ByteStream;
 
 use crate::core::Core;
 use crate::node_socket::listen;
+use crate::{drain, settings};
 
 /// The socket, while it is served.
 #[derive(Debug)]
@@ -60,6 +64,19 @@ pub(crate) fn serve(core: &Arc<Core>) -> Result<Served, Error> {
     Ok(Served { closing, task })
 }
 
+/// Lets a program on another node talk to the socket, whose certificate the handshake has proved.
+pub(crate) async fn carry(core: Arc<Core>, stream: ByteStream) {
+    let peer = stream.peer().clone();
+    tracing::info!(%peer, "admin connection");
+    let carried = async {
+        let near = tokio::net::UnixStream::connect(core.config.admin_socket()).await?;
+        stream.carry(near).await
+    };
+    if let Err(error) = carried.await {
+        tracing::debug!(%peer, %error, "admin connection broke");
+    }
+}
+
 struct Admin {
     core: Arc<Core>,
 }
@@ -74,6 +91,15 @@ where
     F: Future<Output = Result<T, Error>> + Send + 'static,
 {
     core.runtime.spawn(work(Arc::clone(core))).await.map_err(Error::failed)?
+}
+
+/// The progress of a drain, for whoever asked.
+async fn progress(
+    begun: impl Future<Output = Result<drain::Progress, Error>>,
+) -> Answer<Streamed<pb::NodeDrainProgress>> {
+    answer(begun.await.map(|progress| {
+        Box::pin(progress.map(|news| news.map_err(Status::from))) as Streamed<pb::NodeDrainProgress>
+    }))
 }
 
 fn answer<T>(outcome: Result<T, Error>) -> Answer<T> {
@@ -117,6 +143,39 @@ impl pb::admin_server::Admin for Admin {
 
     async fn node_list(&self, _: Request<pb::NodeListRequest>) -> Answer<pb::Nodes> {
         answer(Ok(pb::Nodes { nodes: cluster::nodes(&self.core) }))
+    }
+
+    type NodeDrainStream = Streamed<pb::NodeDrainProgress>;
+
+    async fn node_drain(&self, request: Request<pb::NodeDrainRequest>) -> Answer<Self::NodeDrainStream> {
+        let request = request.into_inner();
+        progress(to_its_end(&self.core, |core| async move {
+            drain::begin(&core, &request.name, request.dry_run).await
+        }))
+        .await
+    }
+
+    type NodeResumeStream = Streamed<pb::NodeDrainProgress>;
+
+    async fn node_resume(&self, request: Request<pb::NodeResumeRequest>) -> Answer<Self::NodeResumeStream> {
+        let name = request.into_inner().name;
+        progress(to_its_end(&self.core, |core| async move { drain::resume(&core, &name).await })).await
+    }
+
+    type NodeLeaveStream = Streamed<pb::NodeDrainProgress>;
+
+    async fn node_leave(&self, request: Request<pb::NodeLeaveRequest>) -> Answer<Self::NodeLeaveStream> {
+        let dry_run = request.into_inner().dry_run;
+        progress(to_its_end(&self.core, |core| async move { drain::begin_leave(&core, dry_run).await })).await
+    }
+
+    async fn settings(&self, _: Request<pb::SettingsRequest>) -> Answer<pb::SettingList> {
+        answer(Ok(settings::list(&self.core)))
+    }
+
+    async fn set(&self, request: Request<pb::SetRequest>) -> Answer<pb::Setting> {
+        let request = request.into_inner();
+        answer(to_its_end(&self.core, |core| async move { settings::set(&core, request).await }).await)
     }
 
     async fn fault(&self, request: Request<pb::FaultRequest>) -> Answer<pb::Done> {

@@ -3,6 +3,7 @@
 //! ```text
 //!   pid file -> mesh -> Raft -> admin socket ("ready") -> epoch, lease -> node socket -> heartbeats -> volumes -> VMs
 //!   SIGTERM or a declared end:   VMs stop -> volumes left (volumes/leave.rs) -> silence -> Raft, mesh
+//!   a node that leaves for good gives its vote back before Raft ends (drain/farewell.rs)
 //! ```
 
 use std::io::Write;
@@ -25,7 +26,7 @@ use wire::{Endpoint, Identity, Local, Mesh, Server, WireError};
 use crate::core::Core;
 use crate::dispatch::Dispatcher;
 use crate::pid_file::PidFile;
-use crate::{admin, membership, node_socket, redirect, vms, volumes};
+use crate::{admin, drain, membership, node_socket, redirect, vms, volumes};
 
 /// Longest time for an end in order: VMs flush their disks, coordinators commit.
 const IN_ORDER_WITHIN: Duration = Duration::from_secs(12);
@@ -96,6 +97,8 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
     vms::adopt(core).await;
     core.runtime.spawn(volumes::run(Arc::clone(core)));
     core.runtime.spawn(vms::restart_lost(Arc::clone(core)));
+    core.runtime.spawn(drain::run(Arc::clone(core)));
+    core.runtime.spawn(volumes::balancing::run(Arc::clone(core)));
     core.stop.cancelled().await;
     let in_order = async {
         vms::end_all(core).await;
@@ -105,6 +108,7 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
         () = in_order => {}
         () = cut_short(core) => {}
     }
+    drain::take_leave(core).await;
     if tokio::time::timeout(LEAVE_WITHIN, processes.shutdown()).await.is_err() {
         tracing::warn!("requests of this node's VMs were cut off");
     }

@@ -13,7 +13,7 @@ use wire::{
 };
 
 use crate::core::Core;
-use crate::{forward, membership, redirect, router, vms};
+use crate::{admin, forward, membership, redirect, router, vms};
 
 /// The handler of all connections between nodes. Frames that come before the daemon is complete are refused; the
 /// sender tries again.
@@ -81,6 +81,13 @@ impl Handler for Dispatcher {
         match self.core.get() {
             Some(core) => redirect::serve(core, stream),
             None => tracing::debug!(peer = %stream.peer(), "a stream came before the node was complete"),
+        }
+    }
+
+    fn admin(&self, stream: ByteStream) {
+        match self.core.get().filter(|core| !is_stranger(core, stream.peer().node)) {
+            Some(core) => drop(core.runtime.spawn(admin::carry(Arc::clone(core), stream))),
+            None => tracing::warn!(peer = %stream.peer(), "an admin connection was refused"),
         }
     }
 

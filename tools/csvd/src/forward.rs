@@ -12,7 +12,7 @@ use wire::service;
 use crate::core::Core;
 use crate::messages::{NodeAnswer, NodeOp, NodeReply, NodeRequest, OfClient};
 use crate::redirect::{self, orders};
-use crate::volumes::moves;
+use crate::volumes::{balancing, moves};
 use crate::{admin, membership, view, vms};
 
 /// Has `op` carried out by `node`.
@@ -92,6 +92,7 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
             membership::convict(core, NodeId(node), Epoch(verdict.epoch), verdict.reason);
             done
         }
+        NodeOp::Loads(_) => NodeAnswer::Loads(balancing::loads_here(core)),
         NodeOp::VmStart(request) => NodeAnswer::Vm(vms::start(core, &request.name).await?),
         NodeOp::VmStop(request) => NodeAnswer::Vm(vms::stop(core, &request.name, request.force).await?),
         NodeOp::VmPause(request) => NodeAnswer::Vm(vms::pause(core, &request.name).await?),

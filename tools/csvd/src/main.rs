@@ -7,6 +7,7 @@
 //!   forward.rs (to the node that must act)   volumes/ (LUNs, mounts, coordinators) <--- router.rs (requests, pushes)
 //!                |                                |                            |
 //!                v                                v                            v
+//!   drain/ (emptying a node)             |                                |                            |
 //!   vms/ (hv processes, quick moves)      membership/ (epoch, heartbeats, lease, verdicts, fences)
 //!                \________________________________|____________________________/
 //!                                                 v
@@ -23,6 +24,7 @@ mod clients;
 mod core;
 mod daemon;
 mod dispatch;
+mod drain;
 mod forward;
 mod log;
 mod membership;
@@ -31,6 +33,7 @@ mod node_socket;
 mod pid_file;
 mod redirect;
 mod router;
+mod settings;
 mod view;
 mod vms;
 mod volumes;

@@ -45,7 +45,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60"
     )]
     pub(crate) op: Option<NodeOp>,
 }
@@ -110,6 +110,9 @@ pub(crate) enum NodeOp {
     /// To the leader: the sender's detector holds this node for dead.
     #[prost(message, tag = "53")]
     Testify(Convict),
+    /// To any node: what its coordinators have carried out.
+    #[prost(message, tag = "60")]
+    Loads(pb::Done),
     #[prost(message, tag = "30")]
     VmDisk(pb::VmDiskRequest),
 }
@@ -169,7 +172,7 @@ pub(crate) struct Convict {
 /// Answer to a [`NodeRequest`].
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeReply {
-    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41")]
+    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60")]
     pub(crate) answer: Option<NodeAnswer>,
 }
 
@@ -198,6 +201,26 @@ pub(crate) enum NodeAnswer {
     Progress(pb::MigrateProgress),
     #[prost(message, tag = "41")]
     MigrateProblems(pb::MigrateProblems),
+    #[prost(message, tag = "60")]
+    Loads(Loads),
+}
+
+/// Answer to [`NodeOp::Loads`].
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct Loads {
+    #[prost(message, repeated, tag = "1")]
+    pub(crate) volumes: Vec<VolumeLoad>,
+}
+
+/// What a coordinator has carried out since it was opened.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct VolumeLoad {
+    #[prost(string, tag = "1")]
+    pub(crate) volume: String,
+    #[prost(uint64, tag = "2")]
+    pub(crate) term: u64,
+    #[prost(uint64, tag = "3")]
+    pub(crate) requests: u64,
 }
 
 /// Answer to [`NodeOp::AwaitCoordinator`].

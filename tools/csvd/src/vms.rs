@@ -15,6 +15,7 @@ mod ha;
 mod hotplug;
 mod migration;
 mod runner;
+mod trouble;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,6 +37,8 @@ pub(crate) use migration::{
     Moves, Rehearsal, await_arrival, cancel, check as check_migrate, incoming, migrate, problems, progress,
     streamed,
 };
+pub(crate) use trouble::is_halted;
+
 use runner::{Content, Runner};
 
 /// Longest name of a VM.
@@ -114,6 +117,11 @@ impl Vms {
     /// Whether the process `pid` was started as the csvfs client `serial`.
     pub(crate) fn owns_serial(&self, serial: u64, pid: u32) -> bool {
         self.serials().get(&serial).is_some_and(|expected| expected.is_none_or(|expected| expected == pid))
+    }
+
+    /// Whether a VM may be on its way here.
+    pub(crate) fn expects_any(&self) -> bool {
+        self.moves.expects_any()
     }
 
     /// Kills all VMs of this node at once: it has no right to run them any more.
@@ -205,7 +213,7 @@ pub(crate) async fn claim_stopped(core: &Arc<Core>, name: &str) -> Result<(), Er
         VmState::Saved => view::is_certainly_off(&state, record.owner),
         _ => false,
     };
-    if !idle || record.owner == core.me {
+    if !idle || record.owner == core.me || state.is_closed(core.me) {
         return Ok(());
     }
     let command = record.update(|record| {
@@ -224,6 +232,10 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
     if core.vms.moves.expects(name) {
         return Err(Error::conflict(format!("vm start {name}: it is arriving from another node"))
             .hint("wait a moment; `csvctl vm show` tells where it is"));
+    }
+    if state.is_closed(core.me) {
+        return Err(Error::conflict(format!("vm start {name}: node {} is drained", core.config.name))
+            .hint("start it on another node, or let this one take part again with `csvctl node resume`"));
     }
     if !matches!(record.state, VmState::Stopped | VmState::Failed | VmState::Saved) {
         return Err(Error::conflict(format!("vm start {name}: it is {}", record.state))
@@ -316,7 +328,7 @@ fn supervise(core: &Arc<Core>, runner: &Arc<Runner>) {
     runtime.spawn(async move {
         let end = tokio::select! {
             end = runner.ended() => end,
-            end = guest_ended(&runner) => end,
+            end = guest_ended(&core, &runner) => end,
         };
         core.vms.remove(&runner);
         runner::forget_client(&core, runner.serial).await;
@@ -327,14 +339,17 @@ fn supervise(core: &Arc<Core>, runner: &Arc<Runner>) {
 
 /// A guest that shuts down or crashes leaves its process behind, which can still tell about it. Returns after the end of
 /// the process, with the guest's reason.
-async fn guest_ended(runner: &Arc<Runner>) -> runner::End {
+async fn guest_ended(core: &Arc<Core>, runner: &Arc<Runner>) -> runner::End {
     loop {
         tokio::time::sleep(LOOK_AT_GUEST_EVERY).await;
         let Ok(status) = runner.control().status().await else { continue };
         let crashed = match status.state() {
             VmRunState::Crashed => true,
             VmRunState::Stopped => false,
-            _ => continue,
+            _ => {
+                trouble::look(core, runner, &status).await;
+                continue;
+            }
         };
         if let Err(error) = runner.stop(crashed).await {
             tracing::warn!(vm = runner.name, %error, "process of a guest that has ended: killed");
@@ -442,6 +457,10 @@ async fn halt(
     if record.state != from {
         return Err(Error::conflict(format!("vm {doing} {name}: it is {}", record.state)));
     }
+    if is_halted(&record) {
+        return Err(Error::conflict(format!("vm {doing} {name}: its node has halted it: {}", record.reason))
+            .hint("it goes on by itself when that is over"));
+    }
     let during = |error: Error| error.during(format!("vm {doing} {name}"));
     if to == VmState::Paused {
         runner.control().pause().await.map_err(during)?;
@@ -470,7 +489,7 @@ pub(crate) async fn show(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> 
     if let Ok(status) = runner.control().status().await {
         vm.console_bytes = status.console_bytes;
         vm.exits = status.exits;
-        if !status.reason.is_empty() {
+        if !status.reason.is_empty() && vm.reason.is_empty() {
             vm.reason = status.reason;
         }
         let disks = status.disks.into_iter().map(|disk| pb::VmDiskStatus {

@@ -3,11 +3,14 @@
 //! ```text
 //!   records --> watch() --> per volume:  local.rs   LUN open -> superblock fits -> heartbeat -> attached -> mounted
 //!                                        host.rs    coordinator open exactly while the record says so
+//!   balance.rs  which coordinator should move, by load      balancing.rs  asks, and has it moved
 //!   moves.rs    planned hand-over      leave.rs   the end of the daemon      create.rs   formatting a LUN
 //! ```
 //!
 //! **Invariant:** a coordinator is opened only for the term that the record gives to this node in this epoch.
 
+mod balance;
+pub(crate) mod balancing;
 pub(crate) mod create;
 mod host;
 mod leave;

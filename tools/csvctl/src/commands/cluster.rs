@@ -1,6 +1,8 @@
 //! `csvctl cluster`.
 
 mod create;
+mod set;
+mod settings;
 mod show;
 mod token;
 mod wait;
@@ -18,6 +20,10 @@ pub(crate) enum ClusterCommand {
     Token(token::Token),
     /// Wait until nodes are up and volumes are there
     Wait(wait::Wait),
+    /// Change a setting of the whole cluster
+    Set(set::Set),
+    /// List the settings of the whole cluster
+    Settings(settings::Settings),
     /// Show leader, quorum and members
     Show(show::Show),
 }
@@ -28,6 +34,8 @@ impl ClusterCommand {
             Self::Create(command) => command.run(context).await,
             Self::Wait(command) => command.run(context).await,
             Self::Token(command) => command.run(context).await,
+            Self::Set(command) => command.run(context).await,
+            Self::Settings(command) => command.run(context).await,
             Self::Show(command) => command.run(context).await,
         }
     }

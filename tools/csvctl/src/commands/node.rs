@@ -1,9 +1,12 @@
 //! `csvctl node`.
 
 mod confirm_dead;
+mod drain;
 mod evict;
 mod join;
+mod leave;
 mod list;
+mod resume;
 mod show;
 
 use api::Error;
@@ -21,6 +24,12 @@ pub(crate) enum NodeCommand {
     List(list::List),
     /// Show one member
     Show(show::Show),
+    /// Move what a node has to others, and place nothing on it any more
+    Drain(drain::Drain),
+    /// Let a drained node take part again, and give it back what it had
+    Resume(resume::Resume),
+    /// Drain this node, end it, and leave the cluster for good
+    Leave(leave::Leave),
     /// Vouch that a node is off which could not be fenced
     ConfirmDead(confirm_dead::ConfirmDead),
     /// Forget a member that is off
@@ -33,6 +42,9 @@ impl NodeCommand {
             Self::Join(command) => command.run(context).await,
             Self::List(command) => command.run(context).await,
             Self::Show(command) => command.run(context).await,
+            Self::Drain(command) => command.run(context).await,
+            Self::Resume(command) => command.run(context).await,
+            Self::Leave(command) => command.run(context).await,
             Self::ConfirmDead(command) => command.run(context).await,
             Self::Evict(command) => command.run(context).await,
         }
@@ -45,7 +57,7 @@ pub(crate) fn table(nodes: &[Node]) -> String {
         [
             node.name.clone(),
             node.id.to_string(),
-            node.state.clone(),
+            state(node),
             node.epoch.to_string(),
             node.address.clone(),
             role(node),
@@ -54,6 +66,14 @@ pub(crate) fn table(nodes: &[Node]) -> String {
         ]
     });
     ui::table(["node", "id", "state", "epoch", "address", "role", "volumes", "vms"], rows)
+}
+
+/// A node that is drained is up all the same.
+pub(crate) fn state(node: &Node) -> String {
+    match node.drain.as_str() {
+        "" => node.state.clone(),
+        drain => format!("{}, {drain}", node.state),
+    }
 }
 
 fn role(node: &Node) -> String {

@@ -44,6 +44,7 @@ pub(super) fn node(core: &Core, state: &ClusterState, member: &Member, raft: &Ra
         volumes_owned: u32::try_from(volumes).unwrap_or(u32::MAX),
         vms: u32::try_from(vms).unwrap_or(u32::MAX),
         voter: raft.voters.contains(&member.id),
+        drain: state.drains.get(&member.id).map(|drain| drain.phase.to_string()).unwrap_or_default(),
     }
 }
 

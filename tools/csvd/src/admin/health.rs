@@ -9,6 +9,7 @@ use lockmgr::cluster::{ClusterState, VmRecord, VmState, VolumeState};
 use super::{cluster, volume};
 use crate::core::Core;
 use crate::membership;
+use crate::vms;
 use crate::volumes::status::{Code, State};
 
 /// One line per problem, as this node sees the cluster.
@@ -18,7 +19,7 @@ pub(super) async fn report(core: &Arc<Core>) -> pb::HealthReport {
     quorum(core, &mut problems);
     nodes(core, &state, &mut problems);
     volumes(core, &state, &mut problems).await;
-    vms(&state, &mut problems);
+    halted_and_failed(&state, &mut problems);
     let status = if problems.is_empty() { "ok" } else { "degraded" };
     pb::HealthReport { status: status.to_owned(), problems }
 }
@@ -47,6 +48,14 @@ fn quorum(core: &Core, problems: &mut Vec<pb::Problem>) {
 
 fn nodes(core: &Core, state: &ClusterState, problems: &mut Vec<pb::Problem>) {
     for member in state.members.values() {
+        if let Some(drain) = state.drains.get(&member.id) {
+            let why: Vec<_> = drain.stuck.iter().map(|(what, why)| format!("; {what}: {why}")).collect();
+            problems.push(problem(
+                format!("node {}", member.name),
+                format!("is {}: nothing is placed on it{}", drain.phase, why.concat()),
+                format!("`csvctl node resume {}` lets it take part again", member.name),
+            ));
+        }
         let (message, hint) = match cluster::standing(core, member) {
             "up" => continue,
             "unreachable" => ("does not answer", "is it running? Is the network whole?"),
@@ -82,13 +91,20 @@ async fn volumes(core: &Arc<Core>, state: &ClusterState, problems: &mut Vec<pb::
     }
 }
 
-fn vms(state: &ClusterState, problems: &mut Vec<pb::Problem>) {
+fn halted_and_failed(state: &ClusterState, problems: &mut Vec<pb::Problem>) {
     let waits = |vm: &VmRecord| vm.state == VmState::Saved && !vm.reason.is_empty();
     for vm in state.vms.values().filter(|vm| vm.state == VmState::Failed || waits(vm)) {
         problems.push(problem(
             format!("vm {}", vm.name),
             format!("{}: {}", vm.state, vm.reason),
             format!("`csvctl vm start {}` starts it again", vm.name),
+        ));
+    }
+    for vm in state.vms.values().filter(|vm| vms::is_halted(vm)) {
+        problems.push(problem(
+            format!("vm {}", vm.name),
+            format!("its node has halted it: {}", vm.reason),
+            "it goes on by itself when that is over",
         ));
     }
 }

@@ -21,9 +21,9 @@ use tokio::time::MissedTickBehavior;
 
 use super::{Convict, heirs};
 use crate::core::Core;
-use crate::forward;
 use crate::messages::{self, NodeOp};
 use crate::view;
+use crate::{drain, forward};
 
 /// How often a leader looks for work that a former leader left, and for fences to try again.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -196,7 +196,9 @@ pub(crate) async fn inherit(core: Arc<Core>) {
     loop {
         if leads(&core) {
             let now = core.state();
-            for command in heirs::appoint(&now, retry_failed) {
+            let away = |node: NodeId| core.mesh.connection(node.0).is_err();
+            let left = drain::forgotten(&now, &core.cluster.status().voters, away);
+            for command in heirs::appoint(&now, retry_failed).into_iter().chain(left) {
                 if let Err(error) = core.propose(command).await {
                     tracing::debug!(%error, "inheritance not carried out");
                 }

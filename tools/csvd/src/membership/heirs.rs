@@ -7,6 +7,8 @@
 //! | fenced, or left in order | the node that is up with the fewest volumes is appointed |
 //! | being fenced, or its fence failed | nothing yet: it may still write (A1, A4) |
 //!
+//! A node that is drained is appointed only when no other is left. A drained node that is down needs nobody to empty it.
+//!
 //! A VM that ran on a node that is gone has failed, and is given to the node that is up with the fewest VMs, which starts
 //! it again (vms/ha.rs): those of high priority first. One that was halted or being saved stays where its user left it.
 //!
@@ -17,7 +19,8 @@ use std::collections::BTreeMap;
 
 use lockmgr::NodeId;
 use lockmgr::cluster::{
-    ClusterState, Command, Member, MemberState, VmRecord, VmState, VolumeRecord, VolumeState,
+    ClusterState, Command, Drain, DrainPhase, Member, MemberState, VmRecord, VmState, VolumeRecord,
+    VolumeState,
 };
 
 use crate::view;
@@ -33,17 +36,25 @@ pub(crate) fn appoint(state: &ClusterState, retry_failed: bool) -> Vec<Command> 
         .collect();
     commands.extend(lost_vms(state));
     commands.extend(restarts(state));
+    commands.extend(emptied(state));
     commands
 }
 
-/// Volumes per node that is up.
-fn loads(state: &ClusterState) -> BTreeMap<NodeId, usize> {
+/// The nodes that are up and open; if there is none, those that are up.
+fn may_coordinate(state: &ClusterState) -> impl Iterator<Item = &Member> {
+    let none_is_open = state.open_members().next().is_none();
     let up = state.members.values().filter(|member| member.state == MemberState::Up);
-    up.map(|member| {
-        let owned = state.volumes.values().filter(|volume| volume.owner == member.id).count();
-        (member.id, owned)
-    })
-    .collect()
+    up.filter(move |member| none_is_open || !state.is_closed(member.id))
+}
+
+/// Volumes per node that may have one.
+fn loads(state: &ClusterState) -> BTreeMap<NodeId, usize> {
+    may_coordinate(state)
+        .map(|member| {
+            let owned = state.volumes.values().filter(|volume| volume.owner == member.id).count();
+            (member.id, owned)
+        })
+        .collect()
 }
 
 fn new_owner(
@@ -73,7 +84,7 @@ fn new_owner(
 }
 
 fn came_back<'a>(state: &'a ClusterState, volume: &VolumeRecord) -> Option<&'a Member> {
-    state.members.get(&volume.owner).filter(|member| member.state == MemberState::Up)
+    may_coordinate(state).find(|member| member.id == volume.owner)
 }
 
 fn least_loaded<'a>(state: &'a ClusterState, load: &BTreeMap<NodeId, usize>) -> Option<&'a Member> {
@@ -83,17 +94,17 @@ fn least_loaded<'a>(state: &'a ClusterState, load: &BTreeMap<NodeId, usize>) -> 
 
 /// The node that is up and follows `owner` in the order of ids; itself when it is alone.
 fn next_after(state: &ClusterState, owner: NodeId) -> Option<&Member> {
-    let up = || state.members.values().filter(|member| member.state == MemberState::Up);
-    up().find(|member| member.id > owner).or_else(|| up().next())
+    may_coordinate(state).find(|member| member.id > owner).or_else(|| may_coordinate(state).next())
 }
 
-/// VMs that shall run again and wait on a node that is gone: each gets another one.
+/// VMs that shall run again and wait on a node that is gone, or is drained: each gets another one.
 fn restarts(state: &ClusterState) -> Vec<Command> {
     let mut waiting: Vec<_> = state
         .vms
         .values()
         .filter(|vm| {
-            vm.restarts_left > 0 && vm.state == VmState::Failed && view::is_certainly_off(state, vm.owner)
+            let elsewhere = view::is_certainly_off(state, vm.owner) || state.is_closed(vm.owner);
+            vm.restarts_left > 0 && vm.state == VmState::Failed && elsewhere
         })
         .collect();
     waiting.sort_by_key(|vm| (Reverse(Priority::of(vm)), &vm.name));
@@ -113,8 +124,24 @@ fn restarts(state: &ClusterState) -> Vec<Command> {
 
 /// VMs per node that is up.
 fn vm_loads(state: &ClusterState) -> BTreeMap<NodeId, usize> {
-    let up = state.members.values().filter(|member| member.state == MemberState::Up);
-    up.map(|member| (member.id, state.vms.values().filter(|vm| vm.owner == member.id).count())).collect()
+    let vms = |member: &Member| state.vms.values().filter(|vm| vm.owner == member.id).count();
+    state.open_members().map(|member| (member.id, vms(member))).collect()
+}
+
+/// Nodes that were being drained when they went: what they had has gone to others already.
+fn emptied(state: &ClusterState) -> Vec<Command> {
+    let gone = |(node, drain): &(&NodeId, &Drain)| {
+        drain.phase == DrainPhase::Draining
+            && view::is_certainly_off(state, **node)
+            && !state.volumes.values().any(|volume| volume.owner == **node)
+            && !state.vms.values().any(|vm| vm.owner == **node && ClusterState::is_active(vm))
+    };
+    let drained = |(node, drain): (&NodeId, &Drain)| Command::SetDrain {
+        node: *node,
+        expect_step: drain.step,
+        to: Some(Drain { phase: DrainPhase::Drained, stuck: BTreeMap::new(), ..drain.clone() }),
+    };
+    state.drains.iter().filter(gone).map(drained).collect()
 }
 
 /// VMs that the records put on an incarnation that is over.

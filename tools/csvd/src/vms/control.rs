@@ -93,6 +93,11 @@ impl Control {
         self.ask(Op::Stop(pb::Stop { force }), LONG).await.map(drop)
     }
 
+    /// Requests that wait for space are done once more.
+    pub(super) async fn retry(&self) -> Result<(), Error> {
+        self.ask(Op::Retry(pb::Retry {}), QUICK).await.map(drop)
+    }
+
     /// Adds, removes, resizes or limits a disk.
     pub(super) async fn disk(&self, op: Op) -> Result<(), Error> {
         self.ask(op, LONG).await.map(drop)

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use api::pb;
 use lockmgr::NodeId;
-use lockmgr::cluster::{ClusterState, Command, MemberState, VmRecord, VmState};
+use lockmgr::cluster::{ClusterState, Command, VmRecord, VmState};
 use prost::Message;
 use tokio::time::MissedTickBehavior;
 
@@ -51,6 +51,7 @@ impl Priority {
 pub(crate) fn lost(vm: &VmRecord, reason: String) -> Command {
     let ran =
         matches!(vm.state, VmState::Starting | VmState::Running | VmState::Migrating) || has_arrived(vm);
+    let ran = ran || super::is_halted(vm);
     let stays = pb::VmSpec::decode(vm.spec.clone()).is_ok_and(|spec| spec.on_node_loss == "stay");
     vm.update(|record| {
         record.state = VmState::Failed;
@@ -88,6 +89,10 @@ pub(crate) async fn run(core: Arc<Core>) {
 
 /// The most important VM that waits for this node and whose volumes are usable here.
 fn next<'a>(core: &Core, state: &'a ClusterState) -> Option<&'a VmRecord> {
+    if state.is_closed(core.me) {
+        // Whoever leads gives it to another node.
+        return None;
+    }
     let mine = state.vms.values().filter(|vm| {
         vm.owner == core.me
             && vm.restarts_left > 0
@@ -129,9 +134,8 @@ async fn restart(core: &Arc<Core>, vm: &VmRecord) {
 /// The next node shall try, as long as attempts are left.
 fn after_failure(state: &ClusterState, now: &VmRecord, tried_with: u32, reason: String) -> Command {
     let left = tried_with.saturating_sub(1);
-    let up = |member: &&lockmgr::cluster::Member| member.state == MemberState::Up;
-    let after = |own: NodeId| state.members.values().filter(up).find(move |member| member.id > own);
-    let other = after(now.owner).or_else(|| state.members.values().find(up));
+    let after = |own: NodeId| state.open_members().find(move |member| member.id > own);
+    let other = after(now.owner).or_else(|| state.open_members().next());
     now.update(|record| {
         record.restarts_left = left;
         record.reason = reason;

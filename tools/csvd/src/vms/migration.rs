@@ -56,6 +56,10 @@ pub(crate) fn check(state: &ClusterState, record: &VmRecord, to: &Member, kind: 
         return Err(Error::conflict(format!("vm migrate {name}: node {} is {}", to.name, to.state))
             .hint("`csvctl node list` shows which nodes are up"));
     }
+    if state.is_closed(to.id) {
+        return Err(Error::conflict(format!("vm migrate {name}: node {} is drained", to.name))
+            .hint(format!("`csvctl node resume {}` lets it take part again", to.name)));
+    }
     if record.state != VmState::Running {
         let on = view::node_name(state, record.owner);
         return Err(Error::conflict(format!("vm migrate {name}: it is {} on {on}", record.state))

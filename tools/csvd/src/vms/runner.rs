@@ -5,7 +5,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -41,6 +41,8 @@ pub(crate) struct Runner {
     /// Epoch of the VM's record that allows it to run.
     pub(crate) epoch: AtomicU64,
     pub(crate) pid: u32,
+    /// Its node has halted the guest, see trouble.rs.
+    pub(super) halted: AtomicBool,
     /// Its csvfs client.
     pub(crate) serial: u64,
     /// The move in progress, if there is one. Rank: a leaf.
@@ -134,6 +136,7 @@ impl Runner {
             name: record.name.clone(),
             epoch: AtomicU64::new(record.epoch),
             pid,
+            halted: AtomicBool::new(false),
             serial,
             moving: Mutex::default(),
             control: Control::new(&config.control_socket, local),

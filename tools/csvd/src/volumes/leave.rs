@@ -68,7 +68,8 @@ fn somebody_stays(core: &Core) -> bool {
 }
 
 async fn hand_over(core: &Arc<Core>, volume: &Arc<LocalVolume>) {
-    let request = VolumeMoveRequest { name: volume.name.clone(), to: String::new() };
+    let reason = format!("because node {} ends", core.config.name);
+    let request = VolumeMoveRequest { name: volume.name.clone(), to: String::new(), reason };
     if let Err(error) = moves::hand_over(core, request).await {
         tracing::warn!(volume = volume.name, %error, "not handed over; the cluster appoints another coordinator");
     }

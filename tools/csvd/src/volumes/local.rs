@@ -108,6 +108,12 @@ impl LocalVolume {
         self.path().is_some_and(|path| path.status().route == Route::Direct)
     }
 
+    /// Why no way leads to the LUN now, if so.
+    pub(crate) fn no_way(&self) -> Option<String> {
+        let status = self.path()?.status();
+        (status.route == Route::Closed).then_some(status.reason)
+    }
+
     /// This node's part in finding the ways, once the LUN is open.
     pub(crate) fn road(&self) -> Option<Arc<Road>> {
         self.lun.borrow().as_ref().map(|lun| Arc::clone(&lun.road))

@@ -45,11 +45,12 @@ pub(crate) async fn hand_over(
         .get(record.id)
         .ok_or_else(|| Error::conflict(format!("volume {} is not open on this node", record.name)))?;
     let to = target(core, &state, record, &request.to)?;
-    let move_ = Move { core, host: &volume.host, from: record.clone(), to: to.clone() };
+    let reason = if request.reason.is_empty() { "as asked".to_owned() } else { request.reason };
+    let move_ = Move { core, host: &volume.host, from: record.clone(), to: to.clone(), reason };
     move_.run().await
 }
 
-/// Where to: the named node, or the one that is up with the fewest volumes.
+/// Where to: the named node, or the one that is up with the fewest volumes. A node that is drained is given nothing.
 fn target(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord, to: &str) -> Result<Member, Error> {
     let usable = |member: &Member| {
         member.state == MemberState::Up && core.membership.can_take(member.id, member.epoch)
@@ -67,12 +68,16 @@ fn target(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord, to: &st
             ))
             .hint("`csvctl node list` shows which nodes are up"));
         }
+        if state.is_closed(member.id) {
+            return Err(Error::conflict(format!("volume move {}: node {to} is drained", record.name))
+                .hint(format!("`csvctl node resume {to}` lets it take part again")));
+        }
         return Ok(member.clone());
     }
-    let others = state.members.values().filter(|member| member.id != record.owner && usable(member));
+    let others = state.open_members().filter(|member| member.id != record.owner && usable(member));
     let owned = |member: &Member| state.volumes.values().filter(|other| other.owner == member.id).count();
     others.min_by_key(|member| (owned(member), member.id)).cloned().ok_or_else(|| {
-        Error::conflict(format!("volume move {}: no other node is up", record.name))
+        Error::conflict(format!("volume move {}: no other node is up that is not drained", record.name))
             .hint("start another node first")
     })
 }
@@ -82,6 +87,8 @@ struct Move<'a> {
     host: &'a Arc<Host>,
     from: VolumeRecord,
     to: Member,
+    /// Why it moves, for the events.
+    reason: String,
 }
 
 impl Move<'_> {
@@ -122,8 +129,8 @@ impl Move<'_> {
             "volume.move",
             &moved.volume,
             format!(
-                "coordinator of {} moved from {} to {} as asked; metadata paused {pause_ms:.1} ms, {} operations held",
-                moved.volume, moved.from, moved.to, moved.held_ops
+                "coordinator of {} moved from {} to {} {}; metadata paused {pause_ms:.1} ms, {} operations held",
+                moved.volume, moved.from, moved.to, self.reason, moved.held_ops
             ),
         );
         Ok(moved)
@@ -131,7 +138,7 @@ impl Move<'_> {
 
     /// The commit point of the move.
     async fn appoint(&self) -> Result<Term, Error> {
-        let Self { core, host, from, to } = self;
+        let Self { core, host, from, to, .. } = self;
         let (name, expect_term) = (from.name.clone(), from.term);
         let command = Command::MoveVolume { name, expect_term, to: to.id, to_epoch: to.epoch };
         host.renounce(from.term);

@@ -1,6 +1,9 @@
 //! `csvctl dev fault`.
 
+use std::path::Path;
+
 use api::Error;
+use api::config::NodeConfig;
 use api::pb::FaultRequest;
 use clap::{Args, ValueEnum};
 use rustix::process::Signal;
@@ -51,10 +54,26 @@ enum Action {
 }
 
 impl Fault {
-    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+    /// The folder of an embedded cluster, or of one node on a host of its own.
+    fn config(&self) -> Result<NodeConfig, Error> {
+        if let Some(config) = lone_node(&self.folder.dir)? {
+            return match config.name == self.node {
+                true => Ok(config),
+                false => Err(Error::not_found(format!(
+                    "{} is the folder of node {}, not of {}",
+                    self.folder.dir.display(),
+                    config.name,
+                    self.node
+                ))),
+            };
+        }
         let folder = Folder::open(&self.folder.dir)?;
         let plan = folder.existing_plan()?;
-        let config = folder.node_config(&plan, node::named(&plan, &self.node)?);
+        Ok(folder.node_config(&plan, node::named(&plan, &self.node)?))
+    }
+
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let config = self.config()?;
         let running = Running::find(&config.pid_file())?.ok_or_else(|| {
             Error::conflict(format!("node {} is not running", self.node))
                 .hint("`csvctl dev start NODE` starts it again")
@@ -108,8 +127,15 @@ impl Fault {
     }
 }
 
+/// The configuration of the node whose own folder this is, if it is one.
+fn lone_node(dir: &Path) -> Result<Option<NodeConfig>, Error> {
+    let path = dir.join("csvd.toml");
+    let Ok(text) = std::fs::read_to_string(&path) else { return Ok(None) };
+    toml::from_str(&text).map(Some).map_err(|error| Error::usage(format!("{}: {error}", path.display())))
+}
+
 /// A fault that the daemon rehearses itself.
-async fn inside(config: &api::config::NodeConfig, action: &str) -> Result<(), Error> {
+async fn inside(config: &NodeConfig, action: &str) -> Result<(), Error> {
     let mut client = api::connect(&config.admin_socket()).await?;
     client.fault(FaultRequest { action: action.to_owned() }).await?;
     Ok(())

@@ -28,7 +28,7 @@ impl Show {
 fn text(node: &Node) -> String {
     ui::fields([
         ("node", format!("{} (number {})", node.name, node.id)),
-        ("state", node.state.clone()),
+        ("state", super::state(node)),
         ("epoch", node.epoch.to_string()),
         ("address", node.address.clone()),
         ("vote", if node.voter { "yes" } else { "not yet" }.to_owned()),

@@ -53,6 +53,7 @@ impl Migrate {
             max_blackout_ms: self
                 .max_blackout
                 .map_or(0, |limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
+            reason: String::new(),
         };
         let what = format!("VM {}: moving to {}", request.name, request.to);
         let mut client = context.client().await?;

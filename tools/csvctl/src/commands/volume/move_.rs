@@ -18,7 +18,8 @@ pub(crate) struct Move {
 impl Move {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         let spinner = context.ui.spinner(&format!("volume {}: moving its coordinator", self.name));
-        let request = VolumeMoveRequest { name: self.name, to: self.to.unwrap_or_default() };
+        let request =
+            VolumeMoveRequest { name: self.name, to: self.to.unwrap_or_default(), reason: String::new() };
         let moved = context.client().await?.volume_move(request).await?.into_inner();
         drop(spinner);
         context.ui.show(&moved, |moved| {

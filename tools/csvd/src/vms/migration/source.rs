@@ -55,9 +55,11 @@ pub(crate) async fn migrate(
         0 => BLACKOUT_MAX,
         ms => Duration::from_millis(ms),
     };
+    let reason = if request.reason.is_empty() { "as asked".to_owned() } else { request.reason };
     let progress = Arc::clone(&moving.progress);
+    let (copy, start) = (None, now());
     let mut source =
-        Source { core, record, runner, to, spec, file, blackout_max, of, progress, copy: None, start: now() };
+        Source { core, record, runner, to, spec, file, blackout_max, of, reason, progress, copy, start };
     source.run().await
 }
 
@@ -122,6 +124,8 @@ struct Source<'a> {
     file: Option<VolumePath>,
     blackout_max: Duration,
     of: Move,
+    /// Why it moves, for the events.
+    reason: String,
     progress: Arc<Progress>,
     /// The memory of a live move, while it is on its way.
     copy: Option<Copy>,
@@ -345,8 +349,8 @@ impl Source<'_> {
             disk_bytes_copied: report.disk_bytes_copied,
         };
         let text = format!(
-            "vm {} moved from {} to {} ({}) as asked; it stood still for {:.1} ms",
-            shown.vm, shown.from, shown.to, shown.r#type, shown.blackout_ms
+            "vm {} moved from {} to {} ({}) {}; it stood still for {:.1} ms",
+            shown.vm, shown.from, shown.to, shown.r#type, self.reason, shown.blackout_ms
         );
         self.core.note("vm.moved", &shown.vm, text);
         shown

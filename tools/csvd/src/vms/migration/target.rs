@@ -59,6 +59,11 @@ impl Moves {
         self.lock().keys().any(|of| of.vm == vm)
     }
 
+    /// Whether any move to this node is not finished.
+    pub(crate) fn expects_any(&self) -> bool {
+        !self.lock().is_empty()
+    }
+
     fn forget(&self, of: &Move) {
         self.lock().remove(of);
         self.arrivals().remove(of);
