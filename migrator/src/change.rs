@@ -71,6 +71,7 @@ impl Change {
             expect_epoch: self.expect.epoch,
             expect_owner: self.expect.owner,
             expect_state: self.expect.state,
+            expect_spec: Some(record.spec.clone()),
             to,
         })
     }

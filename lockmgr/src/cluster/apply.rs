@@ -237,7 +237,7 @@ impl ClusterState {
     }
 
     fn update_vm(&mut self, update: VmUpdate) -> Applied {
-        let VmUpdate { expect_epoch, expect_owner, expect_state, mut to } = update;
+        let VmUpdate { expect_epoch, expect_owner, expect_state, expect_spec, mut to } = update;
         let old = self.vm(&to.name)?;
         let expected = (expect_epoch, expect_owner, expect_state);
         if (old.epoch, old.owner, old.state) != expected {
@@ -246,6 +246,13 @@ impl ClusterState {
             };
             let found = (old.epoch, old.owner, old.state);
             return Err(conflict(format!("vm {}", to.name), told(expected), told(found)));
+        }
+        if expect_spec.is_some_and(|spec| spec != old.spec) {
+            return Err(conflict(
+                format!("configuration of vm {}", to.name),
+                "the one that was read",
+                "a newer one",
+            ));
         }
         check_vm_change(old, &to)?;
         self.check_may_run(old, &to)?;

@@ -109,7 +109,13 @@ fn command() -> impl Strategy<Value = Command> {
         }),
         (number.clone(), node(), vm_state(), vm_record()).prop_map(
             |(expect_epoch, expect_owner, expect_state, to)| {
-                Command::UpdateVm(VmUpdate { expect_epoch, expect_owner, expect_state, to })
+                Command::UpdateVm(VmUpdate {
+                    expect_epoch,
+                    expect_owner,
+                    expect_state,
+                    expect_spec: None,
+                    to,
+                })
             }
         ),
         (0u8..3).prop_map(|secret| Command::AddTicket { digest: [secret; 32], expires_ms: 9 }),
@@ -257,4 +263,23 @@ fn a_conflict_names_what_was_expected_and_what_was_found() {
     let wrong = proposal(Command::BeginEpoch { node: NodeId(2), expect: Epoch(7) }, 1);
     let refused = machine.apply(2, &wrong).result.expect_err("wrong epoch");
     assert_eq!(refused.to_string(), "epoch of node 2: expected 7, found 0");
+}
+
+// Invariant E6: who changes a record says which one it read; a disk that was named meanwhile stays named.
+#[test]
+fn a_change_of_a_vm_that_knows_an_older_configuration_is_refused() {
+    let mut machine = created();
+    let apply = |machine: &mut Machine, index: u64, command| {
+        machine.apply(index, &proposal(command, index - 1)).result
+    };
+    let (name, id, old) = ("m".to_owned(), Uuid::from_u128(7), Bytes::from_static(b"old top"));
+    let owner = NodeId(1);
+    apply(&mut machine, 2, Command::CreateVm { name, id, owner, spec: old }).expect("it is new");
+    let read = machine.state.vms["m"].clone();
+    let snapshot = read.update(|vm| vm.spec = Bytes::from_static(b"new top"));
+    apply(&mut machine, 3, snapshot).expect("nobody was faster");
+    let late = read.update(|vm| vm.reason = "its node is gone".into());
+    let refused = apply(&mut machine, 4, late).expect_err("it would bring the old top back");
+    assert!(refused.to_string().contains("configuration of vm m"), "{refused}");
+    assert_eq!(machine.state.vms["m"].spec, Bytes::from_static(b"new top"));
 }

@@ -360,6 +360,7 @@ impl From<&Command> for PbCommand {
                 expect_epoch: update.expect_epoch,
                 expect_owner: update.expect_owner.0.into(),
                 expect_state: pb::VmState::from(update.expect_state).into(),
+                expect_spec: update.expect_spec,
                 to: Some(pb::Vm::from(&update.to)),
             }),
             Command::DeleteVm { name, expect_epoch } => Self::DeleteVm(pb::DeleteVm { name, expect_epoch }),
@@ -434,6 +435,7 @@ impl TryFrom<PbCommand> for Command {
                 expect_epoch: update.expect_epoch,
                 expect_owner: node_id(update.expect_owner)?,
                 expect_state: VmState::from_number(update.expect_state)?,
+                expect_spec: update.expect_spec,
                 to: update.to.ok_or_else(|| malformed("vm update"))?.try_into()?,
             }),
             PbCommand::DeleteVm(delete) => {

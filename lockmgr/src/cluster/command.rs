@@ -175,6 +175,8 @@ pub struct VmUpdate {
     pub expect_owner: NodeId,
     /// The state that it has.
     pub expect_state: super::VmState,
+    /// The configuration that it has, where that matters: whoever does not know of a disk must not take it out of the record.
+    pub expect_spec: Option<Bytes>,
     /// The whole new record.
     pub to: VmRecord,
 }

@@ -191,6 +191,7 @@ impl VmRecord {
             expect_epoch: self.epoch,
             expect_owner: self.owner,
             expect_state: self.state,
+            expect_spec: Some(self.spec.clone()),
             to,
         })
     }
