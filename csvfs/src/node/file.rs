@@ -1,5 +1,6 @@
 //! An open file: the handle that FUSE, images and virtual machines do I/O through.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp, IoRequest};
@@ -274,5 +275,14 @@ impl ImageFile for File {
 
     fn identity(&self) -> String {
         format!("csvfs:{}:{}", self.node.volume, self.ino())
+    }
+
+    /// Fresh parts read as zeros, like holes. Where it cannot be told, everything may be data.
+    fn data_from(&self, from: u64) -> Option<Range<u64>> {
+        match self.seek(SeekFrom::Data(from)) {
+            Ok(start) => Some(start..self.seek(SeekFrom::Hole(start)).unwrap_or(u64::MAX)),
+            Err(error) if error.errno() == libc::ENXIO => None,
+            Err(_) => Some(from..u64::MAX),
+        }
     }
 }
