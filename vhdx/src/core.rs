@@ -324,6 +324,20 @@ impl Core {
         }
     }
 
+    /// Where a range lies in the image's own file, if that is one place. The blocks are pinned.
+    pub(crate) fn one_place(&self, offset: u64, len: u64) -> Option<u64> {
+        let mut place = None;
+        let mut parts = 0;
+        self.say(offset, len, &mut |source, said, _| {
+            parts += 1;
+            place = match (source, said) {
+                (Some(Source::File(_)), Said::Data(file_offset)) if parts == 1 => Some(file_offset),
+                _ => None,
+            };
+        });
+        place
+    }
+
     /// Whether the parent shows where this entry stands.
     pub(crate) fn shows_parent(&self, entry: Entry) -> bool {
         self.bitmaps.is_some() && entry.is_unsaid()

@@ -19,7 +19,7 @@ use crate::format::{bytes, index};
 use crate::grow::GrowthJob;
 use crate::guard::{Pin, ReadGuard, Resolved, WriteGuard, resolve_read, resolve_write, try_resolve_write};
 use crate::image::Image;
-use crate::open::Options;
+use crate::open::{Builder, Options};
 use crate::pieces::{check_range, check_request, submit_all};
 use crate::plan::Plan;
 use crate::resolve::{Said, WriteSegment};
@@ -80,6 +80,38 @@ impl Disk {
         self.exchange(|_| Ok(()))
     }
 
+    /// Lets `look` read the closed image with its parents, while the guest's requests wait: every byte is in its place, and the
+    /// log is empty. What it reads is the disk as it is at one moment. No guard of this disk may be held by the caller.
+    ///
+    /// # Errors
+    /// What `look` says, or when the disk was closed, or the file fails; the disk stops then.
+    pub fn look<T>(
+        &self,
+        look: impl FnOnce(&Arc<dyn ImageFile>) -> Result<T, VhdxError>,
+    ) -> Result<T, VhdxError> {
+        self.exchange(look)
+    }
+
+    /// The same for who wants to read the disk, and not its file.
+    ///
+    /// # Errors
+    /// As [`Disk::look`].
+    pub fn look_at_image<T>(
+        &self,
+        look: impl FnOnce(&Image) -> Result<T, VhdxError>,
+    ) -> Result<T, VhdxError> {
+        self.exchange_for(|file, options| {
+            let image = Builder::with(Arc::clone(file), options.clone()).read_only()?;
+            Ok((look(&image)?, None))
+        })
+    }
+
+    /// Where the parents were found, the nearest first.
+    #[must_use]
+    pub fn parent_paths(&self) -> Vec<String> {
+        self.core().chain.paths().to_vec()
+    }
+
     /// Admits work of the crate's own.
     pub(crate) fn enter(&self) -> Result<Ticket, IoError> {
         self.behind.enter()
@@ -99,9 +131,9 @@ impl Disk {
     }
 
     /// The same, and goes on with another image if `change` names one.
-    pub(crate) fn exchange_for<T>(
+    pub(crate) fn exchange_for<'a, T>(
         &self,
-        change: impl FnOnce(&Arc<dyn ImageFile>, &Options) -> Result<(T, Option<Next>), VhdxError>,
+        change: impl FnOnce(&Arc<dyn ImageFile>, &Options) -> Result<(T, Option<Next<'a>>), VhdxError>,
     ) -> Result<T, VhdxError> {
         self.behind.exchange(change)
     }
@@ -161,16 +193,25 @@ pub(crate) fn start(ticket: Ticket, request: IoRequest) {
         return (request.done)(Err(error));
     }
     match request.op {
-        IoOp::Read { offset, buf } => read(ticket, offset, &buf, request.done),
+        IoOp::Read { offset, buf } => read(ticket, offset, buf, request.done),
         IoOp::Flush => ticket.core().flushes.push(FlushJob::Flush(request.done)),
         _ => submit_modifying(ticket, request),
     }
 }
 
-fn read(ticket: Ticket, offset: u64, buf: &IoBuf, done: Completion) {
+fn read(ticket: Ticket, offset: u64, buf: IoBuf, done: Completion) {
     let core = Arc::clone(ticket.core());
     let pin = Pin::new(ticket, offset, bytes(buf.len()), false);
-    let mut plan = Plan::new(buf);
+    // As nearly all reads are: nothing to plan, nothing to allocate for it.
+    if let Some(place) = core.one_place(offset, bytes(buf.len())) {
+        let finish = move |outcome| {
+            drop(pin);
+            done(outcome);
+        };
+        let op = IoOp::Read { offset: place, buf };
+        return core.file.submit(IoRequest { op, done: Box::new(finish) });
+    }
+    let mut plan = Plan::new(&buf);
     core.say(offset, bytes(buf.len()), &mut |source, said, len| match (source, said) {
         (Some(source), Said::Data(file_offset)) => plan.data(source, file_offset, len),
         _ => plan.zero(len),

@@ -29,9 +29,21 @@ pub(crate) struct Exchange {
 }
 
 /// Another image that takes the place of the one that was closed.
-pub(crate) struct Next {
+pub(crate) struct Next<'a> {
     pub(crate) file: Arc<dyn ImageFile>,
     pub(crate) options: Options,
+    /// The last thing before it serves: where it fails, the old image goes on.
+    pub(crate) commit: Commit<'a>,
+}
+
+/// Makes an exchange known elsewhere, or prevents it.
+pub(crate) type Commit<'a> = Box<dyn FnOnce() -> Result<(), VhdxError> + 'a>;
+
+impl Next<'_> {
+    /// An image that nobody else has to know of.
+    pub(crate) fn new(file: Arc<dyn ImageFile>, options: Options) -> Self {
+        Self { file, options, commit: Box::new(|| Ok(())) }
+    }
 }
 
 enum Slot {
@@ -124,9 +136,9 @@ impl Exchange {
     ///
     /// When `change` fails, or what it names cannot be opened, the image is served again as it then is. When that cannot be
     /// opened again, the disk stops.
-    pub(crate) fn exchange<T>(
+    pub(crate) fn exchange<'a, T>(
         &self,
-        change: impl FnOnce(&Arc<dyn ImageFile>, &Options) -> Result<(T, Option<Next>), VhdxError>,
+        change: impl FnOnce(&Arc<dyn ImageFile>, &Options) -> Result<(T, Option<Next<'a>>), VhdxError>,
     ) -> Result<T, VhdxError> {
         let mut options = lock(&self.one_at_a_time);
         let old = self.hold()?;
@@ -135,6 +147,8 @@ impl Exchange {
             let changed = change(&core.file, &options).and_then(|(value, next)| match next {
                 Some(next) => {
                     let running = Running::open(&next.file, &next.options)?;
+                    // Nothing can fail from here on.
+                    (next.commit)()?;
                     *options = next.options;
                     Ok((value, Some(running)))
                 }

@@ -55,6 +55,12 @@ impl Image {
         self.chain.layers().len()
     }
 
+    /// Where the parents were found, the nearest first.
+    #[must_use]
+    pub fn parent_paths(&self) -> Vec<String> {
+        self.chain.paths().to_vec()
+    }
+
     /// The parents.
     pub(crate) fn chain(&self) -> &Chain {
         &self.chain

@@ -76,7 +76,7 @@ impl Disk {
         same_file(child, &below.name(), "child")?;
         let done = Merge::prepare(child, origin.at(path), parent)?.run(progress)?;
         self.exchange_for(|file, options| {
-            let next = Next { file: Arc::clone(file), options: options.clone() };
+            let next = Next::new(Arc::clone(file), options.clone());
             relink(file, |locator| {
                 locator.set_linkage(done.data_write_id);
                 locator.set_linkage2(None);

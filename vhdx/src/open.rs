@@ -49,6 +49,11 @@ impl Builder {
         Self { file, options: Options::default() }
     }
 
+    /// The same as it was opened before.
+    pub(crate) fn with(file: Arc<dyn ImageFile>, options: Options) -> Self {
+        Self { file, options }
+    }
+
     /// Says where the parents of a differencing image may be. `path` is where the image itself is, in the words of the
     /// resolver: an absolute, `/`-separated path, from which relative paths are followed.
     ///

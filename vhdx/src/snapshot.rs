@@ -28,8 +28,24 @@ impl Disk {
     /// [`crate::ErrorKind::InvalidInput`] when the disk was opened without [`Builder::parents`]: where the old image lies is
     /// not known then. After any error the disk goes on in the old image, unless that fails too.
     pub fn snapshot(&self, file: &Arc<dyn ImageFile>, path: &str) -> Result<(), VhdxError> {
+        self.snapshot_when(file, path, || Ok(()))
+    }
+
+    /// The same, and asks `commit` when the child is whole, durable and open, while the guest's requests still wait. Whoever
+    /// keeps a record of which image is the disk changes it there: nothing can fail between that and the first request that
+    /// the child serves. When `commit` fails the old image is the disk.
+    ///
+    /// # Errors
+    /// As [`Disk::snapshot`], and what `commit` says.
+    pub fn snapshot_when(
+        &self,
+        file: &Arc<dyn ImageFile>,
+        path: &str,
+        commit: impl FnOnce() -> Result<(), VhdxError>,
+    ) -> Result<(), VhdxError> {
         self.exchange_for(|old, options| {
-            let next = fork(old, options, file, path)?;
+            let mut next = fork(old, options, file, path)?;
+            next.commit = Box::new(commit);
             Ok(((), Some(next)))
         })
     }
@@ -41,7 +57,7 @@ fn fork(
     options: &Options,
     file: &Arc<dyn ImageFile>,
     path: &str,
-) -> Result<Next, VhdxError> {
+) -> Result<Next<'static>, VhdxError> {
     let Some(origin) = options.origin.clone() else {
         return Err(VhdxError::InvalidInput(
             "a snapshot needs to know where the image lies; open the disk with the place of its chain"
@@ -57,5 +73,5 @@ fn fork(
     let parent = Builder::open(Arc::clone(old)).parents(origin.resolver.clone(), &origin.path).read_only()?;
     create_child(&**file, &parent, &ChildSpec::new(paths))?;
     let options = Options { origin: Some(origin.at(path)), ..options.clone() };
-    Ok(Next { file: Arc::clone(file), options })
+    Ok(Next::new(Arc::clone(file), options))
 }

@@ -68,6 +68,65 @@ fn a_guest_does_not_notice_a_snapshot_and_the_snapshot_keeps_what_was() {
     assert_eq!(folder.image("1").parents(), 1);
 }
 
+// Whoever keeps a record of which image is the disk changes it between the last byte of the old image and the first of the new.
+#[test]
+fn a_snapshot_asks_when_its_child_is_whole_and_serves_no_request_before_the_answer() {
+    let mut folder = folder();
+    let (mut model, mut random) = (vec![0; usize::try_from(SIZE).expect("small")], Random(12));
+    let (child, disk) = (folder.add("1"), folder.disk("0"));
+    scribble(&disk, &mut model, &mut random, 60);
+    let (tell, told) = std::sync::mpsc::channel();
+    disk.snapshot_when(&child, &path("1"), || {
+        let done = Box::new(move |outcome: Result<(), _>| drop(tell.send(outcome.is_ok())));
+        let buf = blockio::IoBuf::zeroed(512);
+        buf.copy_from(&[0xAB; 512]);
+        disk.submit(blockio::IoRequest { op: IoOp::Write { offset: 0, buf, fua: false }, done });
+        assert!(content(&folder.image("1")) == model, "the child is the disk already");
+        assert!(content(&folder.image("0")) == model, "and so is the image that was closed");
+        assert!(told.try_recv().is_err(), "the write waits");
+        Ok(())
+    })
+    .expect("it forks");
+    assert!(told.recv().expect("it is answered"), "it was done in the child");
+    model[..512].fill(0xAB);
+    assert!(content(&disk) == model);
+    assert_eq!(disk.parent_paths(), [path("0")]);
+}
+
+#[test]
+fn a_snapshot_that_is_refused_at_the_last_moment_leaves_the_old_image_as_the_disk() {
+    let mut folder = folder();
+    let (mut model, mut random) = (vec![0; usize::try_from(SIZE).expect("small")], Random(13));
+    let (child, disk) = (folder.add("1"), folder.disk("0"));
+    scribble(&disk, &mut model, &mut random, 60);
+    let no = || Err(vhdx::VhdxError::InvalidInput("the record did not change".to_owned()));
+    let refused = disk.snapshot_when(&child, &path("1"), no).expect_err("it was refused");
+    assert_eq!(refused.kind(), ErrorKind::InvalidInput);
+    assert!(content(&disk) == model && disk.parent().is_none());
+    scribble(&disk, &mut model, &mut random, 60);
+    disk.snapshot(&folder.add("2"), &path("2")).expect("another one is made");
+    scribble(&disk, &mut model, &mut random, 60);
+    assert!(content(&disk) == model);
+    disk.close().expect("it closes");
+}
+
+#[test]
+fn who_looks_at_a_disk_in_use_sees_a_closed_image() {
+    let mut folder = folder();
+    let (mut model, mut random) = (vec![0; usize::try_from(SIZE).expect("small")], Random(14));
+    folder.child("1", "0", |_| ());
+    let disk = folder.disk("1");
+    for _ in 0..3 {
+        scribble(&disk, &mut model, &mut random, 20);
+        let info = disk.look(vhdx::info).expect("it is read");
+        assert_eq!(info.log, vhdx::LogInfo::Clean);
+        let report = disk.look(|file| Ok(vhdx::check(file))).expect("it is checked");
+        assert!(report.is_sound() && report.defects.is_empty(), "{report:?}");
+        let seen = disk.look_at_image(|image| Ok(content(image))).expect("it is read");
+        assert!(seen == model);
+    }
+}
+
 #[test]
 fn requests_that_come_during_a_snapshot_are_done_after_it() {
     let mut folder = folder();
