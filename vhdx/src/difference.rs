@@ -1,6 +1,15 @@
 //! Writing into a child what differs from its parent.
 //!
-//! **Invariant:** afterwards the child reads as the source; what was equal is not written, so the child stays small.
+//! ```text
+//!   workers:  next chunk -> read source and parent -> compare -> write what differs        several chunks in flight
+//!   caller:   <--- how much is done, how much was written ---
+//! ```
+//! **Invariant:** afterwards the child reads as the source; what was equal is not written, so the child stays small. When this
+//! returns nobody writes any more, also after an error.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
 
 use blockio::{BlockDevice, IoOp};
 
@@ -11,9 +20,11 @@ use crate::format::{MIB, bytes, index};
 use crate::image::Image;
 
 /// Bytes compared at once.
-const CHUNK: u64 = 4 * MIB;
+const CHUNK: u64 = 2 * MIB;
 /// What differs is written in pieces of this size.
 const PIECE: usize = 64 * 1024;
+/// Chunks in flight.
+const WORKERS: usize = 4;
 
 /// Writes into `child`, a new child of `parent`, what `source` has other than `parent`. Behind the end of the source the child
 /// reads as zeros. Flushed when it returns.
@@ -26,20 +37,81 @@ pub fn write_difference(
     child: &Disk,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Progress, VhdxError> {
-    let mut done = Progress { total_bytes: child.geometry().size_bytes, ..Progress::default() };
-    while done.done_bytes < done.total_bytes {
-        let (offset, len) = (done.done_bytes, CHUNK.min(done.total_bytes - done.done_bytes));
-        let (new, old) = (read(source, offset, len)?, read(parent, offset, len)?);
-        for run in differing(&new, &old) {
-            let at = offset + bytes(run.start);
-            done.data_bytes += bytes(run.len());
-            write(child, at, &new[run])?;
+    let total_bytes = child.geometry().size_bytes;
+    let work =
+        Work { source, parent, child, total_bytes, next: AtomicU64::new(0), stop: AtomicBool::new(false) };
+    let (tell, told) = channel();
+    let done = thread::scope(|scope| {
+        for _ in 0..WORKERS {
+            let (work, tell) = (&work, tell.clone());
+            scope.spawn(move || work.run(&tell));
         }
-        done.done_bytes += len;
-        progress(done);
-    }
+        drop(tell);
+        work.follow(&told, progress)
+    })?;
     child.flush().map_err(doing("flushing the child"))?;
     Ok(done)
+}
+
+/// A chunk that is done: its length, and what of it was written.
+type Chunk = Result<(u64, u64), VhdxError>;
+
+struct Work<'a> {
+    source: &'a dyn BlockDevice,
+    parent: &'a Image,
+    child: &'a Disk,
+    total_bytes: u64,
+    /// The first byte that nobody has begun with.
+    next: AtomicU64,
+    /// Somebody failed.
+    stop: AtomicBool,
+}
+
+impl Work<'_> {
+    fn run(&self, tell: &Sender<Chunk>) {
+        while !self.stop.load(Ordering::Relaxed) {
+            let offset = self.next.fetch_add(CHUNK, Ordering::Relaxed);
+            if offset >= self.total_bytes {
+                return;
+            }
+            let chunk = self.chunk(offset, CHUNK.min(self.total_bytes - offset));
+            if chunk.is_err() {
+                self.stop.store(true, Ordering::Relaxed);
+            }
+            drop(tell.send(chunk));
+        }
+    }
+
+    fn chunk(&self, offset: u64, len: u64) -> Chunk {
+        let (new, old) = (read(self.source, offset, len)?, read(self.parent, offset, len)?);
+        let mut written = 0;
+        for run in differing(&new, &old) {
+            written += bytes(run.len());
+            write(self.child, offset + bytes(run.start), &new[run])?;
+        }
+        Ok((len, written))
+    }
+
+    /// Adds up what the workers tell, until none is left; the first error counts.
+    fn follow(
+        &self,
+        told: &Receiver<Chunk>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Progress, VhdxError> {
+        let mut done = Progress { total_bytes: self.total_bytes, ..Progress::default() };
+        let mut failed = None;
+        for chunk in told {
+            match chunk {
+                Ok((len, written)) => {
+                    done.done_bytes += len;
+                    done.data_bytes += written;
+                    progress(done);
+                }
+                Err(error) => drop(failed.get_or_insert(error)),
+            }
+        }
+        failed.map_or(Ok(done), Err)
+    }
 }
 
 /// The bytes of a range; what lies behind the end of the device is zero.
