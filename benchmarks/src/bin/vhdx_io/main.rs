@@ -97,19 +97,18 @@ fn create(path: &Path, spec: &Spec) -> Result<Disk, Failure> {
     Ok(Builder::open(file(path)?).writable()?)
 }
 
-/// A new image for each turn; both sides write as many blocks, at random places of the same disk.
+/// A new image for each turn; both sides get the same writes and flushes in the same order, as many at once.
 fn allocation(name: &str, dir: &Path, block_bytes: u64, flush: Flush, rounds: usize) -> Result<Row, Failure> {
-    let writes = 1500;
+    let writes = 2000;
     let (mut base, mut ours) = (Vec::new(), Vec::new());
     for round in 0..rounds {
         let path = dir.join("theirs.vhdx");
         qemu::create(&path, SPARSE_BYTES, block_bytes)?;
-        base.push(qemu::random_writes(&path, writes, flush)?);
+        base.push(qemu::random_writes(&path, writes, flush, round as u64)?);
         std::fs::remove_file(&path)?;
         let path = dir.join("ours.vhdx");
         let disk = create(&path, &Spec { block_bytes, ..Spec::dynamic(SPARSE_BYTES) })?;
-        // As many more as are needed for a turn that can be measured.
-        ours.push(drive_through(&disk, 16, writes * 4, flush, round as u64)?);
+        ours.push(drive_through(&disk, 16, writes, flush, round as u64)?);
         disk.close()?;
         drop(disk);
         std::fs::remove_file(&path)?;

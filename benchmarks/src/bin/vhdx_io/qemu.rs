@@ -1,13 +1,13 @@
-//! qemu's side: qemu-nbd under fio, and qemu-img, both past the page cache.
+//! qemu's side: qemu-nbd under our own load, and qemu-img, both past the page cache.
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+use blockio::{OpenOptions, open_uri};
 use cluster_tests::run_tool;
-use serde_json::Value;
 
-use crate::load::Flush;
-use crate::{Failure, SPARSE_BYTES};
+use crate::Failure;
+use crate::load::{Flush, drive_through};
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("paths of a benchmark are UTF-8")
@@ -33,34 +33,14 @@ impl Drop for Server {
     }
 }
 
-/// Writes of 4 KiB at random places through qemu-nbd, 16 at a time. Writes per second, flushes included.
-pub(crate) fn random_writes(path: &Path, count: usize, flush: Flush) -> Result<f64, Failure> {
+/// Writes of 4 KiB at random places through qemu-nbd: the load that the library gets, over a socket of this machine. Writes
+/// per second, flushes included.
+pub(crate) fn random_writes(path: &Path, count: usize, flush: Flush, seed: u64) -> Result<f64, Failure> {
     let socket = path.with_extension("sock");
     let _server = serve(path, &socket)?;
-    let sync = match flush {
-        Flush::AtEnd => "--end_fsync=1",
-        Flush::AfterEach => "--fsync=1",
-    };
-    let report = run_tool(
-        "fio",
-        &[
-            "--name=bench",
-            "--ioengine=nbd",
-            &format!("--uri=nbd+unix:///?socket={}", text(&socket)),
-            "--rw=randwrite",
-            "--bs=4k",
-            "--iodepth=16",
-            &format!("--size={SPARSE_BYTES}"),
-            &format!("--number_ios={count}"),
-            sync,
-            "--output-format=json",
-        ],
-    );
-    let start = report.find('{').ok_or("fio prints JSON")?;
-    let report: Value = serde_json::from_str(&report[start..])?;
-    let job = &report["jobs"][0];
-    let millis = job["job_runtime"].as_f64().ok_or("a runtime")?;
-    Ok(job["write"]["total_ios"].as_f64().ok_or("a count")? * 1000.0 / millis)
+    let uri = format!("nbd+unix:///?socket={}", text(&socket));
+    let device = open_uri(&uri, OpenOptions::default())?;
+    drive_through(&*device, 16, count, flush, seed)
 }
 
 fn serve(path: &Path, socket: &Path) -> Result<Server, Failure> {
