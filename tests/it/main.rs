@@ -3,9 +3,11 @@
 #![expect(clippy::disallowed_methods, reason = "a harness bounds its waits")]
 
 mod bad_input;
+mod checkpoints;
 mod coherence;
 mod drain;
 mod faults;
+mod images;
 mod live;
 mod members;
 mod moves;

@@ -13,7 +13,7 @@ use crate::{device_present, text};
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Asks until the answer is as wanted.
-fn until(what: &str, mut ask: impl FnMut() -> Value, wanted: impl Fn(&Value) -> bool) -> Value {
+pub(crate) fn until(what: &str, mut ask: impl FnMut() -> Value, wanted: impl Fn(&Value) -> bool) -> Value {
     let started = Instant::now();
     loop {
         let found = ask();

@@ -53,7 +53,7 @@ pub fn serve_control(
         .map_err(|error| failed(&error))
 }
 
-fn answer(runner: &Runner, service: u16, body: Bytes) -> Result<Bytes, Refusal> {
+fn answer(runner: &Arc<Runner>, service: u16, body: Bytes) -> Result<Bytes, Refusal> {
     if service != service::HV {
         return Err(Refusal::unsupported(service));
     }
@@ -69,7 +69,7 @@ fn answer(runner: &Runner, service: u16, body: Bytes) -> Result<Bytes, Refusal> 
     Ok(ControlReply { result: Some(result) }.encode_to_vec().into())
 }
 
-fn carry_out(runner: &Runner, op: control::Op) -> Result<control_reply::Result, Failure> {
+fn carry_out(runner: &Arc<Runner>, op: control::Op) -> Result<control_reply::Result, Failure> {
     use control::Op;
     let done = |()| control_reply::Result::Ok(Done {});
     match op {
@@ -80,7 +80,7 @@ fn carry_out(runner: &Runner, op: control::Op) -> Result<control_reply::Result, 
             let to = VolumePath { volume: to.volume, path: to.path };
             runner.save(&to).map(control_reply::Result::Save)
         }
-        Op::Abandon(_) => runner.abandon().map(done),
+        Op::Abandon(abandon) => runner.abandon(&abandon.disks).map(done),
         Op::Activate(_) => runner.activate().map(done),
         Op::Console(console) => Ok(control_reply::Result::Console(read_console(runner, &console))),
         Op::DiskAdd(disk) => {
@@ -107,6 +107,9 @@ fn carry_out(runner: &Runner, op: control::Op) -> Result<control_reply::Result, 
             runner.vm().retry_stalled();
             Ok(done(()))
         }
+        Op::ImageWork(work) => runner.begin_image_work(work).map(done),
+        Op::ImageWatch(watch) => runner.watch_image_work(watch.seen).map(control_reply::Result::Image),
+        Op::ImageDecide(decision) => runner.decide_image_work(decision.go).map(done),
         Op::Load(load) => runner.load(&load.state).map(done),
     }
 }

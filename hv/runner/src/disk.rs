@@ -22,6 +22,14 @@ pub(crate) struct RunnerDisk {
     slot: u32,
     spec: DiskSpec,
     state: State,
+    /// Where its parents were found when it was opened, the nearest first.
+    parents: Vec<String>,
+}
+
+/// A disk that the guest writes, for work on its image.
+pub(crate) struct WritableDisk {
+    pub(crate) disk: Arc<vhdx::Disk>,
+    pub(crate) spec: DiskSpec,
 }
 
 enum State {
@@ -33,7 +41,7 @@ enum State {
 
 impl RunnerDisk {
     pub(crate) fn new(slot: u32, spec: DiskSpec) -> Self {
-        Self { slot, spec, state: State::Closed }
+        Self { slot, spec, state: State::Closed, parents: Vec::new() }
     }
 
     /// The disks of a configuration, each in its slot.
@@ -53,15 +61,37 @@ impl RunnerDisk {
 
     /// Changes the size of the disk while the guest uses it.
     pub(crate) fn resize(&self, size_bytes: u64) -> Result<(), Failure> {
+        let used = self.writable()?;
+        used.disk.resize(NewSize::To(size_bytes)).map(drop).map_err(|error| used.refused(&error))
+    }
+
+    /// The disk, if the guest writes it.
+    pub(crate) fn writable(&self) -> Result<WritableDisk, Failure> {
         match &self.state {
-            State::Writable(disk) => {
-                disk.resize(NewSize::To(size_bytes)).map(drop).map_err(|error| self.refused(&error))
-            }
+            State::Writable(disk) => Ok(WritableDisk { disk: Arc::clone(disk), spec: self.spec.clone() }),
             _ => Err(Failure::new(
                 format!("the disk {}:{} is not open for writing", self.spec.volume, self.spec.path),
-                "a disk that is only read keeps its size",
+                "a disk that is only read stays as it is",
             )),
         }
+    }
+
+    /// The guest goes on in another image.
+    pub(crate) fn is_now(&mut self, path: &str) {
+        path.clone_into(&mut self.spec.path);
+        self.see_chain();
+    }
+
+    /// Looks anew at which images the disk is made of.
+    pub(crate) fn see_chain(&mut self) {
+        if let State::Writable(disk) = &self.state {
+            self.parents = disk.parent_paths();
+        }
+    }
+
+    /// Where its parents lie below the volume's root, the nearest first.
+    pub(crate) fn parents(&self) -> Vec<String> {
+        self.parents.iter().map(|path| path.trim_start_matches('/').to_owned()).collect()
     }
 
     pub(crate) fn spec(&self) -> &DiskSpec {
@@ -72,6 +102,7 @@ impl RunnerDisk {
     pub(crate) fn open(&mut self, volumes: &Volumes) -> Result<Arc<dyn BlockDevice>, Failure> {
         if self.spec.read_only {
             let image = self.builder(volumes)?.read_only().map_err(|error| self.refused(&error))?;
+            self.parents = image.parent_paths();
             self.state = State::ReadOnly;
             return Ok(Arc::new(image));
         }
@@ -82,6 +113,7 @@ impl RunnerDisk {
         };
         let disk = Arc::new(disk.map_err(|error| self.refused(&error))?);
         self.state = State::Writable(Arc::clone(&disk));
+        self.see_chain();
         Ok(disk)
     }
 
@@ -122,15 +154,35 @@ impl RunnerDisk {
     }
 
     fn refused(&self, error: &VhdxError) -> Failure {
-        let hint = match error.kind() {
-            ErrorKind::NotVhdx => "make it one with `csvctl vhdx convert`, or name the right file",
-            ErrorKind::Truncated => "the copy was cut short: copy the image again",
-            ErrorKind::Io => "look at the volume's state with `csvctl volume show`",
-            _ => "look at the image with `csvctl vhdx info`",
-        };
         Failure::new(
             format!("the disk {}:{} cannot be used: {error}", self.spec.volume, self.spec.path),
-            hint,
+            hint(error),
         )
+    }
+}
+
+impl WritableDisk {
+    /// Why work on the image failed; the guest goes on.
+    pub(crate) fn refused(&self, error: &VhdxError) -> Failure {
+        Failure::new(
+            format!("{}:{}: {}", self.spec.volume, self.spec.path, crate::report::message(error)),
+            hint(error),
+        )
+    }
+}
+
+/// The disk in a slot.
+pub(crate) fn of_slot(disks: &mut [RunnerDisk], slot: u32) -> Result<&mut RunnerDisk, Failure> {
+    disks.iter_mut().find(|disk| disk.slot == slot).ok_or_else(|| {
+        Failure::new(format!("there is no disk in slot {slot}"), "look at its disks with `csvctl vm show`")
+    })
+}
+
+fn hint(error: &VhdxError) -> &'static str {
+    match error.kind() {
+        ErrorKind::NotVhdx => "make it one with `csvctl vhdx convert`, or name the right file",
+        ErrorKind::Truncated => "the copy was cut short: copy the image again",
+        ErrorKind::Io => "look at the volume's state with `csvctl volume show`",
+        _ => "look at the image with `csvctl vhdx info`",
     }
 }

@@ -3,19 +3,23 @@
 //! ```text
 //!   guest -> hv::Vm -> vhdx::Disk -> csvfs File -> PathDevice -> gate -> LUN   no other process in between
 //!                                       \-> NodeLink -- node socket --> csvd -> coordinator     metadata only
-//!   supervisor --control socket--> Runner: status, pause, resume, save, abandon, activate, console, stop, live moves
+//!   supervisor --control socket--> Runner: status, pause, resume, save, abandon, activate, console, stop, live moves, image work
 //! ```
 
+pub mod chain;
 pub mod config;
 mod control;
 mod disk;
 mod failure;
+mod image_work;
+mod images;
 mod lease;
 mod link;
 mod live;
 mod parents;
 mod path;
 mod privileges;
+pub mod report;
 mod runner;
 mod saved;
 mod tap;

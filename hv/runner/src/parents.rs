@@ -19,11 +19,15 @@ pub(crate) fn on_volume(name: &str, node: &Arc<Node>) -> ParentResolver {
 
 impl ParentFiles for VolumeFiles {
     fn open(&self, _root: &str, below: &str) -> Result<Arc<dyn ImageFile>, OpenFailure> {
-        // Symbolic links of the volume are not followed: a lookup of a name below one fails.
-        let attr = self.0.resolve(below).map_err(failure)?;
-        let file = self.0.open(attr.ino).map_err(failure)?;
-        Ok(file as Arc<dyn ImageFile>)
+        open(&self.0, below)
     }
+}
+
+/// Opens a file of the volume. Its symbolic links are not followed: a lookup of a name below one fails.
+pub(crate) fn open(node: &Arc<Node>, below: &str) -> Result<Arc<dyn ImageFile>, OpenFailure> {
+    let attr = node.resolve(below).map_err(failure)?;
+    let file = node.open(attr.ino).map_err(failure)?;
+    Ok(file as Arc<dyn ImageFile>)
 }
 
 fn failure(error: FsError) -> OpenFailure {

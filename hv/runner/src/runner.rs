@@ -14,13 +14,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use blockio::BlockDevice;
-use hv::control::{SaveReply, StatusReply, VmRunState};
+use hv::control::{DiskPlace, SaveReply, StatusReply, VmRunState};
 use hv::{BootSource, DiskConfig, DiskLimits, Firmware, NetConfig, RunState, Vm, VmConfig, VmError};
 use lockmgr::Epoch;
 
 use crate::config::{BUILTIN, DiskSpec, RunnerConfig, VolumePath};
-use crate::disk::RunnerDisk;
+use crate::disk::{RunnerDisk, of_slot};
 use crate::failure::Failure;
+use crate::images::Works;
 use crate::volume::Volumes;
 use crate::{lease, privileges, saved, tap};
 
@@ -35,9 +36,17 @@ pub struct Runner {
     work: Mutex<Vec<RunnerDisk>>,
     /// Protects the phase only; taken under `work`.
     phase: Mutex<Phase>,
-    /// Slot and path of each disk, for those who must not wait for work. A leaf.
-    shown: Mutex<Vec<(u32, String)>>,
+    /// Where each disk lies, for those who must not wait for work. A leaf.
+    shown: Mutex<Vec<Shown>>,
+    works: Works,
     ended: Sender<Ended>,
+}
+
+/// Where a disk lies, and its parents.
+struct Shown {
+    slot: u32,
+    path: String,
+    parents: Vec<String>,
 }
 
 /// Why the process ends.
@@ -98,7 +107,8 @@ impl Runner {
         let (vm, phase) = vm.inspect_err(|_| volumes.detach())?;
         let shown = Mutex::new(shown(&disks));
         let (work, phase) = (Mutex::new(disks), Mutex::new(phase));
-        let runner = Arc::new(Self { config, vm, volumes, work, phase, shown, ended });
+        let runner =
+            Arc::new(Self { config, vm, volumes, work, phase, shown, works: Works::default(), ended });
         watch_end(&runner)?;
         Ok((runner, told))
     }
@@ -174,14 +184,18 @@ impl Runner {
         })
     }
 
-    /// Takes a save back: the disks are opened again and the VM goes on here.
+    /// Takes a save back: the disks are opened again, those in `places` as the images that are named there, and the VM goes on
+    /// here.
     ///
     /// # Errors
     /// When nothing was saved, or a disk cannot be opened; it can be tried again.
-    pub fn abandon(&self) -> Result<(), Failure> {
+    pub fn abandon(&self, places: &[DiskPlace]) -> Result<(), Failure> {
         let mut disks =
             self.work_in("taken back", &[Phase::Saved { ran: true }, Phase::Saved { ran: false }])?;
         let ran = *self.phase() == Phase::Saved { ran: true };
+        for DiskPlace { slot, path } in places {
+            of_slot(&mut disks, *slot)?.is_now(path);
+        }
         self.go_on(&mut disks, ran)?;
         *self.phase() = Phase::Live;
         Ok(())
@@ -200,7 +214,7 @@ impl Runner {
 
     /// Opens what is closed, and runs the VM if it ran.
     pub(crate) fn go_on(&self, disks: &mut [RunnerDisk], run: bool) -> Result<(), Failure> {
-        for disk in disks {
+        for disk in disks.iter_mut() {
             if self.vm.is_disk_attached(disk.slot()) {
                 continue;
             }
@@ -213,6 +227,7 @@ impl Runner {
                 )
             })?;
         }
+        self.show(disks);
         if run && self.vm.run_state() != RunState::Running {
             self.vm.resume().map_err(|error| not_now(&error))?;
         }
@@ -262,7 +277,7 @@ impl Runner {
         let disks = self.work_in("given a larger disk", &[Phase::Live])?;
         let disk = disks.iter().find(|disk| disk.slot() == slot);
         disk.ok_or_else(|| not_changed(&VmError::NoDisk(slot)))?.resize(size_bytes)?;
-        self.vm.remeasure_disk(slot).map(drop).map_err(|error| not_changed(&error))
+        self.remeasure(slot)
     }
 
     /// Sets or lifts the limits of a disk, at once.
@@ -273,11 +288,25 @@ impl Runner {
         self.vm.limit_disk(slot, limits).map_err(|error| not_changed(&error))
     }
 
-    fn show(&self, disks: &[RunnerDisk]) {
+    /// The volumes of this process.
+    pub(crate) fn volumes(&self) -> &Volumes {
+        &self.volumes
+    }
+
+    pub(crate) fn works(&self) -> &Works {
+        &self.works
+    }
+
+    /// The size of a disk has changed: tells the guest.
+    pub(crate) fn remeasure(&self, slot: u32) -> Result<(), Failure> {
+        self.vm.remeasure_disk(slot).map(drop).map_err(|error| not_changed(&error))
+    }
+
+    pub(crate) fn show(&self, disks: &[RunnerDisk]) {
         *self.shown() = shown(disks);
     }
 
-    fn shown(&self) -> MutexGuard<'_, Vec<(u32, String)>> {
+    fn shown(&self) -> MutexGuard<'_, Vec<Shown>> {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -316,19 +345,20 @@ impl Runner {
         // Before the list is locked below, which this looks at too.
         let stalled = self.stalled();
         let (sizes, stats) = (self.vm.disk_sizes(), self.vm.disk_stats());
-        let disk = |(slot, path): &(u32, String)| {
-            let index = usize::try_from(*slot).ok()?;
-            let (stats, limits) = (stats.get(index)?, self.vm.disk_limits(*slot).ok()?);
+        let disk = |shown: &Shown| {
+            let index = usize::try_from(shown.slot).ok()?;
+            let (stats, limits) = (stats.get(index)?, self.vm.disk_limits(shown.slot).ok()?);
             Some(hv::control::DiskStatus {
-                path: path.clone(),
+                path: shown.path.clone(),
                 size_bytes: *sizes.get(index)?,
                 reads: stats.reads,
                 writes: stats.writes,
                 flushes: stats.flushes,
                 errors: stats.errors,
-                slot: *slot,
+                slot: shown.slot,
                 iops_limit: limits.iops,
                 bytes_per_second_limit: limits.bytes_per_second,
+                parents: shown.parents.clone(),
             })
         };
         StatusReply {
@@ -360,7 +390,7 @@ impl Runner {
     fn stalled(&self) -> String {
         let Some((slot, why)) = self.vm.stalled_disk() else { return String::new() };
         let shown = self.shown();
-        let path = shown.iter().find(|(other, _)| *other == slot).map_or("", |(_, path)| path);
+        let path = shown.iter().find(|shown| shown.slot == slot).map_or("", |shown| shown.path.as_str());
         format!("disk {path}: {why}")
     }
 
@@ -490,8 +520,13 @@ fn build(
     Ok(vm)
 }
 
-fn shown(disks: &[RunnerDisk]) -> Vec<(u32, String)> {
-    disks.iter().map(|disk| (disk.slot(), format!("{}:{}", disk.spec().volume, disk.spec().path))).collect()
+fn shown(disks: &[RunnerDisk]) -> Vec<Shown> {
+    let shown = |disk: &RunnerDisk| Shown {
+        slot: disk.slot(),
+        path: format!("{}:{}", disk.spec().volume, disk.spec().path),
+        parents: disk.parents(),
+    };
+    disks.iter().map(shown).collect()
 }
 
 fn watch_end(runner: &Arc<Runner>) -> Result<(), Failure> {

@@ -69,13 +69,35 @@ impl Volumes {
 
     /// Opens a file for new content, with the directories above it.
     pub(crate) fn create_file(&self, at: &VolumePath) -> Result<Arc<File>, Failure> {
+        self.create(at, false)
+    }
+
+    /// Makes a file that must not be there yet.
+    pub(crate) fn create_new_file(&self, at: &VolumePath) -> Result<Arc<File>, Failure> {
+        self.create(at, true)
+    }
+
+    /// Removes a file that nobody needs any more; false when it is still there.
+    pub(crate) fn remove_file(&self, at: &VolumePath) -> bool {
+        let (folder, name) = at.path.rsplit_once('/').unwrap_or(("", &at.path));
+        let removed = self.node(&at.volume).map_err(|failure| failure.error).and_then(|node| {
+            let folder = node.resolve(folder).map_err(|error| error.to_string())?;
+            node.unlink(folder.ino, name.as_bytes()).map_err(|error| error.to_string())
+        });
+        if let Err(error) = &removed {
+            tracing::warn!(volume = at.volume, path = at.path, error, "file not removed");
+        }
+        removed.is_ok()
+    }
+
+    fn create(&self, at: &VolumePath, exclusive: bool) -> Result<Arc<File>, Failure> {
         let node = self.node(&at.volume)?;
         let mut names = at.path.split('/').filter(|name| !name.is_empty()).peekable();
         let mut parent = ROOT_INO;
         while let Some(name) = names.next() {
             let made = match names.peek() {
                 Some(_) => directory(node, parent, name).map(|ino| parent = ino).map(|()| None),
-                None => node.create(parent, name.as_bytes(), &FILE, false).map(|(_, file)| Some(file)),
+                None => node.create(parent, name.as_bytes(), &FILE, exclusive).map(|(_, file)| Some(file)),
             };
             if let Some(file) = made.map_err(|error| not_created(at, &error))? {
                 return Ok(file);
@@ -167,6 +189,7 @@ fn not_opened(at: &VolumePath, error: &FsError) -> Failure {
 
 fn not_created(at: &VolumePath, error: &FsError) -> Failure {
     let hint = match error.errno() {
+        libc::EEXIST => "choose another name, or remove the file if nobody needs it",
         libc::ENOSPC => "the volume is full: delete something or choose another volume",
         _ => "look at the volume's state with `csvctl volume show`",
     };

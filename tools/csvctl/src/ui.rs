@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use api::{Error, Kind};
@@ -76,14 +77,14 @@ impl Ui {
         }
     }
 
-    /// Progress of `total` steps: a bar on a terminal, silent elsewhere.
-    pub(crate) fn progress(&self, total: u64, what: &str) -> ProgressBar {
-        if self.json || !io::stderr().is_terminal() {
-            return ProgressBar::hidden();
-        }
-        let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}")
-            .unwrap_or_else(|_| ProgressStyle::default_bar());
-        ProgressBar::new(total).with_style(style).with_message(what.to_owned())
+    /// Progress of long work: a bar on a terminal, plain lines elsewhere. Programs that want one document get neither.
+    pub(crate) fn progress(&self, what: &str) -> Steps {
+        let shown = match (self.json, io::stderr().is_terminal()) {
+            (true, _) => Shown::Nothing,
+            (false, true) => Shown::Bar(bar(what)),
+            (false, false) => Shown::Lines(Lines::new(what)),
+        };
+        Steps { shown: Mutex::new(shown) }
     }
 
     /// Progress of unknown length: a spinner on a terminal, plain lines elsewhere.
@@ -119,6 +120,74 @@ impl Ui {
         } else {
             format!("error: {}\n hint: {}", error.message, error.hint)
         }
+    }
+}
+
+fn bar(what: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {percent} % {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(0).with_style(style).with_message(what.to_owned())
+}
+
+/// How far long work is: shown until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Steps {
+    shown: Mutex<Shown>,
+}
+
+#[derive(Debug)]
+enum Shown {
+    Bar(ProgressBar),
+    Lines(Lines),
+    Nothing,
+}
+
+impl Steps {
+    /// `done` of `total` steps are done.
+    pub(crate) fn at(&self, done: u64, total: u64) {
+        match &mut *self.shown.lock().unwrap_or_else(PoisonError::into_inner) {
+            Shown::Bar(bar) => {
+                bar.set_length(total);
+                bar.set_position(done);
+            }
+            Shown::Lines(lines) => {
+                if let Some(line) = lines.next(done, total) {
+                    drop(writeln!(io::stderr(), "{line}"));
+                }
+            }
+            Shown::Nothing => {}
+        }
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        if let Shown::Bar(bar) = &*self.shown.lock().unwrap_or_else(PoisonError::into_inner) {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Progress for those who keep what they read: a line at each tenth, never more.
+#[derive(Debug)]
+struct Lines {
+    what: String,
+    told: Option<u64>,
+}
+
+impl Lines {
+    fn new(what: &str) -> Self {
+        Self { what: what.to_owned(), told: None }
+    }
+
+    /// The line for `done` of `total`, if it says something new.
+    fn next(&mut self, done: u64, total: u64) -> Option<String> {
+        let tenth = u64::try_from(u128::from(done.min(total)) * 10 / u128::from(total.max(1))).unwrap_or(10);
+        if self.told.is_some_and(|told| tenth <= told) {
+            return None;
+        }
+        self.told = Some(tenth);
+        Some(format!("{}: {} %", self.what, tenth * 10))
     }
 }
 
@@ -220,6 +289,16 @@ mod tests {
         let parsed: serde_json::Value = serde_json::from_str(&text).expect("one document");
         assert_eq!(parsed["error"]["kind"], "not_found");
         assert_eq!(parsed["error"]["hint"], "volume list");
+    }
+
+    #[test]
+    fn progress_in_lines_tells_each_tenth_once() {
+        let mut lines = Lines::new("merging");
+        let told: Vec<_> = (0..=1000).filter_map(|done| lines.next(done, 1000)).collect();
+        assert_eq!(told.len(), 11);
+        assert_eq!((told[0].as_str(), told[10].as_str()), ("merging: 0 %", "merging: 100 %"));
+        assert_eq!(Lines::new("x").next(0, 0), Some("x: 0 %".to_owned()));
+        assert_eq!(Lines::new("x").next(u64::MAX, u64::MAX), Some("x: 100 %".to_owned()));
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod cluster;
 mod events;
 mod file;
 mod health;
+mod image;
 mod members;
 mod path;
 mod vm;
@@ -230,6 +231,20 @@ impl pb::admin_server::Admin for Admin {
 
     async fn file_grants(&self, request: Request<pb::FileRequest>) -> Answer<pb::FileGrantList> {
         answer(file::grants(&self.core, request.into_inner().path).await)
+    }
+
+    async fn file_users(&self, request: Request<pb::FileRequest>) -> Answer<pb::FileUserList> {
+        answer(image::users(&self.core, &request.into_inner().path).await)
+    }
+
+    type VmImageStream = Streamed<pb::VmImageProgress>;
+
+    async fn vm_image(&self, request: Request<pb::VmImageRequest>) -> Answer<Self::VmImageStream> {
+        answer(image::work(&self.core, request.into_inner()).await)
+    }
+
+    async fn vm_checkpoint(&self, request: Request<pb::VmCheckpointRequest>) -> Answer<pb::VmCheckpoints> {
+        answer(vm::checkpoint(&self.core, request.into_inner()).await)
     }
 
     async fn vm_create(&self, request: Request<pb::VmCreateRequest>) -> Answer<pb::Vm> {

@@ -107,6 +107,9 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
             done
         }
         NodeOp::VmCheckMigrate(request) => NodeAnswer::MigrateProblems(vms::problems(core, &request).await?),
+        NodeOp::VmImage(request) => NodeAnswer::Image(vms::work_on_image(core, request).await?),
+        NodeOp::VmImageProgress(request) => NodeAnswer::Image(vms::image_progress(core, &request.name)?),
+        NodeOp::VmCheckpoint(request) => NodeAnswer::Checkpoints(vms::checkpoint(core, request).await?),
         NodeOp::VmIncoming(body) => NodeAnswer::Incoming(vms::incoming(core, body).await?),
     })
 }

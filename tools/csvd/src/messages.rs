@@ -45,7 +45,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 70, 71, 72"
     )]
     pub(crate) op: Option<NodeOp>,
 }
@@ -115,6 +115,15 @@ pub(crate) enum NodeOp {
     Loads(pb::Done),
     #[prost(message, tag = "30")]
     VmDisk(pb::VmDiskRequest),
+    /// To the owner: work on the image of a disk.
+    #[prost(message, tag = "70")]
+    VmImage(pb::VmImageRequest),
+    /// To the owner: how far that work is.
+    #[prost(message, tag = "71")]
+    VmImageProgress(pb::VmRequest),
+    /// To the owner.
+    #[prost(message, tag = "72")]
+    VmCheckpoint(pb::VmCheckpointRequest),
 }
 
 /// See [`NodeOp::AwaitCoordinator`].
@@ -172,7 +181,7 @@ pub(crate) struct Convict {
 /// Answer to a [`NodeRequest`].
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeReply {
-    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60")]
+    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60, 70, 71")]
     pub(crate) answer: Option<NodeAnswer>,
 }
 
@@ -203,6 +212,10 @@ pub(crate) enum NodeAnswer {
     MigrateProblems(pb::MigrateProblems),
     #[prost(message, tag = "60")]
     Loads(Loads),
+    #[prost(message, tag = "70")]
+    Image(pb::VmImageProgress),
+    #[prost(message, tag = "71")]
+    Checkpoints(pb::VmCheckpoints),
 }
 
 /// Answer to [`NodeOp::Loads`].

@@ -9,10 +9,12 @@
 //!
 //! **Invariant (H1):** an `hv` process runs a guest only in the epoch that the record has given to this node.
 
+mod checkpoints;
 mod control;
 mod disks;
 mod ha;
 mod hotplug;
+mod images;
 mod migration;
 mod runner;
 mod trouble;
@@ -31,8 +33,11 @@ use uuid::Uuid;
 use crate::core::Core;
 use crate::view;
 
+pub(crate) use checkpoints::checkpoint;
+pub(crate) use disks::users;
 pub(crate) use ha::{Priority, has_arrived, lost, run as restart_lost};
 pub(crate) use hotplug::change_disk;
+pub(crate) use images::{image_progress, work_on_image};
 pub(crate) use migration::{
     Moves, Rehearsal, await_arrival, cancel, check as check_migrate, incoming, migrate, problems, progress,
     streamed,
@@ -467,8 +472,56 @@ async fn halt(
     } else {
         runner.control().resume().await.map_err(during)?;
     }
-    core.propose(record.update(|record| record.state = to)).await.map_err(during)?;
+    record_halted(core, record, to).await.map_err(during)?;
     described(core, name)
+}
+
+/// The guest is in state `to`, and the record shall say so. Its configuration may have changed since it was read.
+async fn record_halted(core: &Arc<Core>, mut record: VmRecord, to: VmState) -> Result<(), Error> {
+    let from = record.state;
+    loop {
+        match core.cluster.propose(record.update(|record| record.state = to)).await {
+            Ok(_) => return Ok(()),
+            Err(error @ ProposeError::Conflict { .. }) => {
+                let state = core.cluster.read().await.map_err(|error| crate::core::refused(&error))?;
+                let now = view::vm(&state, &record.name)?.clone();
+                let same = (now.owner, now.epoch, now.state) == (record.owner, record.epoch, from);
+                if !same || now.spec == record.spec {
+                    return Err(crate::core::refused(&error));
+                }
+                record = now;
+            }
+            Err(error) => return Err(crate::core::refused(&error)),
+        }
+    }
+}
+
+/// Changes a record, and says for certain whether it is changed: where the answer was lost, the record tells (H6).
+async fn settle(
+    core: &Arc<Core>,
+    record: &VmRecord,
+    change: impl Fn(&mut VmRecord),
+) -> Result<VmRecord, Error> {
+    let mut wanted = record.clone();
+    change(&mut wanted);
+    loop {
+        let error = match core.cluster.propose(record.update(&change)).await {
+            Ok(_) => return Ok(wanted),
+            Err(error @ (ProposeError::NoQuorum { .. } | ProposeError::Invalid { .. })) => {
+                return Err(crate::core::refused(&error));
+            }
+            Err(error) => error,
+        };
+        let Ok(state) = core.cluster.read().await else {
+            tokio::time::sleep(RECORD_AGAIN_AFTER).await;
+            continue;
+        };
+        match state.vms.get(&record.name) {
+            Some(now) if *now == wanted => return Ok(wanted),
+            Some(now) if now == record => {}
+            _ => return Err(crate::core::refused(&error)),
+        }
+    }
 }
 
 /// The records as they are now: whoever was told of a change on another node shall not be shown what was before it. Without
@@ -502,6 +555,7 @@ pub(crate) async fn show(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> 
             slot: disk.slot,
             iops_limit: disk.iops_limit,
             bytes_per_second_limit: disk.bytes_per_second_limit,
+            parents: disk.parents,
         });
         vm.disks = disks.collect();
     }
@@ -543,7 +597,15 @@ pub(crate) async fn delete(core: &Arc<Core>, name: &str, dry_run: bool) -> Resul
         return Ok(());
     }
     let command = Command::DeleteVm { name: name.to_owned(), expect_epoch: record.epoch };
-    core.propose(command).await.map(drop).map_err(|error| error.during(format!("vm delete {name}")))
+    core.propose(command).await.map_err(|error| error.during(format!("vm delete {name}")))?;
+    // Its disks stay, those of its checkpoints too; a memory without its VM is of no use.
+    let checkpoints = spec_of(record).map(|spec| spec.checkpoints).unwrap_or_default();
+    let memories =
+        checkpoints.iter().map(|checkpoint| checkpoint.state.as_str()).chain(record.saved.as_deref());
+    for file in memories.filter_map(migration::parse_saved) {
+        migration::remove_state(core, file);
+    }
+    Ok(())
 }
 
 /// A new epoch begins without VMs: what the records say of the last one is over. Returns when they say so.

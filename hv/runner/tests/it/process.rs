@@ -89,7 +89,7 @@ impl Hv {
         self.done(control::Op::Resume(Resume {}))
     }
     pub(crate) fn abandon(&self) -> Result<(), Refused> {
-        self.done(control::Op::Abandon(Abandon {}))
+        self.done(control::Op::Abandon(Abandon::default()))
     }
     pub(crate) fn activate(&self) -> Result<(), Refused> {
         self.done(control::Op::Activate(Activate {}))

@@ -1,5 +1,5 @@
-//! `csvctl vhdx`: image tools. They work on any path, and need a daemon only to be told whether a VM uses an image that lies on
-//! a volume of the cluster.
+//! `csvctl vhdx`: image tools. They work on any path, and need a daemon only for images that lie on a volume of the cluster: to be
+//! told whether a VM uses them, and, when one that runs does, to have its process do the work.
 
 mod check;
 mod compact;
@@ -10,6 +10,7 @@ mod in_use;
 mod info;
 mod map;
 mod merge;
+mod online;
 mod resize;
 mod snapshot;
 
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use api::Error;
 use clap::{Args, Subcommand};
+use hv_runner::report::message;
 use vhdx::{ErrorKind, VhdxError};
 
 use crate::context::Context;
@@ -63,7 +65,7 @@ impl VhdxCommand {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         match self {
             Self::Create(command) => command.run(context).await,
-            Self::Info(command) => command.run(context),
+            Self::Info(command) => command.run(context).await,
             Self::Check(command) => command.run(context).await,
             Self::Convert(command) => command.run(context).await,
             Self::Resize(command) => command.run(context).await,
@@ -103,18 +105,4 @@ pub(super) fn failed(doing: &str, path: &Path, error: &VhdxError) -> Error {
         ErrorKind::Poisoned | ErrorKind::Io => "is there room, and is the file's disk all right?",
     };
     Error::new(kind, message(error)).during(format!("vhdx {doing} {}", path.display())).hint(hint)
-}
-
-/// The text of an error with its causes.
-fn message(error: &VhdxError) -> String {
-    let mut message = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(inner) = cause {
-        let text = inner.to_string();
-        if !message.contains(&text) {
-            message = format!("{message}: {text}");
-        }
-        cause = inner.source();
-    }
-    message
 }

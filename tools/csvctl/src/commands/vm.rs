@@ -1,6 +1,7 @@
 //! `csvctl vm`.
 
 mod check_migrate;
+mod checkpoint;
 mod console;
 mod create;
 mod delete;
@@ -41,6 +42,9 @@ pub(crate) enum VmCommand {
     /// Add, remove, resize or limit a disk, also while the VM runs
     #[command(subcommand)]
     Disk(disk::DiskCommand),
+    /// Keep a VM as it is at a moment, and return to that
+    #[command(subcommand)]
+    Checkpoint(checkpoint::CheckpointCommand),
     /// Move a VM to another node
     Migrate(migrate::Migrate),
     /// Tell what stands against moving a VM to a node
@@ -61,6 +65,7 @@ impl VmCommand {
             Self::Show(vm) => show::run(vm, context).await,
             Self::Console(command) => command.run(context).await,
             Self::Disk(command) => command.run(context).await,
+            Self::Checkpoint(command) => command.run(context).await,
             Self::Migrate(command) => command.run(context).await,
             Self::CheckMigrate(command) => command.run(context).await,
             Self::Delete(command) => command.run(context).await,
@@ -115,6 +120,9 @@ fn details(vm: &Vm) -> String {
             disk.writes,
             disk.flushes
         );
+        if !disk.parents.is_empty() {
+            text += &format!(", over {}", disk.parents.join(", "));
+        }
     }
     text
 }

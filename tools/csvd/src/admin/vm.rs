@@ -41,6 +41,7 @@ pub(super) async fn create(core: &Arc<Core>, request: pb::VmCreateRequest) -> Re
         priority: request.priority,
         on_node_loss: request.on_node_loss,
         net: request.net,
+        ..pb::VmSpec::default()
     };
     vms::create(core, &request.name, spec).await
 }
@@ -236,6 +237,18 @@ pub(super) async fn check_migrate(
     view::member(&core.state(), &request.to)?;
     match forward::ask(core, owner, NodeOp::VmCheckMigrate(request)).await? {
         NodeAnswer::MigrateProblems(problems) => Ok(problems),
+        _ => Err(Error::failed("the owner's answer cannot be read")),
+    }
+}
+
+/// Makes, lists, restores or deletes checkpoints.
+pub(super) async fn checkpoint(
+    core: &Arc<Core>,
+    request: pb::VmCheckpointRequest,
+) -> Result<pb::VmCheckpoints, Error> {
+    let owner = owner(core, &request.name)?;
+    match forward::ask(core, owner, NodeOp::VmCheckpoint(request)).await? {
+        NodeAnswer::Checkpoints(checkpoints) => Ok(checkpoints),
         _ => Err(Error::failed("the owner's answer cannot be read")),
     }
 }

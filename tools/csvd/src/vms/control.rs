@@ -79,9 +79,9 @@ impl Control {
         }
     }
 
-    /// Undoes a save: the guest runs on.
-    pub(super) async fn abandon(&self) -> Result<(), Error> {
-        self.ask(Op::Abandon(pb::Abandon {}), LONG).await.map(drop)
+    /// Undoes a save: the guest runs on, its disks in the images that are named.
+    pub(super) async fn abandon(&self, disks: Vec<pb::DiskPlace>) -> Result<(), Error> {
+        self.ask(Op::Abandon(pb::Abandon { disks }), LONG).await.map(drop)
     }
 
     /// The process owns the VM from here on: disks are opened for writing, the guest runs.
@@ -101,6 +101,24 @@ impl Control {
     /// Adds, removes, resizes or limits a disk.
     pub(super) async fn disk(&self, op: Op) -> Result<(), Error> {
         self.ask(op, LONG).await.map(drop)
+    }
+
+    /// Begins work on the image of a disk.
+    pub(super) async fn begin_image(&self, work: pb::ImageWork) -> Result<(), Error> {
+        self.ask(Op::ImageWork(work), LONG).await.map(drop)
+    }
+
+    /// How far it is, as soon as that is something else than version `seen`.
+    pub(super) async fn watch_image(&self, seen: u64) -> Result<pb::ImageProgress, Error> {
+        match self.ask(Op::ImageWatch(pb::ImageWatch { seen }), QUICK).await? {
+            Answer::Image(progress) => Ok(progress),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// Answers a snapshot that asks whether its new image is the disk.
+    pub(super) async fn decide_image(&self, go: bool) -> Result<(), Error> {
+        self.ask(Op::ImageDecide(pb::ImageDecide { go }), QUICK).await.map(drop)
     }
 
     pub(super) async fn console(&self, from: u64, follow: bool) -> Result<pb::ConsoleReply, Error> {

@@ -99,17 +99,20 @@ pub(super) fn saved_file(record: &VmRecord) -> Option<VolumePath> {
 }
 
 /// The form in which a record names the file.
-fn saved_name(file: &VolumePath) -> String {
+pub(super) fn saved_name(file: &VolumePath) -> String {
     format!("{}:/{}", file.volume, file.path)
 }
 
-fn parse_saved(saved: &str) -> Option<VolumePath> {
+pub(super) fn parse_saved(saved: &str) -> Option<VolumePath> {
     let (volume, path) = saved.split_once(":/")?;
     Some(VolumePath { volume: volume.to_owned(), path: path.to_owned() })
 }
 
-/// Removes a saved state that is of no use any more, without waiting for it.
+/// Removes a saved state that is of no use any more, without waiting for it. One that a checkpoint keeps stays.
 pub(super) fn remove_state(core: &Arc<Core>, file: VolumePath) {
+    if super::checkpoints::keeps(&core.state(), &saved_name(&file)) {
+        return;
+    }
     let node = core.state().volumes.get(&file.volume).and_then(|record| core.volumes.get(record.id)?.node());
     let Some(node) = node else { return };
     core.runtime.spawn(async move {

@@ -47,6 +47,8 @@ pub(crate) struct Runner {
     pub(crate) serial: u64,
     /// The move in progress, if there is one. Rank: a leaf.
     moving: Mutex<Option<Arc<Progress>>>,
+    /// How far the work on an image is. Rank: a leaf.
+    pub(super) image: Mutex<pb::VmImageProgress>,
     control: Control,
     end: watch::Receiver<Option<End>>,
     /// Set when somebody asked it to stop: then its end is in order.
@@ -139,6 +141,7 @@ impl Runner {
             halted: AtomicBool::new(false),
             serial,
             moving: Mutex::default(),
+            image: Mutex::default(),
             control: Control::new(&config.control_socket, local),
             end,
             stopping: watch::Sender::new(false),

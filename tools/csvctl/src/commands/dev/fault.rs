@@ -22,7 +22,7 @@ pub(crate) struct Fault {
     /// What happens to it
     #[arg(value_enum)]
     action: Action,
-    /// For hold: preflight, announce, prepare, copy, save, commit, activate at the source, load or start at the target
+    /// For hold: preflight, announce, prepare, copy, save, commit, activate at the source, load or start at the target of a move; snapshot (the new image is whole) or snapshot-recorded (the record names it)
     #[arg(long, value_name = "STEP", required_if_eq("action", "hold"))]
     at: Option<String>,
     #[command(flatten)]

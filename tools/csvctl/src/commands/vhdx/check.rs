@@ -1,14 +1,14 @@
 //! `csvctl vhdx check`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use api::Error;
 use clap::Args;
-use serde::Serialize;
-use vhdx::{Defect, Report};
+use hv_runner::report::ImageCheck;
 
 use super::in_use::{self, Use};
-use super::{failed, file, message};
+use super::online::{self, Online};
+use super::{failed, file};
 use crate::context::Context;
 use crate::ui;
 
@@ -21,29 +21,27 @@ pub(crate) struct Check {
     repair: bool,
 }
 
-#[derive(Serialize)]
-struct Checked {
-    path: PathBuf,
-    sound: bool,
-    errors: Vec<Finding>,
-    defects: Vec<Finding>,
-    warnings: Vec<String>,
-    not_listed: u64,
-    repaired: Vec<Finding>,
-}
-
-#[derive(Serialize)]
-struct Finding {
-    code: String,
-    message: String,
-}
-
 impl Check {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let checked = match Online::of(&self.path, context).await {
+            Some(disk) if self.repair => return Err(in_use_by(&self.path, &disk)),
+            Some(disk) => ImageCheck {
+                path: self.path.clone(),
+                ..disk.work(online::request("check"), "checking", context).await?
+            },
+            None => self.closed(context).await?,
+        };
+        self.tell(&checked, context)
+    }
+
+    async fn closed(&self, context: &Context) -> Result<ImageCheck, Error> {
         let wanted = if self.repair { Use::Change } else { Use::Read };
         let _claim = in_use::claim(&self.path, wanted, context).await?;
-        let checked = if self.repair { self.repair()? } else { self.check()? };
-        context.ui.show(&checked, text)?;
+        if self.repair { self.repair() } else { self.check() }
+    }
+
+    fn tell(&self, checked: &ImageCheck, context: &Context) -> Result<(), Error> {
+        context.ui.show(checked, text)?;
         let found = checked.errors.len() + checked.defects.len();
         if found == 0 {
             return Ok(());
@@ -56,54 +54,27 @@ impl Check {
             .hint(hint))
     }
 
-    fn check(&self) -> Result<Checked, Error> {
-        Ok(self.checked(vhdx::check(&file::open(&self.path)?), &[]))
+    fn check(&self) -> Result<ImageCheck, Error> {
+        Ok(ImageCheck::new(self.path.clone(), vhdx::check(&file::open(&self.path)?), &[]))
     }
 
-    fn repair(&self) -> Result<Checked, Error> {
+    fn repair(&self) -> Result<ImageCheck, Error> {
         let image = file::open_writable(&self.path)?;
         let report = vhdx::check(&image);
         if !report.is_sound() {
-            return Ok(self.checked(report, &[]));
+            return Ok(ImageCheck::new(self.path.clone(), report, &[]));
         }
         let done = vhdx::repair(&image).map_err(|error| failed("check", &self.path, &error))?;
-        Ok(self.checked(done.report, &done.repaired))
-    }
-
-    fn checked(&self, report: Report, repaired: &[Defect]) -> Checked {
-        Checked {
-            path: self.path.clone(),
-            sound: report.is_sound(),
-            errors: report
-                .errors
-                .iter()
-                .map(|error| Finding { code: code(error), message: message(error) })
-                .collect(),
-            defects: report.defects.iter().map(finding).collect(),
-            warnings: report.warnings,
-            not_listed: report.more,
-            repaired: repaired.iter().map(finding).collect(),
-        }
+        Ok(ImageCheck::new(self.path.clone(), done.report, &done.repaired))
     }
 }
 
-fn finding(defect: &Defect) -> Finding {
-    Finding { code: defect.code().to_owned(), message: defect.to_string() }
+fn in_use_by(path: &Path, disk: &Online) -> Error {
+    Error::conflict(format!("{} is a disk of VM {}, which runs", path.display(), disk.vm()))
+        .hint(format!("stop it first: csvctl vm stop {}", disk.vm()))
 }
 
-/// `OrphanLogId` as `orphan_log_id`.
-fn code(error: &vhdx::VhdxError) -> String {
-    let mut code = String::new();
-    for char in format!("{:?}", error.kind()).chars() {
-        if char.is_ascii_uppercase() && !code.is_empty() {
-            code.push('_');
-        }
-        code.push(char.to_ascii_lowercase());
-    }
-    code
-}
-
-fn text(checked: &Checked) -> String {
+fn text(checked: &ImageCheck) -> String {
     let verdict = match (checked.sound, checked.defects.is_empty()) {
         (false, _) => "damaged",
         (true, false) => "sound, with defects that a repair puts right",

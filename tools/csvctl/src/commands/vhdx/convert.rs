@@ -79,16 +79,13 @@ impl Convert {
             _ => None,
         };
         let source = self.open_source()?;
-        let bar = context.ui.progress(0, "converting");
-        let mut show = |progress: Progress| {
-            bar.set_length(progress.total_bytes);
-            bar.set_position(progress.done_bytes);
-        };
+        let steps = context.ui.progress("converting");
+        let mut show = |progress: Progress| steps.at(progress.done_bytes, progress.total_bytes);
         let done = match form {
             Form::Raw => self.to_raw(&source, &mut show),
             Form::Vhdx => self.to_vhdx(&source, &mut show),
         };
-        bar.finish_and_clear();
+        drop(steps);
         let done = done?;
         let converted = Converted {
             source: self.source,

@@ -10,7 +10,7 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use api::pb::{FileRequest, FileStatus, Vm, VmListRequest};
+use api::pb::{FileRequest, FileUser};
 use api::{Client, Error};
 use rustix::fs::{FlockOperation, fcntl_lock};
 use rustix::io::Errno;
@@ -101,46 +101,73 @@ fn mount_of(line: &str) -> Option<(String, &str)> {
 }
 
 async fn ask_cluster(path: &Path, mount: &Path, wanted: Use, context: &Context) -> Result<(), Error> {
+    let (_, users) = users_of(path, mount, context).await?;
+    match users.iter().find(|user| clashes(user, wanted)) {
+        Some(user) => Err(used_by(path, user)),
+        None => Ok(()),
+    }
+}
+
+/// The VMs that have the image, with a connection to the daemon that said so.
+async fn users_of(path: &Path, mount: &Path, context: &Context) -> Result<(Client, Vec<FileUser>), Error> {
     let unknown = |error: Error| {
         error.during(format!("asking the cluster whether a VM uses {}", path.display())).hint(
             "name this node's socket with --connect, or copy the image to a place outside of the volume",
         )
     };
     let mut client = daemon_of(mount, context).await.map_err(unknown)?;
-    let full = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let request = FileRequest { path: full.display().to_string() };
-    let image = client.file_stat(request).await.map_err(|status| unknown(status.into()))?.into_inner();
-    let vms =
-        client.vm_list(VmListRequest {}).await.map_err(|status| unknown(status.into()))?.into_inner().vms;
-    for vm in vms.iter().filter(|vm| !matches!(vm.state.as_str(), "stopped" | "failed")) {
-        for path in disks_that_clash(vm, wanted) {
-            // A name that is gone leads to no file.
-            let Ok(disk) = client.file_stat(FileRequest { path }).await else { continue };
-            if same(&image, disk.get_ref()) {
-                return Err(used_by(path_of(&image), vm));
-            }
-        }
+    let request = FileRequest { path: full(path).display().to_string() };
+    let users = client.file_users(request).await.map_err(|status| unknown(status.into()))?;
+    Ok((client, users.into_inner().users))
+}
+
+/// The path as the daemon knows it, whether or not the file exists yet.
+pub(super) fn full(path: &Path) -> PathBuf {
+    if let Ok(full) = std::fs::canonicalize(path) {
+        return full;
     }
-    Ok(())
+    match path.file_name() {
+        Some(name) => {
+            let folder = super::file::folder_of(path);
+            std::fs::canonicalize(&folder).unwrap_or(folder).join(name)
+        }
+        None => path.to_owned(),
+    }
 }
 
-fn disks_that_clash(vm: &Vm, wanted: Use) -> Vec<String> {
-    let disks = vm.spec.iter().flat_map(|spec| &spec.disks);
-    let clashing = disks.filter(|disk| wanted == Use::Change || !disk.read_only);
-    clashing.map(|disk| format!("{}:/{}", disk.volume, disk.path.trim_start_matches('/'))).collect()
+/// The VMs that have the image, where that is known: on a mount of a cluster volume whose daemon answers.
+pub(super) async fn known_users(path: &Path, context: &Context) -> Option<(Client, Vec<FileUser>)> {
+    let mount = csvfs_mount(path)?;
+    users_of(path, &mount, context).await.ok()
 }
 
-fn same(a: &FileStatus, b: &FileStatus) -> bool {
-    (&a.volume, a.ino) == (&b.volume, b.ino)
+/// Whether the VM has the image now, or will go on to have it because its state is saved.
+fn is_at_rest(user: &FileUser) -> bool {
+    matches!(user.state.as_str(), "stopped" | "failed")
 }
 
-fn path_of(image: &FileStatus) -> &str {
-    &image.path
+fn clashes(user: &FileUser, wanted: Use) -> bool {
+    if !user.checkpoint.is_empty() {
+        return wanted == Use::Change;
+    }
+    // Parents, and disks that are only read, change for nobody.
+    let is_written = user.depth == 0 && !user.read_only;
+    !is_at_rest(user) && (wanted == Use::Change || is_written)
 }
 
-fn used_by(path: &str, vm: &Vm) -> Error {
-    Error::conflict(format!("{path} is a disk of VM {}, which is {} on {}", vm.name, vm.state, vm.owner))
-        .hint(format!("stop it first: csvctl vm stop {}", vm.name))
+fn used_by(path: &Path, user: &FileUser) -> Error {
+    let FileUser { vm, state, owner, disk, .. } = user;
+    if !user.checkpoint.is_empty() {
+        let checkpoint = &user.checkpoint;
+        return Error::conflict(format!("{} is kept for checkpoint {checkpoint} of VM {vm}", path.display()))
+            .hint(format!("delete the checkpoint first: csvctl vm checkpoint delete {vm} {checkpoint}"));
+    }
+    let what = match user.depth {
+        0 => "a disk".to_owned(),
+        _ => format!("below {disk}, a disk"),
+    };
+    Error::conflict(format!("{} is {what} of VM {vm}, which is {state} on {owner}", path.display()))
+        .hint(format!("stop it first: csvctl vm stop {vm}"))
 }
 
 #[cfg(test)]

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use api::Error;
 use clap::Args;
-use serde::Serialize;
-use vhdx::{ImageKind, LogInfo};
+use hv_runner::report::ImageInfo;
 
+use super::online::{self, Online};
 use super::{failed, file};
 use crate::context::Context;
 use crate::{ui, units};
@@ -17,82 +17,26 @@ pub(crate) struct Info {
     path: PathBuf,
 }
 
-#[derive(Serialize)]
-struct Shown {
-    path: PathBuf,
-    kind: &'static str,
-    size_bytes: u64,
-    block_bytes: u64,
-    logical_sector_bytes: u32,
-    physical_sector_bytes: u32,
-    file_bytes: u64,
-    disk_id: String,
-    file_write_id: String,
-    data_write_id: String,
-    creator: String,
-    log: &'static str,
-    log_entries: usize,
-    blocks: Blocks,
-    warnings: Vec<String>,
-}
-
-#[derive(Serialize)]
-struct Blocks {
-    total: u64,
-    present: u64,
-    partial: u64,
-    not_present: u64,
-    zero: u64,
-    unmapped: u64,
-    undefined: u64,
-}
-
 impl Info {
-    pub(crate) fn run(self, context: &Context) -> Result<(), Error> {
+    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let info = match Online::of(&self.path, context).await {
+            Some(disk) => disk.work(online::request("info"), "looking", context).await?,
+            None => self.closed()?,
+        };
+        context.ui.show(&ImageInfo { path: self.path, ..info }, text)
+    }
+
+    fn closed(&self) -> Result<ImageInfo, Error> {
         let image = file::open(&self.path)?;
         let info = vhdx::info(&image).map_err(|error| failed("info", &self.path, &error))?;
-        context.ui.show(&shown(self.path, info), text)
+        Ok(ImageInfo::new(self.path.clone(), info))
     }
 }
 
-fn shown(path: PathBuf, info: vhdx::Info) -> Shown {
-    let (log, log_entries) = match info.log {
-        LogInfo::Clean => ("clean", 0),
-        LogInfo::Dirty { entries } => ("dirty", entries),
-        LogInfo::Orphan => ("orphan", 0),
-    };
-    Shown {
-        path,
-        kind: match info.kind {
-            ImageKind::Dynamic => "dynamic",
-            ImageKind::Fixed => "fixed",
-            ImageKind::Differencing => "differencing",
-        },
-        size_bytes: info.disk_bytes,
-        block_bytes: info.block_bytes,
-        logical_sector_bytes: info.logical_sector,
-        physical_sector_bytes: info.physical_sector,
-        file_bytes: info.file_bytes,
-        disk_id: info.disk_id.to_string(),
-        file_write_id: info.file_write_id.to_string(),
-        data_write_id: info.data_write_id.to_string(),
-        creator: info.creator,
-        log,
-        log_entries,
-        blocks: Blocks {
-            total: info.blocks.total,
-            present: info.blocks.present,
-            partial: info.blocks.partial,
-            not_present: info.blocks.not_present,
-            zero: info.blocks.zero,
-            unmapped: info.blocks.unmapped,
-            undefined: info.blocks.undefined,
-        },
-        warnings: info.warnings,
-    }
-}
-
-fn text(shown: &Shown) -> String {
+fn text(shown: &ImageInfo) -> String {
+    let parent = shown.parent.as_ref();
+    let parent =
+        parent.and_then(|parent| parent.relative_path.clone().or_else(|| parent.absolute_path.clone()));
     let log = match shown.log_entries {
         0 => shown.log.to_owned(),
         entries => format!("{} ({entries} entries to be replayed)", shown.log),
@@ -106,6 +50,7 @@ fn text(shown: &Shown) -> String {
         ("sector", format!("{} ({} physical)", shown.logical_sector_bytes, shown.physical_sector_bytes)),
         ("blocks", format!("{} of {} present", shown.blocks.present, shown.blocks.total)),
         ("log", log),
+        ("parent", parent.unwrap_or_default()),
         ("disk id", shown.disk_id.clone()),
         ("creator", shown.creator.clone()),
         ("warnings", shown.warnings.join("; ")),

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use api::Error;
+use api::pb::VmImageRequest;
 use clap::Args;
-use serde::Serialize;
-use vhdx::{Image, Mapped};
+use hv_runner::report::{self, ImageMap};
 
 use super::in_use::{self, Use};
+use super::online::{self, Online};
 use super::{Roots, failed, file};
 use crate::context::Context;
 use crate::{ui, units};
@@ -23,89 +24,47 @@ pub(crate) struct Map {
     roots: Roots,
 }
 
-#[derive(Serialize)]
-struct Shown {
-    path: PathBuf,
-    since: Option<PathBuf>,
-    size_bytes: u64,
-    extents: Vec<Extent>,
-}
-
-#[derive(Serialize)]
-struct Extent {
-    offset_bytes: u64,
-    length_bytes: u64,
-    kind: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    file_offset_bytes: Option<u64>,
-}
-
 impl Map {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let map = match Online::of(&self.path, context).await {
+            Some(disk) => {
+                let since = self.since.as_deref().map(online::shown).unwrap_or_default();
+                let request = VmImageRequest { other: since, ..online::request("map") };
+                disk.work(request, "mapping", context).await?
+            }
+            None => self.closed(context).await?,
+        };
+        context.ui.show(&ImageMap { path: self.path, since: self.since, ..map }, text)
+    }
+
+    async fn closed(&self, context: &Context) -> Result<ImageMap, Error> {
         let _claim = in_use::claim(&self.path, Use::Read, context).await?;
         let image =
             file::open_image(&self.path, &self.roots).map_err(|error| failed("map", &self.path, &error))?;
+        let unreadable = |error| Error::failed(format!("map {}: {error}", self.path.display()));
         let extents = match &self.since {
-            None => extents(&image),
-            Some(since) => changed(&image, &self.path, since)?,
+            None => report::extents(&image).map_err(unreadable)?,
+            Some(since) => {
+                let found = report::changed(&image, &file::open(since)?.identity()).map_err(unreadable)?;
+                found.ok_or_else(|| self.no_parent(since))?
+            }
         };
-        let extents =
-            extents.map_err(|error| Error::failed(format!("map {}: {error}", self.path.display())))?;
         let size_bytes = blockio::BlockDevice::geometry(&image).size_bytes;
-        context.ui.show(&Shown { path: self.path, since: self.since, size_bytes, extents }, text)
+        Ok(ImageMap { path: self.path.clone(), since: self.since.clone(), size_bytes, extents })
+    }
+
+    fn no_parent(&self, since: &Path) -> Error {
+        Error::usage(format!("{} is no parent of {}", since.display(), self.path.display()))
+            .hint("`csvctl vhdx info` shows the parent of an image")
     }
 }
 
-fn extents(image: &Image) -> Result<Vec<Extent>, blockio::IoError> {
-    let mut extents = Vec::new();
-    image.map(&mut |extent| {
-        let (kind, file_offset_bytes) = match extent.mapped {
-            Mapped::Data { file_offset } => ("data", Some(file_offset)),
-            Mapped::Zero => ("zero", None),
-            Mapped::Parent => ("parent", None),
-        };
-        extents.push(Extent {
-            offset_bytes: extent.offset,
-            length_bytes: extent.len,
-            kind,
-            file_offset_bytes,
-        });
-    })?;
-    Ok(extents)
-}
-
-/// How many images lie above `since` in the chain, and what they say.
-fn changed(image: &Image, path: &Path, since: &Path) -> Result<Result<Vec<Extent>, blockio::IoError>, Error> {
-    let wanted = file::open(since)?.identity();
-    let mut above = 1;
-    let mut next = image.parent();
-    while let Some(parent) = next.filter(|parent| parent.identity() != wanted) {
-        above += 1;
-        next = parent.parent();
-        if next.is_none() {
-            return Err(Error::usage(format!("{} is no parent of {}", since.display(), path.display()))
-                .hint("`csvctl vhdx info` shows the parent of an image"));
-        }
-    }
-    let mut extents = Vec::new();
-    let outcome = image.changed_above(above, &mut |range| {
-        let length_bytes = range.end - range.start;
-        extents.push(Extent {
-            offset_bytes: range.start,
-            length_bytes,
-            kind: "changed",
-            file_offset_bytes: None,
-        });
-    });
-    Ok(outcome.map(|()| extents))
-}
-
-fn text(shown: &Shown) -> String {
+fn text(shown: &ImageMap) -> String {
     let rows = shown.extents.iter().map(|extent| {
         [
             extent.offset_bytes.to_string(),
             units::size(extent.length_bytes),
-            extent.kind.to_owned(),
+            extent.kind.clone(),
             extent.file_offset_bytes.map_or_else(String::new, |offset| format!("{offset:#x}")),
         ]
     });

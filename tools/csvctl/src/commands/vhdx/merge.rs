@@ -3,10 +3,12 @@
 use std::path::PathBuf;
 
 use api::Error;
+use api::pb::VmImageRequest;
 use clap::Args;
-use serde::Serialize;
+use hv_runner::report::ImageMerged;
 
 use super::in_use::{self, Use};
+use super::online::{self, Online};
 use super::{Roots, failed, file};
 use crate::context::Context;
 use crate::units;
@@ -30,25 +32,43 @@ pub(crate) struct Merge {
     roots: Roots,
 }
 
-#[derive(Serialize)]
-struct Merged {
-    child: PathBuf,
-    parent: PathBuf,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    top: Option<PathBuf>,
-    data_bytes: u64,
-    child_removed: bool,
-    dry_run: bool,
-}
-
 impl Merge {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let merged = match Online::of_child(&self.child, context).await {
+            Some(disk) => self.in_use(disk, context).await?,
+            None => self.closed(context).await?,
+        };
+        let (child, parent) = (self.child, self.parent);
+        context.ui.show(&ImageMerged { child, parent, ..merged }, text)
+    }
+
+    /// The child lies below the disk of a VM that runs: its process merges.
+    async fn in_use(&self, disk: Online, context: &Context) -> Result<ImageMerged, Error> {
+        let (child, parent) = (online::shown(&self.child), online::shown(&self.parent));
+        let top = Some(PathBuf::from(disk.disk()));
+        if self.dry_run {
+            return Ok(ImageMerged {
+                child: child.into(),
+                parent: parent.into(),
+                top,
+                data_bytes: 0,
+                child_removed: false,
+                dry_run: true,
+            });
+        }
+        self.confirm(context)?;
+        let request = VmImageRequest { other: child, parent, keep: self.keep, ..online::request("merge") };
+        let merged: ImageMerged = disk.work(request, "merging", context).await?;
+        Ok(ImageMerged { top, ..merged })
+    }
+
+    async fn closed(&self, context: &Context) -> Result<ImageMerged, Error> {
         let mut claims = Vec::new();
         for path in [Some(&self.child), Some(&self.parent), self.top.as_ref()].into_iter().flatten() {
             claims.push(in_use::claim(path, Use::Change, context).await?);
         }
         self.check_chain()?;
-        let mut merged = Merged {
+        let mut merged = ImageMerged {
             child: self.child.clone(),
             parent: self.parent.clone(),
             top: self.top.clone(),
@@ -57,9 +77,7 @@ impl Merge {
             dry_run: self.dry_run,
         };
         if !self.dry_run {
-            let what = format!("vhdx merge {} into {}", self.child.display(), self.parent.display());
-            let name = self.child.file_name().unwrap_or_default().to_string_lossy();
-            context.ui.confirm(&what, &name)?;
+            self.confirm(context)?;
             merged.data_bytes = self.merge(context)?;
             if !self.keep {
                 std::fs::remove_file(&self.child)
@@ -67,7 +85,13 @@ impl Merge {
                 merged.child_removed = true;
             }
         }
-        context.ui.show(&merged, text)
+        Ok(merged)
+    }
+
+    fn confirm(&self, context: &Context) -> Result<(), Error> {
+        let what = format!("vhdx merge {} into {}", self.child.display(), self.parent.display());
+        let name = self.child.file_name().unwrap_or_default().to_string_lossy();
+        context.ui.confirm(&what, &name)
     }
 
     /// That CHILD is a child of PARENT, and TOP one of CHILD.
@@ -92,11 +116,8 @@ impl Merge {
     fn merge(&self, context: &Context) -> Result<u64, Error> {
         let fail = |error| failed("merge", &self.child, &error);
         let (child, parent) = (file::open_writable(&self.child)?, file::open_writable(&self.parent)?);
-        let bar = context.ui.progress(0, "merging");
-        let mut show = |progress: vhdx::Progress| {
-            bar.set_length(progress.total_bytes);
-            bar.set_position(progress.done_bytes);
-        };
+        let steps = context.ui.progress("merging");
+        let mut show = |progress: vhdx::Progress| steps.at(progress.done_bytes, progress.total_bytes);
         let done = match &self.top {
             None => {
                 let (resolver, path) = file::place_of(&self.child, &self.roots);
@@ -110,12 +131,11 @@ impl Merge {
                 done
             }
         };
-        bar.finish_and_clear();
         Ok(done.map_err(fail)?.data_bytes)
     }
 }
 
-fn text(merged: &Merged) -> String {
+fn text(merged: &ImageMerged) -> String {
     let verb = if merged.dry_run { "can be merged" } else { "merged" };
     let removed = if merged.child_removed { "; its file is removed" } else { "" };
     format!(

@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 
 use api::Error;
+use api::pb::VmImageRequest;
 use clap::Args;
-use serde::Serialize;
+use hv_runner::report::ImageResized;
 use vhdx::NewSize;
 
 use super::in_use::{self, Use};
+use super::online::{self, Online};
 use super::{failed, file};
 use crate::context::Context;
 use crate::units;
@@ -33,25 +35,44 @@ pub(crate) struct Resize {
     dry_run: bool,
 }
 
-#[derive(Serialize)]
-struct Shown {
-    path: PathBuf,
-    old_size_bytes: u64,
-    size_bytes: u64,
-    minimum_safe_size_bytes: u64,
-    table_moved: bool,
-    dry_run: bool,
-}
-
 impl Resize {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
+        let resized = match Online::of(&self.path, context).await {
+            Some(disk) => self.in_use(disk, context).await?,
+            None => self.closed(context).await?,
+        };
+        context.ui.show(&ImageResized { path: self.path, ..resized }, text)
+    }
+
+    async fn in_use(&self, disk: Online, context: &Context) -> Result<ImageResized, Error> {
+        if self.allow_unsafe_shrink && !self.dry_run {
+            let what =
+                format!("vhdx resize {}: what lies behind the new end is cut off", self.path.display());
+            self.confirm(&what, context)?;
+        }
+        let how = match self.new_size() {
+            NewSize::To(_) => "to",
+            NewSize::ExpandTo(_) => "expand_to",
+            NewSize::UnsafelyTo(_) => "unsafely_to",
+            NewSize::ToMinimumSafe => "to_minimum",
+        };
+        let request = VmImageRequest {
+            size: how.to_owned(),
+            size_bytes: self.size.unwrap_or_default(),
+            dry_run: self.dry_run,
+            ..online::request("resize")
+        };
+        disk.work(request, "resizing", context).await
+    }
+
+    async fn closed(&self, context: &Context) -> Result<ImageResized, Error> {
         let _claim = in_use::claim(&self.path, Use::Change, context).await?;
         let image = file::open_writable(&self.path)?;
         let fail = |error| failed("resize", &self.path, &error);
         let old_bytes = vhdx::info(&image).map_err(fail)?.disk_bytes;
         let minimum = vhdx::minimum_safe_bytes(&image).map_err(fail)?;
         let wanted = self.size.unwrap_or(minimum.min(old_bytes));
-        let mut shown = Shown {
+        let mut shown = ImageResized {
             path: self.path.clone(),
             old_size_bytes: old_bytes,
             size_bytes: wanted,
@@ -64,7 +85,7 @@ impl Resize {
             let done = vhdx::resize(&image, self.new_size()).map_err(fail)?;
             (shown.size_bytes, shown.table_moved) = (done.new_bytes, done.table_moved);
         }
-        context.ui.show(&shown, text)
+        Ok(shown)
     }
 
     fn new_size(&self) -> NewSize {
@@ -86,12 +107,16 @@ impl Resize {
             self.path.display(),
             units::size(minimum - wanted)
         );
+        self.confirm(&what, context)
+    }
+
+    fn confirm(&self, what: &str, context: &Context) -> Result<(), Error> {
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
-        context.ui.confirm(&what, &name)
+        context.ui.confirm(what, &name)
     }
 }
 
-fn text(shown: &Shown) -> String {
+fn text(shown: &ImageResized) -> String {
     let verb = if shown.dry_run { "would be resized" } else { "resized" };
     format!(
         "{} {verb} from {} to {} (smallest safe size {})",

@@ -1,4 +1,4 @@
-//! Holding a move at a step, for rehearsals of what happens when a side dies right there.
+//! Holding a move or a snapshot at a step, for rehearsals of what happens when a side dies right there.
 //!
 //! ```text
 //!   dev fault n1 hold --at copy     the next move that comes to this step on this node waits there
@@ -29,7 +29,7 @@ impl Rehearsal {
     }
 
     /// A move comes to this step.
-    pub(super) async fn pass(&self, step: &str) {
+    pub(crate) async fn pass(&self, step: &str) {
         let mut hold_at = self.hold_at.subscribe();
         if hold_at.borrow().as_deref() != Some(step) {
             return;

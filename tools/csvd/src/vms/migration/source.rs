@@ -283,7 +283,9 @@ impl Source<'_> {
     async fn resume(&self, epoch: u64) -> Event {
         self.runner.epoch.store(epoch, Ordering::Release);
         let resumed = match self.runner.control().status().await {
-            Ok(status) if status.state() == VmRunState::Saved => self.runner.control().abandon().await,
+            Ok(status) if status.state() == VmRunState::Saved => {
+                self.runner.control().abandon(Vec::new()).await
+            }
             Ok(status) if matches!(status.state(), VmRunState::Running | VmRunState::Paused) => Ok(()),
             Ok(status) => Err(Error::failed(format!("its process says {:?}", status.state()))),
             Err(error) => Err(error),
