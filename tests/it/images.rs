@@ -125,7 +125,9 @@ fn images_of_a_running_vm_are_looked_at_and_compacted_by_its_process_alone() {
     assert_eq!(cluster.ctl(2).run(&repair).expect_err("it is in use").code, 4);
     let taken = vhdx(&cluster, 2, "snapshot", &[("used", 1), ("used", 0)]).expect_err("the file exists");
     assert!(taken.message().contains("used-0.vhdx") && !taken.hint().is_empty(), "{taken}");
-    assert_eq!(chain(&cluster, "used").0, image("used", 1), "a refused snapshot changes nothing");
+    let written = vhdx(&cluster, 2, "merge", &[("used", 1), ("used", 0)]).expect_err("the guest writes it");
+    assert!(written.code == 4 && written.hint().contains("snapshot"), "{written}");
+    assert_eq!(chain(&cluster, "used").0, image("used", 1), "what was refused changes nothing");
     acked = guest.progress(&cluster, 1, acked.sequence);
     stop_and_verify(&cluster, &guest, "used", 1, acked);
 }

@@ -167,7 +167,9 @@ fn used_by(path: &Path, user: &FileUser) -> Error {
         _ => format!("below {disk}, a disk"),
     };
     Error::conflict(format!("{} is {what} of VM {vm}, which is {state} on {owner}", path.display()))
-        .hint(format!("stop it first: csvctl vm stop {vm}"))
+        .hint(format!(
+            "stop it first (csvctl vm stop {vm}), or make a snapshot and use the image that it keeps (csvctl vhdx snapshot)"
+        ))
 }
 
 #[cfg(test)]

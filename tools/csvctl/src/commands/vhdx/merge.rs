@@ -36,7 +36,10 @@ impl Merge {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         let merged = match Online::of_child(&self.child, context).await {
             Some(disk) => self.in_use(disk, context).await?,
-            None => self.closed(context).await?,
+            None => {
+                self.refuse_written(context).await?;
+                self.closed(context).await?
+            }
         };
         let (child, parent) = (self.child, self.parent);
         context.ui.show(&ImageMerged { child, parent, ..merged }, text)
@@ -60,6 +63,19 @@ impl Merge {
         let request = VmImageRequest { other: child, parent, keep: self.keep, ..online::request("merge") };
         let merged: ImageMerged = disk.work(request, "merging", context).await?;
         Ok(ImageMerged { top, ..merged })
+    }
+
+    /// What a guest writes now is taken up after it goes on in another image.
+    async fn refuse_written(&self, context: &Context) -> Result<(), Error> {
+        match Online::of(&self.child, context).await {
+            Some(disk) => Err(Error::conflict(format!(
+                "vhdx merge: {} is what VM {} writes now",
+                self.child.display(),
+                disk.vm()
+            ))
+            .hint("let it go on in a new image with `csvctl vhdx snapshot`, then merge this one")),
+            None => Ok(()),
+        }
     }
 
     async fn closed(&self, context: &Context) -> Result<ImageMerged, Error> {
