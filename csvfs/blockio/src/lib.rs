@@ -38,5 +38,5 @@ pub use gate::{GatedDevice, Permission, WriteRight};
 pub use memory::MemoryDevice;
 pub use nbd::{Allocation, NbdAddress, NbdDevice, NbdExport, NbdExports, NbdOptions, NbdServer, serve_nbd};
 pub use path::{CutDevice, Detour, PathDevice, PathStatus, Route, Switch, Ways};
-pub use record::{Record, Recorder};
+pub use record::{Record, Recorder, Timeline};
 pub use uri::open_uri;

@@ -11,6 +11,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::crash::{Change, SECTOR_BYTES, Survivors, Unflushed};
@@ -29,6 +30,24 @@ pub enum Record {
     },
 }
 
+/// A clock that several recorders share, so that one power cut hits all of their devices at the same moment.
+///
+/// It ticks with every record. A record that was caused by another, of whatever device, bears a later moment.
+#[derive(Clone, Debug, Default)]
+pub struct Timeline(Arc<AtomicU64>);
+
+impl Timeline {
+    /// The moment of the newest record.
+    #[must_use]
+    pub fn now(&self) -> u64 {
+        self.0.load(Ordering::SeqCst)
+    }
+
+    fn tick(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::SeqCst) + 1
+    }
+}
+
 /// Passes every request on and records it.
 pub struct Recorder<D> {
     inner: D,
@@ -39,6 +58,9 @@ pub struct Recorder<D> {
 #[derive(Default)]
 struct Log {
     records: Vec<Record>,
+    /// When each was made.
+    moments: Vec<u64>,
+    timeline: Timeline,
     /// Positions of changes that have completed and that no flush has covered.
     unflushed: BTreeSet<usize>,
 }
@@ -55,6 +77,19 @@ impl<D: BlockDevice> Recorder<D> {
     #[must_use]
     pub fn with_base(inner: D, base: MemoryDevice) -> Self {
         Self { inner, base, log: Arc::default() }
+    }
+
+    /// The same by the clock `timeline`. Nothing may be recorded yet.
+    #[must_use]
+    pub fn on(self, timeline: &Timeline) -> Self {
+        lock(&self.log).timeline = timeline.clone();
+        self
+    }
+
+    /// The moments of all records, in order.
+    #[must_use]
+    pub fn moments(&self) -> Vec<u64> {
+        lock(&self.log).moments.clone()
     }
 
     /// The recorded device.
@@ -107,14 +142,20 @@ fn lock(log: &Mutex<Log>) -> MutexGuard<'_, Log> {
 }
 
 impl Log {
+    fn push(&mut self, record: Record) {
+        // Under the lock of this log, so that moments ascend with positions.
+        self.moments.push(self.timeline.tick());
+        self.records.push(record);
+    }
+
     fn begin(&mut self, change: Change) -> usize {
-        self.records.push(Record::Change(change));
+        self.push(Record::Change(change));
         self.records.len() - 1
     }
 
     fn flushed(&mut self, covers: BTreeSet<usize>) {
         self.unflushed.retain(|at| !covers.contains(at));
-        self.records.push(Record::Flush { covers: covers.into_iter().collect() });
+        self.push(Record::Flush { covers: covers.into_iter().collect() });
     }
 }
 

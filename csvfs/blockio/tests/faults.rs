@@ -3,7 +3,7 @@ use std::sync::{Arc, mpsc};
 
 use blockio::{
     BlockDevice, Change, FaultDevice, ImageFile, IoBuf, IoError, IoOp, IoRequest, MemoryDevice, OpKind,
-    Record, Recorder, Unflushed,
+    Record, Recorder, Timeline, Unflushed,
 };
 use proptest::prelude::*;
 
@@ -114,6 +114,20 @@ fn a_crash_answers_held_requests() {
     device.wait_held(1);
     device.crash(Unflushed::All).expect("crash");
     assert!(matches!(told.recv().expect("an answer"), Err(IoError::Closed)));
+}
+
+#[test]
+fn recorders_on_one_clock_tell_what_came_first() {
+    let timeline = Timeline::default();
+    let recorder = || Recorder::new(MemoryDevice::new(4096)).on(&timeline);
+    let (one, other) = (recorder(), recorder());
+    one.write_at(0, &[1; 512]).expect("it is writable");
+    other.write_at(0, &[2; 512]).expect("it is writable");
+    let between = timeline.now();
+    other.flush().expect("it flushes");
+    one.flush().expect("it flushes");
+    assert_eq!((one.moments(), other.moments()), (vec![1, 4], vec![2, 3]));
+    assert_eq!((between, timeline.now()), (2, 4));
 }
 
 #[test]
