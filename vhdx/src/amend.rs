@@ -13,16 +13,18 @@ use uuid::Uuid;
 use crate::error::{VhdxError, doing};
 use crate::header::CurrentHeader;
 use crate::log::{LogWriter, PAGES_PER_ENTRY, Page};
+use crate::mutation::Mutation;
 use crate::recover::clear_log_id;
 
 /// Replaces `pages`, at most one log entry of them, in a closed image of `file_bytes` durable bytes. When the guest sees
-/// another disk afterwards, children of what it was must no longer fit.
+/// another disk afterwards, it gets a new `data_write_id`: children of what it was must no longer fit.
 pub(crate) fn amend(
     file: &dyn ImageFile,
     header: &mut CurrentHeader,
     pages: &[Page],
     file_bytes: u64,
-    guest_sees: bool,
+    data_write_id: Option<Uuid>,
+    mutation: Option<Mutation>,
 ) -> Result<(), VhdxError> {
     debug_assert!(header.header.log_id().is_none(), "the image is closed");
     if pages.len() > PAGES_PER_ENTRY {
@@ -34,8 +36,8 @@ pub(crate) fn amend(
     }
     header.update(file, |header| {
         header.file_write_id = Uuid::new_v4().to_bytes_le();
-        if guest_sees {
-            header.data_write_id = Uuid::new_v4().to_bytes_le();
+        if let Some(id) = data_write_id {
+            header.data_write_id = id.to_bytes_le();
         }
     })?;
     let (ring_offset, ring_bytes) = header.log_area();
@@ -43,7 +45,9 @@ pub(crate) fn amend(
     let entry = log.append(pages, file_bytes);
     let at = entry.file_offset;
     file.write_at(at, &entry.content).map_err(doing(format!("writing a log entry at {at:#x}")))?;
-    file.flush().map_err(doing("flushing the log"))?;
+    if mutation != Some(Mutation::NameBeforeEntry) {
+        file.flush().map_err(doing("flushing the log"))?;
+    }
     header.update(file, |header| {
         header.log_id = log.id.to_bytes_le();
         header.log_version = 0.into();
@@ -53,6 +57,8 @@ pub(crate) fn amend(
         let at = page.file_offset;
         file.write_at(at, &page.content).map_err(doing(format!("writing metadata at {at:#x}")))?;
     }
-    file.flush().map_err(doing("flushing the metadata"))?;
-    clear_log_id(file, header)
+    if mutation != Some(Mutation::UnflushedChange) {
+        file.flush().map_err(doing("flushing the metadata"))?;
+    }
+    clear_log_id(file, header, mutation)
 }

@@ -14,6 +14,7 @@
 
 use std::fmt;
 
+use crate::bitmap::PAGES_PER_CHUNK;
 use crate::error::{VhdxError, corrupt};
 use crate::format::{CHUNK_SECTORS, MIB, PAGE, bytes, index};
 use crate::metadata::DiskParams;
@@ -96,6 +97,16 @@ impl Entry {
         use BlockState::{Partial, Present, Undefined, Unmapped};
         let owns = matches!(self.state(), Present | Partial | Undefined | Unmapped);
         (owns && self.0 & OFFSET_BITS != 0).then_some(self.0 & OFFSET_BITS)
+    }
+
+    /// Whether it says "discarded" in the words of a draft of the format.
+    pub(crate) fn is_draft_unmapped(self) -> bool {
+        self.state() == BlockState::Reserved(5)
+    }
+
+    /// The same in the words of the format.
+    pub(crate) fn without_draft(self) -> Self {
+        Self(self.0 & !(STATE_BITS | RESERVED_BITS) | 3)
     }
 
     /// Whether it names a place although its state has none.
@@ -294,6 +305,12 @@ impl Bat {
     pub(crate) fn bitmap_place(&self, chunk: u64) -> Option<u64> {
         let at = self.shape.bitmap_index(chunk);
         (at < self.shape.entries).then(|| Entry(self.table.get(at)).data_offset()).flatten()
+    }
+
+    /// Where a page of a sector bitmap lies in the file; pages are counted over all chunks.
+    pub(crate) fn bitmap_page_offset(&self, page: u64) -> Option<u64> {
+        let place = self.bitmap_place(page / PAGES_PER_CHUNK)?;
+        Some(place + page % PAGES_PER_CHUNK * PAGE)
     }
 
     /// Gives the sector bitmap of a chunk its place. Only under the lock of the space map.

@@ -20,6 +20,7 @@ use crate::error::VhdxError;
 use crate::format::index;
 use crate::image::{Image, check_granularity};
 use crate::load::{Loaded, LogPolicy};
+use crate::open::Options;
 use crate::resolve::Said;
 use crate::resolver::{Found, ParentResolver};
 
@@ -55,9 +56,10 @@ pub(crate) struct Chain {
 
 impl Chain {
     /// Opens the parents of `top`, down to the one that has none.
-    pub(crate) fn open(top: &Loaded, origin: Option<&Origin>) -> Result<Self, VhdxError> {
-        let mut search = Search { seen: HashSet::from([top.name()]), layers: Vec::new(), paths: Vec::new() };
-        search.follow(top, origin)?;
+    pub(crate) fn open(top: &Loaded, options: &Options) -> Result<Self, VhdxError> {
+        let seen = HashSet::from([top.name()]);
+        let mut search = Search { options, seen, layers: Vec::new(), paths: Vec::new() };
+        search.follow(top, options.origin.as_ref())?;
         if search.layers.len() >= DEPTH_WARNED {
             warn!(file = %top.name(), parents = search.layers.len(), "long chain: reads and opens get slow, merge some of them");
         }
@@ -139,13 +141,14 @@ impl Chain {
     }
 }
 
-struct Search {
+struct Search<'a> {
+    options: &'a Options,
     seen: HashSet<String>,
     layers: Vec<Arc<Loaded>>,
     paths: Vec<String>,
 }
 
-impl Search {
+impl Search<'_> {
     fn follow(&mut self, top: &Loaded, origin: Option<&Origin>) -> Result<(), VhdxError> {
         let mut child_path = origin.map(|origin| origin.path.clone());
         loop {
@@ -177,7 +180,7 @@ impl Search {
         if self.seen.contains(&file.identity()) {
             return Err(VhdxError::ChainCycle { file: path });
         }
-        let (parent, _) = Loaded::open(&file, LogPolicy::InMemory)?;
+        let (parent, _) = Loaded::open_as(&file, LogPolicy::InMemory, self.options)?;
         check_granularity(&parent)?;
         let mismatch = |found: String| {
             Err(VhdxError::ParentMismatch { child: child_path.to_owned(), parent: path.clone(), found })

@@ -12,6 +12,7 @@ use std::ops::ControlFlow;
 
 use blockio::BlockDevice;
 
+use crate::children::{self, Reach};
 use crate::core::{Core, Ticket, lock};
 use crate::disk::Disk;
 use crate::error::VhdxError;
@@ -59,14 +60,16 @@ impl Disk {
     /// moved, and all of them for a few flushes at the end.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::InvalidInput`] for a fixed image, which promises to keep its space; else when the file fails or
-    /// the disk is closed meanwhile. The image is sound in any case.
+    /// [`crate::ErrorKind::InvalidInput`] for a fixed image, which promises to keep its space,
+    /// [`crate::ErrorKind::HasChildren`] when others may have it open as their parent; else when the file fails or the disk is
+    /// closed meanwhile. The image is sound in any case.
     pub fn compact(&self, watch: CompactWatch<'_>) -> Result<Compacted, VhdxError> {
         let core = self.core();
         if core.params.fixed {
             let text = "a fixed image keeps the space of all its blocks; convert it to a dynamic one to give space back";
             return Err(VhdxError::InvalidInput(text.to_owned()));
         }
+        children::refuse(&core.file, &self.options(), Reach::Everywhere, &[])?;
         let _alone = lock(&core.compaction);
         let old_file_bytes = core.file.geometry().size_bytes;
         let mut run = Run { disk: self, watch, progress: CompactProgress::default() };

@@ -20,7 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use blockio::{Geometry, ImageFile, IoError, IoRequest};
 
 use crate::bat::{Bat, Entry};
-use crate::bitmap::{Bitmaps, PAGES_PER_CHUNK};
+use crate::bitmap::Bitmaps;
 use crate::chain::Chain;
 use crate::disk::submit_modifying;
 use crate::error::VhdxError;
@@ -281,11 +281,10 @@ impl Core {
                 Page { file_offset: self.bat.page_offset(page), content: self.bat.page_bytes(page) }
             }
             MetaPage::Bitmap(page) => {
-                let place = self.bat.bitmap_place(page / PAGES_PER_CHUNK);
+                let place = self.bat.bitmap_page_offset(page);
                 let bitmaps = self.bitmaps.as_ref();
                 Page {
-                    file_offset: place.expect("a bitmap has its place before a bit changes")
-                        + page % PAGES_PER_CHUNK * PAGE,
+                    file_offset: place.expect("a bitmap has its place before a bit changes"),
                     content: bitmaps.expect("a dirty bitmap exists").page_bytes(page),
                 }
             }

@@ -140,7 +140,12 @@ impl Disk {
 
     /// Where the image lies and where its parents may be, if that was said.
     pub(crate) fn origin(&self) -> Option<Origin> {
-        self.behind.options().origin
+        self.options().origin
+    }
+
+    /// How the image was opened.
+    pub(crate) fn options(&self) -> Options {
+        self.behind.options()
     }
 
     /// Blocks that have their place in the file.

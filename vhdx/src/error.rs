@@ -34,6 +34,8 @@ pub enum ErrorKind {
     ChainTooDeep,
     /// A path of a parent locator leads out of the folders that the user allows.
     PathOutsideRoot,
+    /// Other images refer to this one as their parent and need it as it is.
+    HasChildren,
     /// Well-formed, but beyond the bounds set here against hostile files.
     Limit,
     /// The parameters of a call make no sense.
@@ -173,6 +175,17 @@ pub enum VhdxError {
         /// Where it leads.
         why: String,
     },
+    /// Other images refer to this one as their parent and need it as it is.
+    #[error(
+        "{image} is the parent of {children}: changing it would make them unreadable; merge or remove them first, or insist if \
+         they are of no use any more"
+    )]
+    HasChildren {
+        /// The image that was to be changed.
+        image: String,
+        /// Where its children are.
+        children: String,
+    },
     /// Well-formed, but beyond the bounds set here.
     #[error("{what} is {found}, over the bound of {bound} that protects against hostile files")]
     Limit {
@@ -223,6 +236,7 @@ impl VhdxError {
             Self::ChainCycle { .. } => ErrorKind::ChainCycle,
             Self::ChainTooDeep { .. } => ErrorKind::ChainTooDeep,
             Self::PathOutsideRoot { .. } => ErrorKind::PathOutsideRoot,
+            Self::HasChildren { .. } => ErrorKind::HasChildren,
             Self::Limit { .. } => ErrorKind::Limit,
             Self::InvalidInput(_) => ErrorKind::InvalidInput,
             Self::Poisoned { .. } => ErrorKind::Poisoned,

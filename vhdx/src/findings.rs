@@ -17,6 +17,8 @@ pub(crate) struct Findings {
     pub(crate) warnings: Vec<String>,
     /// What is harmless for reading, but would be destroyed by writing.
     pub(crate) write_blockers: Vec<VhdxError>,
+    /// Whether block states of a draft of the format are read as what they became.
+    pub(crate) tolerate_draft_states: bool,
     /// How many more there were.
     pub(crate) dropped: u64,
 }
@@ -40,6 +42,12 @@ impl Findings {
     /// Whether no further error would be kept.
     pub(crate) fn is_full(&self) -> bool {
         self.errors.len() >= FINDINGS_MAX
+    }
+
+    /// Notes a reserved field with a value: readers may ignore it, a writer would destroy what it means.
+    pub(crate) fn unknown_meaning(&mut self, error: VhdxError) {
+        self.warn(error.to_string());
+        self.block_writing(error);
     }
 
     /// Notes something that only a reader may ignore.

@@ -319,7 +319,7 @@ impl Session {
             self.flush()?;
             self.write_in_place()?;
             self.flush_before(Mutation::UnflushedClose, "the BAT")?;
-            clear_log_id(&*self.core.file, &mut self.header)?;
+            clear_log_id(&*self.core.file, &mut self.header, self.core.mutation)?;
             self.log = None;
             self.core.session.store(false, Ordering::SeqCst);
             self.cut_surplus()?;

@@ -72,6 +72,10 @@ pub(crate) const ITEM_LOGICAL_SECTOR: Uuid = uuid!("8141BF1D-A96F-4709-BA47-F233
 pub(crate) const ITEM_PHYSICAL_SECTOR: Uuid = uuid!("CDA348C7-445D-4471-9CC9-E9885251C556");
 /// Where the parent is.
 pub(crate) const ITEM_PARENT_LOCATOR: Uuid = uuid!("A8D35F2D-B30B-454D-ABF7-D3D84834AB0C");
+/// Seen in Microsoft's code: cylinders, heads and sectors.
+pub(crate) const ITEM_CHS: Uuid = uuid!("DA02D7BC-3D3A-423C-AC88-2A36AB21479B");
+/// Seen in Microsoft's code: labels of persistent memory.
+pub(crate) const ITEM_PMEM_LABELS: Uuid = uuid!("10E1AE8A-4B7E-4169-A40F-CD70DE928393");
 /// Seen in Microsoft's code: creation is unfinished.
 pub(crate) const ITEM_INCOMPLETE: Uuid = uuid!("71CC85F0-1B69-4E28-9558-C3BF83AE75D3");
 

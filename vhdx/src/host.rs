@@ -10,7 +10,7 @@ use blockio::{FileDevice, ImageFile, IoError, OpenOptions};
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
-use crate::resolver::{OpenFailure, ParentFiles};
+use crate::resolver::{FolderEntry, OpenFailure, ParentFiles};
 
 /// Files of this machine, opened for reading.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,6 +37,30 @@ impl ParentFiles for HostFiles {
             Ok(file) => Ok(Arc::new(file)),
             Err(error) => Err(OpenFailure::Io(error)),
         }
+    }
+
+    fn list(&self, root: &str, below: &str) -> Result<Option<Vec<FolderEntry>>, OpenFailure> {
+        let folder = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::open(root, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| failure(errno, below))?;
+        let inside = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+        let below = if below.is_empty() { "." } else { below };
+        let found = rustix::fs::openat2(&root, below, folder, Mode::empty(), inside)
+            .map_err(|errno| failure(errno, below))?;
+        let mut entries = Vec::new();
+        let io = |error: std::io::Error| {
+            OpenFailure::Io(IoError::Os { op: "list", offset: 0, errno: error.raw_os_error().unwrap_or(0) })
+        };
+        for entry in std::fs::read_dir(format!("/proc/self/fd/{}", found.as_raw_fd())).map_err(io)? {
+            let entry = entry.map_err(io)?;
+            let kind = entry.file_type().map_err(io)?;
+            // Names that are no text cannot be in a locator either.
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            if kind.is_dir() || kind.is_file() {
+                entries.push(FolderEntry { name, is_folder: kind.is_dir() });
+            }
+        }
+        Ok(Some(entries))
     }
 }
 

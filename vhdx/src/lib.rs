@@ -80,6 +80,23 @@
 //! is checked, one interval map proves that no byte has two owners, and the work to search a log is bounded. The paths in a
 //! parent locator are followed only below the folders that the caller allows, see [`ParentResolver`].
 //!
+//! # Parents and children
+//!
+//! A child names its parent by the parent's *data write id*, which changes with the first write that a guest could see. So a
+//! parent that was written is refused by its children ([`ErrorKind::ParentMismatch`]), never read wrongly. To keep it from
+//! coming to that, children are looked for, because the format keeps no list of them:
+//!
+//! | before | where | unless |
+//! |---|---|---|
+//! | [`Builder::writable`], [`Builder::inactive`] | in the folder of the image | [`Builder::despite_children`] |
+//! | [`Builder::resize`], [`Builder::merge`], and the same of a [`Disk`] in use | in all folders of the [`ParentResolver`] and below | the same |
+//!
+//! What is found is refused with [`ErrorKind::HasChildren`]. Nothing is looked for without [`Builder::parents`], nor where
+//! [`ParentFiles::list`] cannot tell what there is.
+//!
+//! The disks of a chain may differ in size and in the size of their blocks. Behind the end of a parent there are zeros; what
+//! a child gains by a resize reads as zeros even if its parent is longer; after a merge the disk is as large as the child.
+//!
 //! # A chain, from its base to a merge
 //!
 //! ```
@@ -123,9 +140,11 @@ mod bat;
 mod bitmap;
 mod chain;
 mod check;
+mod children;
 mod compact;
 mod convert;
 mod core;
+mod cover;
 mod create;
 mod defects;
 mod difference;
@@ -190,5 +209,5 @@ pub use open::{Builder, Standby};
 pub use repair::{Repaired, repair};
 pub use resize::{NewSize, Resized, resize};
 pub use resolve::{ReadSegment, WriteSegment};
-pub use resolver::{OpenFailure, ParentFiles, ParentResolver};
+pub use resolver::{FolderEntry, OpenFailure, ParentFiles, ParentResolver};
 pub use safe_size::minimum_safe_bytes;

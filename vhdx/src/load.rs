@@ -20,6 +20,7 @@ use crate::format::{CREATOR_BYTES, FILE_SIGNATURE, HEADER_AREA_BYTES, index};
 use crate::header::CurrentHeader;
 use crate::locator::Locator;
 use crate::metadata::{self, DiskParams, Metadata};
+use crate::open::Options;
 use crate::owners::{self, Owners};
 use crate::region::{Area, Regions};
 use crate::replay::{LogState, read_log};
@@ -101,6 +102,49 @@ fn guess(head: &[u8], file_bytes: u64) -> String {
     }
 }
 
+/// What an image says before its block table.
+pub(crate) struct Front {
+    view: View,
+    header: CurrentHeader,
+    regions: Regions,
+    /// What the disk is, and which image it differs from.
+    pub(crate) metadata: Metadata,
+    log: LogState,
+    creator: String,
+}
+
+/// Reads everything but the block table and what it refers to.
+pub(crate) fn read_front(
+    file: &Arc<dyn ImageFile>,
+    policy: LogPolicy,
+    findings: &mut Findings,
+) -> Result<Front, VhdxError> {
+    let mut view = View::of(file);
+    let creator = read_identity(&view)?;
+    let header = CurrentHeader::read(&view)?;
+    if !header.both_valid {
+        findings.warn("one of the two headers is damaged; the other serves");
+    }
+    let log = match policy {
+        LogPolicy::InMemory => read_log(&view, &header)?,
+        LogPolicy::Ignore => LogState::Clean,
+    };
+    match &log {
+        LogState::Dirty(replay) => {
+            view.view_bytes = replay.file_bytes;
+            view.patches = replay.patches.clone();
+        }
+        LogState::Orphan(id) => {
+            findings.warn(format!("the header names the log {id}, which has no entry"));
+        }
+        LogState::Clean => (),
+    }
+    let regions = Regions::read(&view, findings)?;
+    check_areas(&areas(&header, &regions), view.view_bytes)?;
+    let metadata = metadata::read(&view, regions.metadata, findings)?;
+    Ok(Front { view, header, regions, metadata, log, creator })
+}
+
 impl Loaded {
     /// Reads the image. Errors of single blocks are added to `findings`; what stops the reading is returned.
     pub(crate) fn read(
@@ -108,29 +152,8 @@ impl Loaded {
         policy: LogPolicy,
         findings: &mut Findings,
     ) -> Result<Self, VhdxError> {
-        let mut view = View::of(file);
-        let creator = read_identity(&view)?;
-        let header = CurrentHeader::read(&view)?;
-        if !header.both_valid {
-            findings.warn("one of the two headers is damaged; the other serves");
-        }
-        let log = match policy {
-            LogPolicy::InMemory => read_log(&view, &header)?,
-            LogPolicy::Ignore => LogState::Clean,
-        };
-        match &log {
-            LogState::Dirty(replay) => {
-                view.view_bytes = replay.file_bytes;
-                view.patches = replay.patches.clone();
-            }
-            LogState::Orphan(id) => {
-                findings.warn(format!("the header names the log {id}, which has no entry"));
-            }
-            LogState::Clean => (),
-        }
-        let regions = Regions::read(&view, findings)?;
-        check_areas(&areas(&header, &regions), view.view_bytes)?;
-        let Metadata { params, locator } = metadata::read(&view, regions.metadata, findings)?;
+        let front = read_front(file, policy, findings)?;
+        let Front { view, header, regions, metadata: Metadata { params, locator }, log, creator } = front;
         let bat = Bat::read(&view, regions.bat, BatShape::of(&params))?;
         // A live log that is not looked at means that the table may be behind it.
         let mut owners = match policy {
@@ -152,7 +175,17 @@ impl Loaded {
 
     /// The same for an open: the first error ends it, warnings go to the log.
     pub(crate) fn open(file: &Arc<dyn ImageFile>, policy: LogPolicy) -> Result<(Self, Findings), VhdxError> {
-        let mut findings = Findings::default();
+        Self::open_as(file, policy, &Options::default())
+    }
+
+    /// The same as tolerant as the caller wants it.
+    pub(crate) fn open_as(
+        file: &Arc<dyn ImageFile>,
+        policy: LogPolicy,
+        options: &Options,
+    ) -> Result<(Self, Findings), VhdxError> {
+        let tolerate_draft_states = options.tolerate_draft_states;
+        let mut findings = Findings { tolerate_draft_states, ..Findings::default() };
         let loaded = Self::read(file, policy, &mut findings)?;
         let findings = findings.into_result()?;
         for text in &findings.warnings {

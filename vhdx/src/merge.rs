@@ -16,18 +16,19 @@ use blockio::{BlockDevice, ImageFile, IoBuf, IoOp};
 use uuid::Uuid;
 
 use crate::amend::amend;
-use crate::chain::Origin;
+use crate::children::{self, Reach};
 use crate::convert::Progress;
 use crate::disk::Disk;
 use crate::error::{VhdxError, doing};
-use crate::exchange::Next;
 use crate::format::{MIB, bytes, index};
 use crate::image::Image;
 use crate::load::{Loaded, LogPolicy};
 use crate::locator::Locator;
 use crate::metadata;
+use crate::mutation::Mutation;
 use crate::open::{Builder, Options};
 use crate::recover::recover;
+use crate::resize::{NewSize, resize_image};
 use crate::resolve::{BlockPart, Said};
 use crate::resolver::ParentResolver;
 use crate::running::refuse_unwritable;
@@ -36,11 +37,11 @@ use crate::running::refuse_unwritable;
 const PIECE: u64 = MIB;
 
 /// Writes everything that the closed image in `child`, at `path`, says into its parent, of which `parent` is a writable
-/// handle. Afterwards the parent alone is the disk, and the child's file may go. The parent must have no other child.
+/// handle. Afterwards the parent alone is the disk, as large as the child was, and the child's file may go.
 ///
 /// # Errors
-/// [`crate::ErrorKind::InvalidInput`] when `parent` is another file or the sizes of the disks differ, with nothing changed.
-/// After any other error the child is still the disk; merge again.
+/// [`crate::ErrorKind::InvalidInput`] when `parent` is another file, [`crate::ErrorKind::HasChildren`] when it has other
+/// children or the child has any, with nothing changed. After any other error the child is still the disk; merge again.
 pub fn merge(
     child: &Arc<dyn ImageFile>,
     resolver: &ParentResolver,
@@ -48,17 +49,31 @@ pub fn merge(
     parent: &Arc<dyn ImageFile>,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<Progress, VhdxError> {
-    let origin = Origin { resolver: resolver.clone(), path: path.to_owned() };
-    let merge = Merge::prepare(child, origin, parent)?;
-    merge.run(progress).map(|done| done.progress)
+    Builder::open(Arc::clone(child)).parents(resolver.clone(), path).merge(parent, progress)
+}
+
+impl Builder {
+    /// Merges the closed image into its parent: [`merge`], with options.
+    ///
+    /// # Errors
+    /// As [`merge`].
+    pub fn merge(
+        self,
+        parent: &Arc<dyn ImageFile>,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Progress, VhdxError> {
+        children::refuse(&self.file, &self.options, Reach::Everywhere, &[])?;
+        let merge = Merge::prepare(&self.file, &self.options, parent)?;
+        merge.run(progress).map(|done| done.progress)
+    }
 }
 
 impl Disk {
     /// Merges the parent of this disk into its own parent, while the disk is in use, and takes it out of the chain; `child` and
     /// `parent` are writable handles of the two. The guest's requests wait only for the last step, a handful of flushes.
     ///
-    /// To merge what the guest writes now, make a [`Disk::snapshot`] first. Neither of the two files may have other children.
-    /// The file of `child` may go afterwards.
+    /// To merge what the guest writes now, make a [`Disk::snapshot`] first. Neither of the two files may have other children,
+    /// unless the disk was opened despite them. The file of `child` may go afterwards.
     ///
     /// # Errors
     /// As [`merge`]. The disk goes on as it was, unless that fails too.
@@ -74,16 +89,17 @@ impl Disk {
             return Err(VhdxError::InvalidInput("the disk has no parent that could be merged".to_owned()));
         };
         same_file(child, &below.name(), "child")?;
-        let done = Merge::prepare(child, origin.at(path), parent)?.run(progress)?;
+        let options = Options { origin: Some(origin.at(path)), ..self.options() };
+        children::refuse(child, &options, Reach::Everywhere, &[&*self.core().file])?;
+        let done = Merge::prepare(child, &options, parent)?.run(progress)?;
         self.exchange_for(|file, options| {
-            let next = Next::new(Arc::clone(file), options.clone());
-            relink(file, |locator| {
+            relink(file, options.mutation, |locator| {
                 locator.set_linkage(done.data_write_id);
                 locator.set_linkage2(None);
                 locator.set_paths(&origin.resolver.paths(&origin.path, &done.parent_path)?);
                 Ok(())
             })?;
-            Ok((done.progress, Some(next)))
+            Ok((done.progress, None))
         })
     }
 }
@@ -101,6 +117,7 @@ fn same_file(file: &Arc<dyn ImageFile>, identity: &str, what: &str) -> Result<()
 /// Replaces the parent locator of a closed image, all of it or nothing. What a guest reads stays the same.
 fn relink(
     file: &Arc<dyn ImageFile>,
+    mutation: Option<Mutation>,
     change: impl FnOnce(&mut Locator) -> Result<(), VhdxError>,
 ) -> Result<(), VhdxError> {
     recover(file, &Options::default())?;
@@ -116,7 +133,7 @@ fn relink(
     }
     let pages = metadata::locator_pages(&loaded.view, loaded.regions.metadata, &locator)?;
     let file_bytes = loaded.view.file_bytes / MIB * MIB;
-    amend(&**file, &mut loaded.header, &pages, file_bytes, false)
+    amend(&**file, &mut loaded.header, &pages, file_bytes, None, mutation)
 }
 
 /// A merge that can be done.
@@ -144,46 +161,67 @@ impl Merge {
     /// Finds out whether the two belong together. Changes nothing.
     fn prepare(
         child_file: &Arc<dyn ImageFile>,
-        origin: Origin,
+        options: &Options,
         parent: &Arc<dyn ImageFile>,
     ) -> Result<Self, VhdxError> {
-        let builder = Builder::open(Arc::clone(child_file)).parents(origin.resolver.clone(), &origin.path);
-        let child = builder.read_only()?;
+        let child = Builder::with(Arc::clone(child_file), options.clone()).read_only()?;
         refuse_unwritable(child.loaded())?;
         let (Some(below), Some(path)) = (child.chain().layers().first(), child.chain().paths().first())
         else {
-            return Err(VhdxError::InvalidInput(format!("{} has no parent to be merged into", origin.path)));
+            let name = child_file.identity();
+            return Err(VhdxError::InvalidInput(format!("{name} has no parent to be merged into")));
         };
+        let origin = options.origin.as_ref().expect("its parent was found");
         same_file(parent, &below.name(), "parent")?;
         refuse_unwritable(below)?;
-        let (ours, theirs) = (child.loaded().params.disk_bytes, below.params.disk_bytes);
-        if ours != theirs {
-            return Err(VhdxError::InvalidInput(format!(
-                "the child's disk has {ours} bytes, the parent's {theirs}: a merge keeps the parent's size, so it would lose or \
-                 make up data; convert the chain to one image instead"
-            )));
-        }
         let new_id = Uuid::new_v4();
         let (old_id, path) = (below.data_write_id(), path.clone());
-        let options =
-            Options { origin: Some(origin.at(&path)), data_write_id: Some(new_id), ..Options::default() };
+        let options = Options {
+            origin: Some(origin.at(&path)),
+            data_write_id: Some(new_id),
+            tolerate_draft_states: options.tolerate_draft_states,
+            despite_children: options.despite_children,
+            mutation: options.mutation,
+            ..Options::default()
+        };
+        children::refuse(parent, &options, Reach::Everywhere, &[&**child_file])?;
         let (child_file, parent) = (Arc::clone(child_file), Arc::clone(parent));
         Ok(Self { child, child_file, parent, options, parent_path: path, old_id, new_id })
     }
 
     fn run(self, progress: &mut dyn FnMut(Progress)) -> Result<Merged, VhdxError> {
         // The id that the parent bears comes with it: an earlier attempt may have changed it.
-        relink(&self.child_file, |locator| {
-            locator.set_linkage(self.old_id);
-            locator.set_linkage2(Some(self.new_id));
-            Ok(())
-        })?;
+        if self.options.mutation != Some(Mutation::UnannouncedMerge) {
+            relink(&self.child_file, self.options.mutation, |locator| {
+                locator.set_linkage(self.old_id);
+                locator.set_linkage2(Some(self.new_id));
+                Ok(())
+            })?;
+        }
+        // Whatever the parent gains reads as zeros, and the child shows nothing of what it loses.
+        let size = NewSize::UnsafelyTo(self.child.loaded().params.disk_bytes);
+        resize_image(&self.parent, &self.options, size, Some(self.new_id))?;
         let parent = Disk::open(&self.parent, self.options.clone())?;
         let progress = self.copy(&parent, progress)?;
         parent.close()?;
         drop(parent);
-        let (parent, _) = Loaded::open(&self.parent, LogPolicy::InMemory)?;
-        Ok(Merged { progress, data_write_id: parent.data_write_id(), parent_path: self.parent_path })
+        let data_write_id = self.adopt()?;
+        Ok(Merged { progress, data_write_id, parent_path: self.parent_path })
+    }
+
+    /// Gives the closed parent what the child says about the disk besides its content. The parent's id after that.
+    fn adopt(&self) -> Result<Uuid, VhdxError> {
+        let (mut parent, _) = Loaded::open_as(&self.parent, LogPolicy::InMemory, &self.options)?;
+        let child = self.child.loaded();
+        let pages = metadata::adopted_pages(
+            (&parent.view, parent.regions.metadata),
+            (&child.view, child.regions.metadata),
+        )?;
+        if !pages.is_empty() {
+            let file_bytes = parent.view.file_bytes / MIB * MIB;
+            amend(&*self.parent, &mut parent.header, &pages, file_bytes, None, self.options.mutation)?;
+        }
+        Ok(parent.data_write_id())
     }
 
     /// Puts everything that the child says into the parent.

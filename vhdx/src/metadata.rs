@@ -16,10 +16,11 @@ use zerocopy::{FromBytes, IntoBytes};
 use crate::error::{VhdxError, corrupt};
 use crate::findings::Findings;
 use crate::format::{
-    BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, DISK_BYTES_MAX, ITEM_DISK_ID, ITEM_DISK_SIZE, ITEM_FILE_PARAMETERS,
-    ITEM_INCOMPLETE, ITEM_IS_REQUIRED, ITEM_IS_USER, ITEM_IS_VIRTUAL_DISK, ITEM_LOGICAL_SECTOR,
-    ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, METADATA_BYTES_MAX, MIB, MetadataEntry, MetadataTableHeader,
-    PAGE, PARAM_HAS_PARENT, PARAM_LEAVE_ALLOCATED, TABLE_BYTES, TABLE_ENTRIES_MAX, index,
+    BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, DISK_BYTES_MAX, ITEM_CHS, ITEM_DISK_ID, ITEM_DISK_SIZE,
+    ITEM_FILE_PARAMETERS, ITEM_INCOMPLETE, ITEM_IS_REQUIRED, ITEM_IS_USER, ITEM_IS_VIRTUAL_DISK,
+    ITEM_LOGICAL_SECTOR, ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, ITEM_PMEM_LABELS, METADATA_BYTES_MAX,
+    MIB, MetadataEntry, MetadataTableHeader, PAGE, PARAM_HAS_PARENT, PARAM_LEAVE_ALLOCATED, TABLE_BYTES,
+    TABLE_ENTRIES_MAX, index,
 };
 use crate::locator::Locator;
 use crate::log::Page;
@@ -84,12 +85,58 @@ pub(crate) fn inherited_items(view: &View, region: Area) -> Result<Vec<Item>, Vh
         entry.flags.get() & ITEM_IS_USER == 0 && KNOWN.contains(&Uuid::from_bytes_le(entry.id))
     };
     let inherits = |entry: &&MetadataEntry| entry.flags.get() & ITEM_IS_VIRTUAL_DISK != 0 && !is_known(entry);
-    let copy = |entry: &MetadataEntry| {
-        let at = region.offset + u64::from(entry.offset.get());
-        let value = view.read(at, entry.length.get() as usize, "metadata item")?;
-        Ok(Item { id: Uuid::from_bytes_le(entry.id), flags: entry.flags.get(), value })
-    };
-    items.all.iter().filter(inherits).map(copy).collect()
+    items.all.iter().filter(inherits).map(|entry| copy_of(view, region, entry)).collect()
+}
+
+/// The pages of the region of a parent after a merge: what describes the virtual disk is that of the child, all else stays.
+/// None when they say the same already.
+pub(crate) fn adopted_pages(parent: (&View, Area), child: (&View, Area)) -> Result<Vec<Page>, VhdxError> {
+    let (ours, theirs) = (all_items(parent)?, all_items(child)?);
+    let describes_disk = |item: &&Item| item.flags & ITEM_IS_VIRTUAL_DISK != 0;
+    let is_same = |a: &Item, b: &Item| a.id == b.id && (a.flags ^ b.flags) & ITEM_IS_USER == 0;
+    let child_says: Vec<&Item> = theirs.iter().filter(describes_disk).collect();
+    let known: Vec<&Item> = ours.iter().filter(describes_disk).collect();
+    if known.len() == child_says.len() && known.iter().all(|item| child_says.contains(item)) {
+        return Ok(Vec::new());
+    }
+    let kept = ours.iter().filter(|item| !describes_disk(item));
+    let (mut items, mut last): (Vec<Item>, Vec<Item>) =
+        kept.cloned().partition(|item| item.id != ITEM_PARENT_LOCATOR);
+    items.extend(
+        child_says
+            .into_iter()
+            .filter(|item| {
+                !ours.iter().any(|own| is_same(own, item) && own.flags & ITEM_IS_VIRTUAL_DISK == 0)
+            })
+            .cloned(),
+    );
+    // Last, so that it has room to grow when the parent moves.
+    items.append(&mut last);
+    let (view, region) = parent;
+    let mut content = encode_items(&items);
+    content.resize(content.len().next_multiple_of(index(PAGE)), 0);
+    if crate::format::bytes(content.len()) > region.length {
+        return Err(VhdxError::Limit {
+            what: "the length of the metadata that a merge takes over",
+            found: crate::format::bytes(content.len()),
+            bound: region.length,
+        });
+    }
+    let old = view.read(region.offset, content.len(), "metadata region")?;
+    let pages = content.chunks_exact(index(PAGE)).zip(old.chunks_exact(index(PAGE)));
+    let changed = (region.offset..).step_by(index(PAGE)).zip(pages).filter(|(_, (new, old))| new != old);
+    Ok(changed.map(|(file_offset, (new, _))| Page { file_offset, content: new.to_vec() }).collect())
+}
+
+fn all_items((view, region): (&View, Area)) -> Result<Vec<Item>, VhdxError> {
+    let items = read_table(view, region, &mut Findings::default())?;
+    items.all.iter().map(|entry| copy_of(view, region, entry)).collect()
+}
+
+fn copy_of(view: &View, region: Area, entry: &MetadataEntry) -> Result<Item, VhdxError> {
+    let at = region.offset + u64::from(entry.offset.get());
+    let value = view.read(at, entry.length.get() as usize, "metadata item")?;
+    Ok(Item { id: Uuid::from_bytes_le(entry.id), flags: entry.flags.get(), value })
 }
 
 /// The pages of the region with another parent locator.
@@ -159,13 +206,13 @@ pub(crate) fn read(view: &View, region: Area, findings: &mut Findings) -> Result
         logical_sector: u32::from_le_bytes(logical),
         physical_sector: u32::from_le_bytes(physical),
         disk_id: Uuid::from_bytes_le(disk_id),
-        fixed: flags & PARAM_LEAVE_ALLOCATED != 0,
+        // A child promises nothing about its space, whatever the flag says.
+        fixed: flags & (PARAM_LEAVE_ALLOCATED | PARAM_HAS_PARENT) == PARAM_LEAVE_ALLOCATED,
         has_parent: flags & PARAM_HAS_PARENT != 0,
     };
     if flags & !(PARAM_LEAVE_ALLOCATED | PARAM_HAS_PARENT) != 0 {
         let error = corrupt("file parameters", region.offset, format!("reserved bits are set: {flags:#x}"));
-        findings.warn(error.to_string());
-        findings.block_writing(error);
+        findings.unknown_meaning(error);
     }
     items.check_parent(&found, findings)?;
     found.check().map_err(|found| corrupt("metadata item", region.offset, found))?;
@@ -194,12 +241,24 @@ fn read_table(view: &View, region: Area, findings: &mut Findings) -> Result<Item
             format!("{count} entries, at most {TABLE_ENTRIES_MAX} fit"),
         ));
     }
+    if header.reserved.get() != 0 || header.reserved2 != [0; 20] {
+        findings.unknown_meaning(corrupt(
+            "metadata table",
+            region.offset,
+            "a reserved field of it is not zero",
+        ));
+    }
     let (mut by_id, mut seen, mut spans) = (HashMap::new(), HashMap::new(), Vec::new());
     let mut all = Vec::new();
     for number in 0..usize::from(count) {
         let place = region.offset + 32 + crate::format::bytes(number) * 32;
         let (entry, _) = MetadataEntry::ref_from_prefix(&rest[number * 32..]).expect("the count was checked");
         let id = check_entry(entry, place, region)?;
+        if entry.flags.get() > 7 || entry.reserved.get() != 0 {
+            let (flags, reserved) = (entry.flags.get(), entry.reserved.get());
+            let found = format!("item {id} has the flags {flags:#x} and the reserved field {reserved:#x}");
+            findings.unknown_meaning(corrupt("metadata table entry", place, found));
+        }
         let user = entry.flags.get() & ITEM_IS_USER != 0;
         if seen.insert((id, user), ()).is_some() {
             return Err(corrupt("metadata table entry", place, format!("item {id} occurs twice")));
@@ -281,7 +340,8 @@ fn check_known(
         ITEM_DISK_SIZE | ITEM_DISK_ID | ITEM_LOGICAL_SECTOR | ITEM_PHYSICAL_SECTOR => {
             ITEM_IS_VIRTUAL_DISK | ITEM_IS_REQUIRED
         }
-        ITEM_INCOMPLETE => return Ok(()),
+        // Neither changes what a sector holds; both are kept.
+        ITEM_INCOMPLETE | ITEM_CHS | ITEM_PMEM_LABELS => return Ok(()),
         _ if flags & ITEM_IS_REQUIRED != 0 => {
             return Err(VhdxError::Unsupported {
                 what: format!("required metadata item {id} in the table at {place:#x}"),

@@ -23,6 +23,7 @@ use crate::disk::submit_modifying;
 use crate::error::{VhdxError, doing};
 use crate::flush::{FlushJob, For};
 use crate::format::{MIB, index};
+use crate::mutation::Mutation;
 use crate::space::MetaPage;
 
 /// Bytes per read and write of a copy.
@@ -181,7 +182,7 @@ impl Moves {
     /// Makes the copies durable, lets the table name them, and the log after that. The blocks that moved.
     pub(crate) fn finish(mut self) -> Result<u64, VhdxError> {
         let core = Arc::clone(self.core());
-        if !self.copied.is_empty() {
+        if !self.copied.is_empty() && !core.skips(Mutation::UnflushedMove) {
             core.file.flush().map_err(|error| core.poison(&doing("flushing moved blocks")(error)))?;
         }
         let mut moved = 0;

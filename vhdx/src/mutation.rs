@@ -19,6 +19,18 @@ pub enum Mutation {
     SplitFlush,
     /// Sectors of a child count before they are durable.
     SkipBarrier,
+    /// Both headers are written at once.
+    HeadersTogether,
+    /// The header names the one log entry of a change before that entry is durable.
+    NameBeforeEntry,
+    /// The end of a change is announced before its pages are in place.
+    UnflushedChange,
+    /// A table that moved is named by the first region table alone.
+    OneRegionTable,
+    /// A block counts at its new place before its bytes are durable there.
+    UnflushedMove,
+    /// A parent takes its child up before the child knows the new name of it.
+    UnannouncedMerge,
     /// A session goes on with what a crash left at the end of the file.
     TrustTail,
     /// Space is free for others before the log has dropped it.

@@ -14,6 +14,7 @@ use blockio::ImageFile;
 use uuid::Uuid;
 
 use crate::chain::{Chain, Origin};
+use crate::children::{self, Reach};
 use crate::disk::Disk;
 use crate::error::VhdxError;
 use crate::image::{Image, check_granularity};
@@ -23,8 +24,8 @@ use crate::resolver::ParentResolver;
 
 /// Opens images.
 pub struct Builder {
-    file: Arc<dyn ImageFile>,
-    options: Options,
+    pub(crate) file: Arc<dyn ImageFile>,
+    pub(crate) options: Options,
 }
 
 /// How a disk is opened and how it behaves.
@@ -36,6 +37,10 @@ pub(crate) struct Options {
     pub(crate) growth_bytes: u64,
     /// Where to look for parents.
     pub(crate) origin: Option<Origin>,
+    /// Change the image even though others need it as it is.
+    pub(crate) despite_children: bool,
+    /// Read states of a draft of the format as what they became.
+    pub(crate) tolerate_draft_states: bool,
     /// The id that says that the guest's data changed, if it is not to be drawn when that happens.
     pub(crate) data_write_id: Option<Uuid>,
     /// The step of the protocol that a test leaves out.
@@ -71,6 +76,21 @@ impl Builder {
         self
     }
 
+    /// Changes the image even if others refer to it as their parent; they are refused from then on. Without this it is not
+    /// opened for writing, resized or merged when such an image is found, see [`Builder::children`].
+    #[must_use]
+    pub fn despite_children(mut self, despite_children: bool) -> Self {
+        self.options.despite_children = despite_children;
+        self
+    }
+
+    /// Reads block state 5, by which a draft of the format said "discarded", as that. It is refused otherwise. Parents too.
+    #[must_use]
+    pub fn tolerate_draft_states(mut self, tolerate: bool) -> Self {
+        self.options.tolerate_draft_states = tolerate;
+        self
+    }
+
     /// Grows the file in steps of this many bytes instead of the default (64 MiB or 8 blocks, doubling up to 1 GiB).
     #[must_use]
     pub fn growth_bytes(mut self, growth_bytes: u64) -> Self {
@@ -103,10 +123,12 @@ impl Builder {
     /// By [`VhdxError::kind`]; nothing was changed.
     pub fn inactive(self) -> Result<Standby, VhdxError> {
         let (loaded, chain) = self.load(LogPolicy::Ignore)?;
+        children::refuse(&self.file, &self.options, Reach::Beside, &[])?;
         Ok(Standby { loaded, chain, options: self.options })
     }
 
-    /// Opens for writing. The caller must hold the right to write the file, alone. Parents are opened for reading only.
+    /// Opens for writing. The caller must hold the right to write the file, alone. Parents are opened for reading only. An
+    /// image beside which lies one that has it as its parent is refused, unless the caller insists.
     ///
     /// A dirty log is replayed into the file, after all else was found good. Beyond that, a disk that is never written
     /// leaves the file untouched.
@@ -114,13 +136,14 @@ impl Builder {
     /// # Errors
     /// By [`VhdxError::kind`].
     pub fn writable(self) -> Result<Disk, VhdxError> {
+        children::refuse(&self.file, &self.options, Reach::Beside, &[])?;
         Disk::open(&self.file, self.options)
     }
 
     fn load(&self, policy: LogPolicy) -> Result<(Loaded, Chain), VhdxError> {
-        let (loaded, _) = Loaded::open(&self.file, policy)?;
+        let (loaded, _) = Loaded::open_as(&self.file, policy, &self.options)?;
         check_granularity(&loaded)?;
-        let chain = Chain::open(&loaded, self.options.origin.as_ref())?;
+        let chain = Chain::open(&loaded, &self.options)?;
         Ok((loaded, chain))
     }
 }
@@ -174,7 +197,7 @@ impl Standby {
     /// # Errors
     /// As [`Builder::writable`].
     pub fn activate(self) -> Result<Disk, VhdxError> {
-        self.builder().writable()
+        Disk::open(&self.loaded.view.file, self.options)
     }
 
     /// The same after a planned hand-over: the former owner closed the disk and announced its [`crate::Closed::file_write_id`].
@@ -197,7 +220,7 @@ impl Standby {
                  then open the image for writing"
             )));
         }
-        self.builder().writable()
+        Disk::open(&self.loaded.view.file, self.options)
     }
 
     fn builder(self) -> Builder {

@@ -100,6 +100,12 @@ impl Search<'_> {
 
     fn payload(&mut self, block: u64, at: u64, entry: Entry) {
         self.reserved_bits(at, entry);
+        let mut entry = entry;
+        if entry.is_draft_unmapped() && self.findings.tolerate_draft_states {
+            entry = entry.without_draft();
+            self.bat.set(block, entry);
+            self.findings.warn_with(|| format!("block {block} is discarded in the words of a draft"));
+        }
         match entry.state() {
             BlockState::Reserved(state) => {
                 let error = self.bad(at, format!("state {state} is reserved"));
@@ -151,8 +157,7 @@ impl Search<'_> {
     fn reserved_bits(&mut self, at: u64, entry: Entry) {
         if entry.reserved_bits() != 0 {
             let error = self.bad(at, format!("reserved bits are set: {:#x}", entry.reserved_bits()));
-            self.findings.warn(error.to_string());
-            self.findings.block_writing(error);
+            self.findings.unknown_meaning(error);
             self.bat.drop_reserved(at);
         }
     }

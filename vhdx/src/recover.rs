@@ -42,14 +42,20 @@ pub(crate) fn recover(file: &Arc<dyn ImageFile>, options: &Options) -> Result<bo
         }
         info!(file = %file.identity(), entries = replay.entries, "log replayed");
     }
-    clear_log_id(&**file, &mut header)?;
+    clear_log_id(&**file, &mut header, options.mutation)?;
     Ok(true)
 }
 
 /// Says in both headers that there is no log. Three durable steps with what came before.
-pub(crate) fn clear_log_id(file: &dyn ImageFile, header: &mut CurrentHeader) -> Result<(), VhdxError> {
+pub(crate) fn clear_log_id(
+    file: &dyn ImageFile,
+    header: &mut CurrentHeader,
+    mutation: Option<Mutation>,
+) -> Result<(), VhdxError> {
     header.update(file, |header| header.log_id = [0; 16])?;
-    file.flush().map_err(doing("flushing the header"))?;
+    if mutation != Some(Mutation::HeadersTogether) {
+        file.flush().map_err(doing("flushing the header"))?;
+    }
     header.catch_up(file)?;
     file.flush().map_err(doing("flushing the header"))
 }

@@ -69,7 +69,7 @@ impl Regions {
                 return Err(corrupt("region table", REGION_TABLE_OFFSETS[0], found));
             }
         };
-        parse(&table, at, view.view_bytes)
+        parse(&table, at, view.view_bytes, findings)
     }
 
     /// All areas of regions.
@@ -107,12 +107,16 @@ pub(crate) fn with_bat_at(view: &View, bat: Area) -> Result<Vec<u8>, VhdxError> 
     Ok(table)
 }
 
-fn parse(table: &[u8], at: u64, view_bytes: u64) -> Result<Regions, VhdxError> {
+fn parse(table: &[u8], at: u64, view_bytes: u64, findings: &mut Findings) -> Result<Regions, VhdxError> {
     let (header, rest) =
         RegionTableHeader::ref_from_prefix(table).expect("the table is longer than its header");
     let count = header.entry_count.get();
     if count > u32::from(TABLE_ENTRIES_MAX) {
         return Err(corrupt("region table", at, format!("{count} entries, at most {TABLE_ENTRIES_MAX} fit")));
+    }
+    if header.reserved.get() != 0 {
+        let found = format!("its reserved field is {:#x}", header.reserved.get());
+        findings.unknown_meaning(corrupt("region table", at, found));
     }
     let mut seen = HashSet::new();
     let (mut bat, mut metadata, mut unknown) = (None, None, Vec::new());
@@ -123,6 +127,10 @@ fn parse(table: &[u8], at: u64, view_bytes: u64) -> Result<Regions, VhdxError> {
         let id = Uuid::from_bytes_le(entry.id);
         if !seen.insert(id) {
             return Err(corrupt("region table entry", place, format!("region {id} occurs twice")));
+        }
+        if entry.required.get() > 1 {
+            let found = format!("region {id} has the flags {:#x}, known is 1", entry.required.get());
+            findings.unknown_meaning(corrupt("region table entry", place, found));
         }
         let area = check_area(entry, place, id)?;
         match id {

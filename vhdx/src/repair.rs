@@ -110,5 +110,5 @@ fn clear_stale_offsets(loaded: &mut Loaded) -> Result<(), VhdxError> {
 /// The guest sees nothing of a repair, so children still fit.
 fn change(loaded: &mut Loaded, pages: &[Page]) -> Result<(), VhdxError> {
     let file_bytes = loaded.view.file_bytes / MIB * MIB;
-    amend(&*loaded.view.file, &mut loaded.header, pages, file_bytes, false)
+    amend(&*loaded.view.file, &mut loaded.header, pages, file_bytes, None, None)
 }

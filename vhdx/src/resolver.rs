@@ -28,6 +28,25 @@ pub trait ParentFiles: Send + Sync {
     /// [`OpenFailure::NotFound`] when there is none, [`OpenFailure::Outside`] when a link leads out of `root` or when it is
     /// no regular file.
     fn open(&self, root: &str, below: &str) -> Result<Arc<dyn ImageFile>, OpenFailure>;
+
+    /// What the folder `below` of `root` holds, in which children of an image are looked for; an empty `below` is `root`
+    /// itself. Symbolic links are left out. None when files are known by name only.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    fn list(&self, root: &str, below: &str) -> Result<Option<Vec<FolderEntry>>, OpenFailure> {
+        let _ = (root, below);
+        Ok(None)
+    }
+}
+
+/// A file or folder in a folder.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FolderEntry {
+    /// Its name.
+    pub name: String,
+    /// It is a folder, not a file.
+    pub is_folder: bool,
 }
 
 /// Why a parent could not be opened.
@@ -47,6 +66,19 @@ pub enum OpenFailure {
 impl ParentFiles for BTreeMap<String, Arc<dyn ImageFile>> {
     fn open(&self, root: &str, below: &str) -> Result<Arc<dyn ImageFile>, OpenFailure> {
         self.get(&join(root, below)).cloned().ok_or(OpenFailure::NotFound)
+    }
+
+    fn list(&self, root: &str, folder: &str) -> Result<Option<Vec<FolderEntry>>, OpenFailure> {
+        let folder = join(root, folder);
+        let mut entries: Vec<FolderEntry> = Vec::new();
+        for rest in self.keys().filter_map(|path| below(&folder, path)) {
+            let (name, is_folder) = rest.split_once('/').map_or((rest, false), |(name, _)| (name, true));
+            let entry = FolderEntry { name: name.to_owned(), is_folder };
+            if !name.is_empty() && entries.last() != Some(&entry) {
+                entries.push(entry);
+            }
+        }
+        Ok(Some(entries))
     }
 }
 
@@ -161,6 +193,29 @@ impl ParentResolver {
         Some(locator)
     }
 
+    /// The allowed folders.
+    pub(crate) fn roots(&self) -> &[String] {
+        &self.roots
+    }
+
+    /// The root and the path below it of the folder of a file; none when it is in none of them.
+    pub(crate) fn folder_of(&self, path: &str) -> Option<(String, String)> {
+        let path = normal(path)?;
+        let (folder, _) = path.rsplit_once('/')?;
+        let root = self.roots.iter().find(|root| below(root, folder).is_some())?;
+        Some((root.clone(), below(root, folder)?.to_owned()))
+    }
+
+    /// What an allowed folder holds.
+    pub(crate) fn list(&self, root: &str, below: &str) -> Result<Option<Vec<FolderEntry>>, OpenFailure> {
+        self.files.list(root, below)
+    }
+
+    /// A file in an allowed folder.
+    pub(crate) fn open_file(&self, root: &str, below: &str) -> Result<Arc<dyn ImageFile>, OpenFailure> {
+        self.files.open(root, below)
+    }
+
     /// The root and the path below it that a locator's path means.
     fn locate(&self, child: &str, kind: PathKind, text: &str) -> Result<(String, String), VhdxError> {
         let outside = |why: &str| VhdxError::PathOutsideRoot {
@@ -256,7 +311,7 @@ fn below<'a>(root: &str, path: &'a str) -> Option<&'a str> {
     if rest.is_empty() { Some(rest) } else { rest.strip_prefix('/') }
 }
 
-fn join(root: &str, below: &str) -> String {
+pub(crate) fn join(root: &str, below: &str) -> String {
     format!("{}/{below}", root.trim_end_matches('/'))
 }
 

@@ -34,15 +34,15 @@ impl Running {
     ///
     /// All that could keep the image from being written is looked at before the replay, the first change of the file.
     pub(crate) fn open(file: &Arc<dyn ImageFile>, options: &Options) -> Result<Self, VhdxError> {
-        let (mut loaded, mut findings) = Loaded::open(file, LogPolicy::InMemory)?;
+        let (mut loaded, mut findings) = Loaded::open_as(file, LogPolicy::InMemory, options)?;
         check_granularity(&loaded)?;
         if let Some(error) = findings.write_blockers.pop() {
             return Err(error);
         }
         refuse_unwritable(&loaded)?;
-        let chain = Chain::open(&loaded, options.origin.as_ref())?;
+        let chain = Chain::open(&loaded, options)?;
         if recover(file, options)? {
-            (loaded, _) = Loaded::open(file, LogPolicy::InMemory)?;
+            (loaded, _) = Loaded::open_as(file, LogPolicy::InMemory, options)?;
         }
         let amendments = refreshed_locator(&loaded, &chain, options)?;
         Self::start(loaded, chain, options, amendments)

@@ -13,7 +13,7 @@ use crate::error::{VhdxError, doing};
 use crate::format::{MIB, bytes, index};
 use crate::image::Image;
 use crate::open::Builder;
-use crate::resolve::ReadSegment;
+use crate::resolve::Said;
 
 /// Longest list of partitions that is read; the usual one has 16 KiB.
 const PARTITIONS_BYTES_MAX: u64 = MIB;
@@ -22,12 +22,25 @@ const PARTITIONS_BYTES_MAX: u64 = MIB;
 /// 1 MiB, never more than the disk has.
 ///
 /// # Errors
-/// By [`VhdxError::kind`]; nothing is changed.
+/// By [`VhdxError::kind`]; nothing is changed. For an image with a parent see [`Image::minimum_safe_bytes`].
 pub fn minimum_safe_bytes(file: &Arc<dyn ImageFile>) -> Result<u64, VhdxError> {
-    let image = Builder::open(Arc::clone(file)).read_only()?;
-    let end = match partitions_end(&image)? {
+    Builder::open(Arc::clone(file)).read_only()?.minimum_safe_bytes()
+}
+
+impl Image {
+    /// The smallest size that keeps the partitions of this disk, parents included; see [`minimum_safe_bytes`].
+    ///
+    /// # Errors
+    /// When a file fails.
+    pub fn minimum_safe_bytes(&self) -> Result<u64, VhdxError> {
+        minimum_of(self)
+    }
+}
+
+fn minimum_of(image: &Image) -> Result<u64, VhdxError> {
+    let end = match partitions_end(image)? {
         Some(end) => end,
-        None => data_end(&image)?,
+        None => data_end(image)?,
     };
     Ok(end.max(1).next_multiple_of(MIB).min(image.geometry().size_bytes))
 }
@@ -38,7 +51,7 @@ fn data_end(image: &Image) -> Result<u64, VhdxError> {
     let mut end = image.geometry().size_bytes;
     while end > 0 {
         let block = (end - 1) / block_bytes * block_bytes;
-        if !has_data(image, block, end - block)? {
+        if !has_data(image, block, end - block) {
             end = block;
             continue;
         }
@@ -53,9 +66,10 @@ fn data_end(image: &Image) -> Result<u64, VhdxError> {
     Ok(0)
 }
 
-fn has_data(image: &Image, offset: u64, len: u64) -> Result<bool, VhdxError> {
-    let segments = image.resolve_read(offset, len).map_err(reading(offset))?;
-    Ok(segments.iter().any(|segment| matches!(segment, ReadSegment::Data { .. })))
+fn has_data(image: &Image, offset: u64, len: u64) -> bool {
+    let mut data = false;
+    image.say(offset, len, &mut |_, said, _| data |= matches!(said, Said::Data(_)));
+    data
 }
 
 /// Where the last partition and a backup of the table behind it end; none without a plausible table.

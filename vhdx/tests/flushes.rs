@@ -2,12 +2,13 @@
 
 mod common;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blockio::{BlockDevice, Geometry, ImageFile, IoError, IoOp, IoRequest, MemoryDevice};
 use common::{MIB, read_only};
-use vhdx::{Builder, Disk, Spec};
+use vhdx::{Builder, ChildSpec, Disk, ParentResolver, Spec};
 
 /// Counts what reaches the file.
 struct Counter {
@@ -179,6 +180,44 @@ fn what_a_guest_gives_up_costs_nothing_before_its_flush() {
     });
     assert_eq!(given_up, (0, 0));
     assert_eq!(cost(&file, || disk.flush().expect("it flushes")), (1, 1), "eight blocks in one entry");
+    disk.close().expect("it closes");
+}
+
+// The one exception to a flush per flush: where the parent showed before, bytes are durable before the log counts them.
+#[test]
+fn a_flush_of_a_child_costs_a_second_one_only_where_its_parent_showed() {
+    let parent: Arc<dyn ImageFile> = Arc::new(MemoryDevice::new(0));
+    vhdx::create(&parent, &spec()).expect("it is created");
+    let files = BTreeMap::from([("/vms/parent".to_owned(), Arc::clone(&parent))]);
+    let resolver = || ParentResolver::new(Arc::new(files.clone())).root("/vms");
+    let inner = MemoryDevice::new(0);
+    let paths = resolver().paths("/vms/child", "/vms/parent").expect("both are paths");
+    let child = ChildSpec { block_bytes: MIB, ..ChildSpec::new(paths) };
+    vhdx::create_child(&inner, &read_only(&parent), &child).expect("it is created");
+    let zero = || AtomicUsize::new(0);
+    let file = Arc::new(Counter { inner, flushes: zero(), writes: zero(), resizes: zero() });
+    let open = Builder::open(Arc::clone(&file) as Arc<dyn ImageFile>).parents(resolver(), "/vms/child");
+    let disk = open.writable().expect("it opens for writing");
+    let write = |offset, len| disk.write_at(offset, &vec![1; len]).expect("it is writable");
+    let flush = || cost(&file, || disk.flush().expect("it flushes"));
+    write(0, 512);
+    // The header that is one update behind, and one entry: a page of the bitmap and two of the table.
+    assert_eq!(flush(), (2, 2), "the first sector of a block");
+    write(512, 4096);
+    assert_eq!(flush(), (2, 1), "more sectors of it");
+    write(0, 512);
+    assert_eq!(flush(), (1, 0), "sectors that are here already");
+    assert_eq!(cost(&file, || write(MIB, 1 << 20)), (0, 1), "a whole block costs its payload");
+    assert_eq!(flush(), (2, 1), "a whole block");
+    disk.run(IoOp::WriteZeroes { offset: 2 * MIB, len: MIB, may_unmap: true }).expect("it zeroes");
+    assert_eq!(flush(), (1, 1), "a block that hides its parent without bytes");
+    write(2 * MIB, 512);
+    assert_eq!(flush(), (1, 1), "a block that read as zeros");
+    for block in 4..24 {
+        write(block * MIB, 512);
+    }
+    assert_eq!(flush(), (2, 1), "twenty blocks at once");
+    assert_eq!(flush(), (0, 0), "nothing since the last");
     disk.close().expect("it closes");
 }
 

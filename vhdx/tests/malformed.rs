@@ -178,6 +178,12 @@ const ROWS: &[Row] = &[
     ("log offset unaligned", Refused(Corrupt), |p| {
         p.header(72, &(MIB + 4096).to_le_bytes());
     }),
+    ("log length unaligned", Refused(Corrupt), |p| {
+        p.header(68, &((1_u32 << 20) + 4096).to_le_bytes());
+    }),
+    ("log shorter than 1 MiB", Refused(Corrupt), |p| {
+        p.header(68, &4096_u32.to_le_bytes());
+    }),
     ("log in the header area", Refused(Corrupt), |p| {
         p.header(72, &0_u64.to_le_bytes());
     }),
@@ -403,6 +409,58 @@ const ROWS: &[Row] = &[
     }),
     ("sizes of the log entry unaligned", Refused(LogUnrecoverable), |p| {
         p.log(&[entry(1, 0, (SIZE, SIZE + 512), &[])]);
+    }),
+    ("an entry near the end of its numbers", Works, |p| {
+        p.log(&[entry(u64::MAX, 0, (SIZE, SIZE), &[])]);
+    }),
+    ("an entry of number 0", Refused(LogUnrecoverable), |p| {
+        p.log(&[entry(0, 0, (SIZE, SIZE), &[])]);
+    }),
+    ("a log target that is no page", Refused(LogUnrecoverable), |p| {
+        p.log(&[entry(1, 0, (SIZE, SIZE), &[(b"zero", BAT + 512, 4096)])]);
+    }),
+    ("a zero length that is no page", Refused(LogUnrecoverable), |p| {
+        p.log(&[entry(1, 0, (SIZE, SIZE), &[(b"zero", BAT, 512)])]);
+    }),
+    ("a descriptor of no known kind", Refused(LogUnrecoverable), |p| {
+        p.log(&[entry(1, 0, (SIZE, SIZE), &[(b"what", BAT, 4096)])]);
+    }),
+    ("a region in the header area", Refused(Corrupt), |p| {
+        p.regions(32, &0_u64.to_le_bytes());
+    }),
+    ("a region near 2^64", Refused(Corrupt), |p| {
+        p.regions(32, &(u64::MAX - MIB + 1).to_le_bytes());
+    }),
+    ("a reserved field of the region table", ReadOnly(Corrupt), |p| {
+        p.regions(12, &[1]);
+    }),
+    ("unknown flags of a region", ReadOnly(Corrupt), |p| {
+        p.regions(44, &3_u32.to_le_bytes());
+    }),
+    ("a reserved field of the metadata table", ReadOnly(Corrupt), |p| {
+        p.metadata(20, &[1]);
+    }),
+    ("unknown flags of an item", ReadOnly(Corrupt), |p| {
+        p.item(1, 24, &0x16_u32.to_le_bytes());
+    }),
+    ("a reserved field of an item", ReadOnly(Corrupt), |p| {
+        p.item(1, 28, &1_u32.to_le_bytes());
+    }),
+    ("an item longer than 1 MiB", Refused(Corrupt), |p| {
+        p.item(4, 20, &((1_u32 << 20) + 1).to_le_bytes());
+    }),
+    ("geometry and labels as Microsoft's code knows them", Works, |p| {
+        let ids = [
+            uuid::uuid!("DA02D7BC-3D3A-423C-AC88-2A36AB21479B"),
+            uuid::uuid!("10E1AE8A-4B7E-4169-A40F-CD70DE928393"),
+        ];
+        p.metadata(10, &7_u16.to_le_bytes());
+        for (number, id) in (5..).zip(ids) {
+            p.item(number, 0, &id.to_bytes_le()).item(number, 24, &6_u32.to_le_bytes());
+        }
+    }),
+    ("a place of a block that is not present", Works, |p| {
+        p.bat(8, 5 * MIB);
     }),
     ("an offset without a meaning", Works, |p| {
         p.bat(8, (4 * MIB) | 2);

@@ -186,6 +186,110 @@ fn a_running_guest_gets_a_larger_disk_and_loses_nothing() {
     assert_eq!(size(&file), 8 * MIB);
 }
 
+/// A child over a parent full of sevens; some of its blocks are here, some in part, some zero.
+fn family(parent_bytes: u64, child_bytes: u64) -> common::Folder {
+    let mut folder = common::Folder::default();
+    folder.base("base", &Spec { block_bytes: 2 * MIB, ..Spec::dynamic(parent_bytes) });
+    let disk = folder.disk("base");
+    disk.write_at(0, &vec![7; usize::try_from(parent_bytes).expect("small")]).expect("it is writable");
+    disk.close().expect("it closes");
+    drop(disk);
+    folder.child("child", "base", |spec| spec.size_bytes = Some(child_bytes));
+    folder
+}
+
+// What a child gains is zeros, whatever its parent has there: [MS-VHDX] leaves NOT_PRESENT to the parent.
+#[test]
+fn a_child_that_grows_shows_nothing_of_its_parent_in_what_it_gains() {
+    type Prepare = fn(&Disk);
+    let last_block: [(&str, Prepare); 4] = [
+        ("the parent shows", |_| ()),
+        ("some sectors are here", |disk| disk.write_at(3 * MIB, &[1; 1024]).expect("it is writable")),
+        ("all that the disk has of it is here", |disk| {
+            disk.write_at(3 * MIB, &[1; 4096]).expect("it is writable");
+        }),
+        ("it is zero", |disk| {
+            let op = blockio::IoOp::WriteZeroes { offset: 3 * MIB, len: 4096, may_unmap: true };
+            disk.run(op).expect("it zeroes");
+        }),
+    ];
+    for (name, prepare) in last_block {
+        for wanted in [3 * MIB + 8192, 6 * MIB, 9 * MIB + 512, 300 * GIB] {
+            let folder = family(7 * MIB, 3 * MIB + 4096);
+            let disk = folder.disk("child");
+            disk.write_at(512, &[2; 512]).expect("it is writable");
+            prepare(&disk);
+            disk.close().expect("it closes");
+            drop(disk);
+            let mut model = bytes_at(&folder.image("child"), 0, 3 << 20 | 4096);
+            let resized = folder.open("child").resize(NewSize::ExpandTo(wanted)).expect("it grows");
+            assert_eq!(resized.new_bytes, wanted);
+            assert_sound(&folder.0[&common::path("child")]);
+            let seen = usize::try_from(wanted.min(10 * MIB)).expect("small");
+            model.resize(seen, 0);
+            let image = folder.image("child");
+            assert!(bytes_at(&image, 0, seen) == model, "{name}, {wanted}");
+            assert_eq!(image.parents(), 1);
+            drop(image);
+            // The rest goes on as any block does.
+            let disk = folder.disk("child");
+            disk.write_at(3 * MIB + 4096, &[3; 512]).expect("it is writable");
+            disk.write_at(wanted - 512, &[4; 512]).expect("it is writable");
+            disk.close().expect("it closes");
+            model[3 << 20 | 4096..][..512].fill(3);
+            if wanted <= 10 * MIB {
+                model[seen - 512..].fill(4);
+            }
+            assert!(bytes_at(&folder.image("child"), 0, seen) == model, "{name}, {wanted}, written");
+        }
+    }
+}
+
+#[test]
+fn what_a_child_lost_does_not_come_back_from_its_parent() {
+    for cut in [MIB + 512, 2 * MIB, 4 * MIB + 8192] {
+        let folder = family(7 * MIB, 7 * MIB);
+        let disk = folder.disk("child");
+        disk.write_at(4 * MIB + 512, &[2; 512]).expect("it is writable");
+        disk.write_at(5 * MIB, &vec![3; 2 << 20]).expect("it is writable");
+        // In use, as a guest sees it.
+        disk.resize(NewSize::UnsafelyTo(cut)).expect("it shrinks");
+        assert_eq!(disk.geometry().size_bytes, cut);
+        disk.resize(NewSize::ExpandTo(7 * MIB)).expect("it grows");
+        let content = bytes_at(&disk, 0, 7 << 20);
+        disk.close().expect("it closes");
+        drop(disk);
+        let kept = usize::try_from(cut).expect("small");
+        let mut wanted = vec![7; kept];
+        if cut > 4 * MIB {
+            wanted[4 << 20 | 512..][..512].fill(2);
+        }
+        wanted.resize(7 << 20, 0);
+        assert!(content == wanted, "{cut}");
+        assert!(bytes_at(&folder.image("child"), 0, 7 << 20) == wanted, "{cut}, after a close");
+        assert_sound(&folder.0[&common::path("child")]);
+    }
+}
+
+#[test]
+fn the_safe_size_of_a_child_counts_what_its_parent_has() {
+    let folder = family(4 * MIB, 9 * MIB);
+    let disk = folder.disk("child");
+    disk.write_at(5 * MIB, &[1; 512]).expect("it is writable");
+    let op = blockio::IoOp::WriteZeroes { offset: 5 * MIB, len: MIB, may_unmap: true };
+    disk.run(op).expect("it zeroes");
+    disk.close().expect("it closes");
+    drop(disk);
+    assert_eq!(folder.image("child").minimum_safe_bytes().expect("it is readable"), 4 * MIB);
+    folder.open("child").resize(NewSize::To(3 * MIB)).expect_err("the parent has data there");
+    folder.open("child").resize(NewSize::ToMinimumSafe).expect("it is safe");
+    assert_eq!(folder.image("child").geometry().size_bytes, 4 * MIB);
+    // Without leave to look for its parent nobody knows what is safe.
+    let file = Arc::clone(&folder.0[&common::path("child")]);
+    let error = resize(&file, NewSize::ExpandTo(9 * MIB)).expect_err("where is the parent?");
+    assert_eq!(error.kind(), ErrorKind::ParentNotFound);
+}
+
 #[test]
 fn qemu_reads_a_resized_image() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -100,6 +100,7 @@ pub(super) fn failed(doing: &str, path: &Path, error: &VhdxError) -> Error {
         }
         ErrorKind::ParentLocked => "close the parent where it is open, then try again",
         ErrorKind::ChainTooDeep => "merge some of its parents first",
+        ErrorKind::HasChildren => "merge the children first; csvctl vhdx info names the parent of each",
         ErrorKind::Limit => "the image lies outside what is supported",
         ErrorKind::InvalidInput => "see --help",
         ErrorKind::Poisoned | ErrorKind::Io => "is there room, and is the file's disk all right?",
