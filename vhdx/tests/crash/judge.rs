@@ -10,12 +10,12 @@
 use std::sync::Arc;
 
 use blockio::{BlockDevice, Change, Cuts, ImageFile, MemoryDevice, Record, Recorder, Unflushed};
-use vhdx::LogInfo;
+use vhdx::{Defect, LogInfo};
 
 use crate::common::bytes_at;
 use crate::foreign::qemu_agrees;
 use crate::guest::{Guest, SECTOR, USED, sector_of, stamped};
-use crate::slow::Slow;
+use crate::stage::{Files, Moments, World, slow};
 
 /// A broken promise, in words.
 pub(crate) type Verdict = Result<(), String>;
@@ -127,22 +127,22 @@ fn kept(change: &Change, keep: bool) -> Vec<Change> {
     if keep { vec![change.clone()] } else { Vec::new() }
 }
 
-/// Gives every image of every cut to `judge`, until one fails. The number of images.
-fn for_each_image(
-    mut cuts: Cuts,
-    worth: impl Fn(&Cuts) -> bool,
+/// Gives what every cut leaves to `judge`, until one fails. The number of worlds.
+fn for_each_world(
+    mut moments: Moments,
+    worth: impl Fn(&Moments) -> bool,
     effort: Effort,
-    mut judge: impl FnMut(usize, MemoryDevice, usize) -> Verdict,
+    mut judge: impl FnMut(usize, World, u64) -> Verdict,
 ) -> Result<usize, String> {
     let mut count = 0;
     loop {
-        let judged = if worth(&cuts) { choices(&cuts, effort) } else { Vec::new() };
+        let judged = if worth(&moments) { choices(moments.cuts(), effort) } else { Vec::new() };
         for choice in judged {
             count += 1;
-            judge(count, image_of(&cuts, choice), cuts.prefix())
-                .map_err(|fault| format!("cut {}, {choice:?}: {fault}", cuts.prefix()))?;
+            judge(count, moments.world(|cuts| image_of(cuts, choice)), moments.now())
+                .map_err(|fault| format!("cut {}, {choice:?}: {fault}", moments.now()))?;
         }
-        if !cuts.advance() {
+        if !moments.advance() {
             return Ok(count);
         }
     }
@@ -152,79 +152,89 @@ fn behind_a_header(cuts: &Cuts) -> bool {
     matches!(cuts.newest(), Some(Record::Change(Change::Write { offset, .. })) if *offset < 192 << 10)
 }
 
-/// Judges every cut of what the guest did. The number of images, or the first broken promise.
+/// Judges every cut of what the guest did. The number of worlds, or the first broken promise.
 pub(crate) fn judge(guest: &Guest, effort: Effort) -> Result<usize, String> {
     // Wherever a header was just written, every combination of it with the rest must be harmless.
-    let worth = |cuts: &Cuts| {
-        let turn = behind_a_header(cuts) || cuts.prefix().is_multiple_of(guest.judged_every);
-        turn && cuts.prefix() >= guest.judged_from
+    let worth = |moments: &Moments| {
+        let turn = behind_a_header(moments.cuts()) || moments.now().is_multiple_of(guest.judged_every);
+        turn && moments.now() >= guest.judged_from
     };
-    for_each_image(guest.recorder.cuts(), worth, effort, |count, image, prefix| {
-        let before = judge_image(guest, &image, prefix)?;
+    for_each_world(guest.stage.moments(), worth, effort, |count, world, moment| {
+        let top = guest.top_at(moment);
+        let before = judge_world(guest, &world, moment)?;
         if count % effort.afterlife_every == 0 {
-            judge_afterlife(guest, &image, &before)?;
+            judge_afterlife(guest, &world, top, &before)?;
         }
         if count % effort.replay_every == 0 {
-            judge_replay(guest, &image, &before)?;
+            judge_replay(guest, &world, top, &before)?;
         }
-        if count % effort.qemu_every == 0 {
-            qemu_agrees(&image, &guest.sectors(), &before)?;
+        if count % effort.qemu_every == 0 && world.0.len() == 1 {
+            qemu_agrees(&world.0[top], &guest.sectors(), &before)?;
         }
         Ok(())
     })
 }
 
-fn judge_image(guest: &Guest, image: &MemoryDevice, prefix: usize) -> Result<Vec<u64>, String> {
-    let file: Arc<dyn ImageFile> = Arc::new(image.fork());
-    let before = sound_content(guest, &file)?;
+fn judge_world(guest: &Guest, world: &World, moment: u64) -> Result<Vec<u64>, String> {
+    let (files, top) = (world.files(), guest.top_at(moment));
+    let before = sound_content(guest, &files, top)?;
     for (sector, stamp) in guest.sectors().into_iter().zip(&before) {
-        let allowed = guest.allowed(sector, prefix);
+        let allowed = guest.allowed(sector, moment);
         if !allowed.contains(stamp) {
-            return Err(format!("sector {sector} holds {stamp}, not one of {allowed:?}"));
+            return Err(format!("sector {sector} holds {stamp:#x}, not one of {allowed:x?}"));
         }
     }
-    let slow = Slow::open(&file).map_err(|fault| format!("the second reader: {fault}"))?;
+    let slow = slow(&files, top).map_err(|fault| format!("the second reader: {fault}"))?;
     for (sector, stamp) in guest.sectors().into_iter().zip(&before) {
         if slow.read(sector * SECTOR, SECTOR)? != stamped(*stamp) {
-            return Err(format!("the second reader does not find {stamp} in sector {sector}"));
+            return Err(format!("the second reader does not find {stamp:#x} in sector {sector}"));
         }
     }
-    replay(guest, &file)?;
-    if sound_content(guest, &file)? != before {
+    replay(guest, &files, top)?;
+    if sound_content(guest, &files, top)? != before {
         return Err("the replay into the file gives other content than the one in memory".to_owned());
     }
-    let again = Arc::new(Recorder::new(Arc::clone(&file)));
-    replay(guest, &(Arc::clone(&again) as Arc<dyn ImageFile>))?;
+    let again = Arc::new(Recorder::new(Arc::clone(&files[top])));
+    replay(guest, &with(&files, top, Arc::clone(&again) as Arc<dyn ImageFile>), top)?;
     if again.position() > 0 {
         return Err("a second replay finds something to do".to_owned());
     }
     Ok(before)
 }
 
+fn with(files: &Files, path: &str, file: Arc<dyn ImageFile>) -> Files {
+    let mut files = files.clone();
+    files.insert(path.to_owned(), file);
+    files
+}
+
 /// Opens for writing and ends without having written.
-fn replay(guest: &Guest, file: &Arc<dyn ImageFile>) -> Verdict {
-    let disk =
-        (guest.open)(Arc::clone(file)).writable().map_err(|error| format!("it does not open: {error}"))?;
+fn replay(guest: &Guest, files: &Files, top: &str) -> Verdict {
+    let disk = guest.builder(files, top).writable().map_err(|error| format!("it does not open: {error}"))?;
     drop(disk);
-    match vhdx::info(file).map(|info| info.log) {
+    match vhdx::info(&files[top]).map(|info| info.log) {
         Ok(LogInfo::Clean) => Ok(()),
         other => Err(format!("after its replay the log is {other:?}")),
     }
 }
 
 /// A cut in the middle of the replay changes nothing that is read afterwards.
-fn judge_replay(guest: &Guest, image: &MemoryDevice, before: &[u64]) -> Verdict {
+fn judge_replay(guest: &Guest, world: &World, top: &str, before: &[u64]) -> Verdict {
+    let image = &world.0[top];
     let recorder = Arc::new(Recorder::with_base(image.fork(), image.fork()));
-    replay(guest, &(Arc::clone(&recorder) as Arc<dyn ImageFile>))?;
-    let every = recorder.position().div_ceil(16);
-    let worth = |cuts: &Cuts| behind_a_header(cuts) || cuts.prefix().is_multiple_of(every);
-    for_each_image(recorder.cuts(), worth, Effort::times(1), |_, image, _| {
-        let file: Arc<dyn ImageFile> = Arc::new(image);
+    replay(guest, &with(&world.files(), top, Arc::clone(&recorder) as Arc<dyn ImageFile>), top)?;
+    let every = recorder.position().div_ceil(16) as u64;
+    let worth =
+        |moments: &Moments| behind_a_header(moments.cuts()) || moments.now().is_multiple_of(every.max(1));
+    let moments = Moments::of(&[(top.to_owned(), recorder)].into());
+    for_each_world(moments, worth, Effort::times(1), |_, mut cut, _| {
+        let image = cut.0.remove(top).expect("it was recorded");
+        let files = world.with(top, image).files();
         for _ in 0..2 {
-            if sound_content(guest, &file)? != before {
+            if sound_content(guest, &files, top)? != before {
                 return Err("a cut replay changed the content".to_owned());
             }
-            replay(guest, &file)?;
+            replay(guest, &files, top)?;
         }
         Ok(())
     })
@@ -233,10 +243,10 @@ fn judge_replay(guest: &Guest, image: &MemoryDevice, before: &[u64]) -> Verdict 
 }
 
 /// The disk goes on: blocks that had no place get one, and what they show besides what is written now is what they showed.
-fn judge_afterlife(guest: &Guest, image: &MemoryDevice, before: &[u64]) -> Verdict {
+fn judge_afterlife(guest: &Guest, world: &World, top: &str, before: &[u64]) -> Verdict {
     const LATER: u64 = u64::MAX;
-    let file: Arc<dyn ImageFile> = Arc::new(image.fork());
-    let disk = (guest.open)(Arc::clone(&file)).writable().map_err(|error| error.to_string())?;
+    let files = world.files();
+    let disk = guest.builder(&files, top).writable().map_err(|error| error.to_string())?;
     let written = |sector: u64| guest.blocks.iter().any(|block| sector_of(*block, USED[4]) == sector);
     let disk_bytes = disk.geometry().size_bytes;
     let on_disk = |at: u64| at + SECTOR <= disk_bytes;
@@ -250,23 +260,27 @@ fn judge_afterlife(guest: &Guest, image: &MemoryDevice, before: &[u64]) -> Verdi
     disk.close().map_err(|error| error.to_string())?;
     drop(disk);
     let sectors = guest.sectors();
-    for ((sector, old), now) in sectors.iter().zip(before).zip(sound_content(guest, &file)?) {
+    for ((sector, old), now) in sectors.iter().zip(before).zip(sound_content(guest, &files, top)?) {
         let expected = if written(*sector) && on_disk(sector * SECTOR) { LATER } else { *old };
         if now != expected {
-            return Err(format!("later, sector {sector} holds {now}, not {expected}"));
+            return Err(format!("later, sector {sector} holds {now:#x}, not {expected:#x}"));
         }
     }
     Ok(())
 }
 
 /// Proves the image sound and gives the stamps of all sectors that are looked at.
-fn sound_content(guest: &Guest, file: &Arc<dyn ImageFile>) -> Result<Vec<u64>, String> {
-    let report = vhdx::check(file);
+fn sound_content(guest: &Guest, files: &Files, top: &str) -> Result<Vec<u64>, String> {
+    let report = vhdx::check(&files[top]);
     if !report.is_sound() {
         return Err(format!("it is not sound: {:?}", report.errors));
     }
+    // A cut tears one header at most, and leaves a log and space at the end; nothing else is ever out of order.
+    if let Some(defect) = report.defects.iter().find(|defect| !is_lawful(defect)) {
+        return Err(format!("it has a defect: {defect}"));
+    }
     let image =
-        (guest.open)(Arc::clone(file)).read_only().map_err(|error| format!("it does not open: {error}"))?;
+        guest.builder(files, top).read_only().map_err(|error| format!("it does not open: {error}"))?;
     let stamp = |sector: u64| {
         // A cut before or after a resize: what is not on the disk is nothing.
         if (sector + 1) * SECTOR > image.geometry().size_bytes {
@@ -277,4 +291,8 @@ fn sound_content(guest: &Guest, file: &Arc<dyn ImageFile>) -> Result<Vec<u64>, S
         if bytes == stamped(stamp) { Ok(stamp) } else { Err(format!("sector {sector} is torn")) }
     };
     guest.sectors().into_iter().map(stamp).collect()
+}
+
+fn is_lawful(defect: &Defect) -> bool {
+    matches!(defect, Defect::HeaderCopy { .. } | Defect::DirtyLog { .. } | Defect::LeakedSpace { .. })
 }

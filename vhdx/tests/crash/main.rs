@@ -10,6 +10,7 @@
 //! With the feature `mutations` the suite also proves that it sees: each step of the protocol that is left out must make a
 //! scenario fail.
 
+mod chains;
 #[path = "../common/mod.rs"]
 mod common;
 mod foreign;
@@ -20,6 +21,7 @@ mod mutations;
 mod scenarios;
 #[path = "../slow/mod.rs"]
 mod slow;
+mod stage;
 
 use guest::{Guest, Open, small_steps};
 use judge::{Effort, judge};
@@ -72,4 +74,41 @@ fn a_resize_is_done_or_not_begun_wherever_it_is_cut() {
 #[test]
 fn blocks_that_move_are_in_one_place_or_the_other() {
     survives(scenarios::compacted_disk, 200);
+}
+
+// Invariants C2, C3, C5: bits and states only after the bytes that they uncover, acknowledged after both.
+#[test]
+fn no_power_cut_shows_a_child_other_bytes_than_its_guests_or_its_parents() {
+    survives(chains::child_sessions, 500);
+}
+
+#[test]
+fn a_child_that_shrank_and_grew_never_shows_what_it_lost_nor_its_parent() {
+    survives(chains::resized_child, 200);
+}
+
+#[test]
+fn blocks_of_a_child_that_move_are_in_one_place_or_the_other() {
+    survives(chains::compacted_child, 200);
+}
+
+#[test]
+fn a_snapshot_is_made_or_not_begun_wherever_it_is_cut() {
+    survives(chains::snapshots, 500);
+}
+
+#[test]
+fn a_merge_into_a_shorter_parent_loses_nothing_wherever_it_is_cut() {
+    survives(chains::merged_child, 200);
+}
+
+#[test]
+fn a_merge_below_a_guest_loses_nothing_wherever_it_is_cut() {
+    survives(chains::merged_in_use, 200);
+}
+
+// Invariant G1: the table moves with one log entry, or not at all.
+#[test]
+fn a_table_that_moves_is_in_one_place_or_the_other() {
+    survives(chains::moved_table, 50);
 }

@@ -135,7 +135,7 @@ pub(crate) fn compacted_disk(open: Open) -> Guest {
     for block in 0..BLOCKS / 2 {
         guest.drop_block(&disk, block * 2, block % 2 == 0);
     }
-    guest.judged_from = guest.recorder.position();
+    guest.judged_from = guest.now();
     guest.compact(&disk);
     guest.play(&disk, &mut random, 8);
     guest.compact(&disk);
@@ -154,7 +154,7 @@ pub(crate) fn a_wide_flush(open: Open) -> Guest {
     for page in 0..PAGES {
         guest.write(&disk, &[(sector_of(page * 512, 0), 1)], false);
     }
-    (guest.judged_from, guest.judged_every) = (guest.recorder.position(), 2);
+    (guest.judged_from, guest.judged_every) = (guest.now(), 2);
     guest.flush(&disk);
     guest.write(&disk, &[(sector_of(0, 1), 1)], false);
     guest.flush(&disk);
