@@ -40,6 +40,11 @@ impl Base {
         ]
     }
 
+    /// A copy of the image.
+    pub(crate) fn copy(&self) -> MemoryDevice {
+        self.image.fork()
+    }
+
     fn made(spec: &Spec, dirty: bool) -> Self {
         let file = Arc::new(MemoryDevice::with_block_bytes(0, 1));
         vhdx::create(&file, spec).expect("it is created");

@@ -7,12 +7,17 @@
 //! Runs of fixed seeds and one fresh seed, which a failure names. `VHDX_HOSTILE_CASES` multiplies the number of cases,
 //! `VHDX_HOSTILE_SEED` repeats one seed alone. Everything runs in a process of its own whose address space is bounded, so
 //! that memory taken on the word of a header ends the test.
+//!
+//! The fuzz targets run here too, on what is in `fuzz/corpus/` and on inputs made from the same seeds; see `fuzz/README.md`.
 
 #[path = "../common/mod.rs"]
 mod common;
 mod damage;
+mod drive;
 #[path = "../slow/mod.rs"]
 mod slow;
+#[path = "../targets/mod.rs"]
+mod targets;
 mod trial;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -25,15 +30,19 @@ const CHILD: &str = "VHDX_HOSTILE_CHILD";
 /// KiB of address space: threads, the test program, and no more than a few images.
 const ADDRESS_SPACE_KIB: u64 = 1 << 20;
 const CASES: u64 = 1500;
+/// Inputs of each fuzz target, those that play requests excepted.
+const INPUTS: u64 = 400;
+/// Inputs of the target that plays requests.
+const SEQUENCES: u64 = 60;
 
 fn variable(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs the calling test again in a process with bounded memory, or the cases if this is that process.
-fn bounded(test: &str, kind: Kind) {
+/// Runs the calling test again in a process with bounded memory, or `cases` if this is that process.
+fn bounded(test: &str, cases: impl FnOnce()) {
     if std::env::var_os(CHILD).is_some() {
-        return run_cases(kind);
+        return cases();
     }
     let program = std::env::current_exe().expect("the test program has a path");
     let limited = format!("ulimit -v {ADDRESS_SPACE_KIB} && exec \"$0\" --exact {test} --nocapture");
@@ -49,13 +58,17 @@ fn bounded(test: &str, kind: Kind) {
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
 
+/// A fixed seed and a fresh one, or the one that is to be repeated.
+fn seeds() -> Vec<u64> {
+    let fresh = RandomState::new().build_hasher().finish();
+    variable("VHDX_HOSTILE_SEED").map_or_else(|| vec![1, fresh], |seed| vec![seed])
+}
+
 fn run_cases(kind: Kind) {
     let bases = Base::all();
-    let fresh = RandomState::new().build_hasher().finish();
-    let seeds = variable("VHDX_HOSTILE_SEED").map_or_else(|| vec![1, fresh], |seed| vec![seed]);
     let cases = CASES * variable("VHDX_HOSTILE_CASES").unwrap_or(1);
     let mut accepted = 0;
-    for seed in seeds {
+    for seed in seeds() {
         for case in 0..cases {
             let why = format!("{kind:?}, VHDX_HOSTILE_SEED={seed}, case {case}");
             let damaged = damage::damaged(&bases, kind, seed, case);
@@ -67,30 +80,62 @@ fn run_cases(kind: Kind) {
 
 #[test]
 fn damaged_headers_do_no_harm() {
-    bounded("damaged_headers_do_no_harm", Kind::Headers);
+    bounded("damaged_headers_do_no_harm", || run_cases(Kind::Headers));
 }
 
 #[test]
 fn damaged_region_tables_do_no_harm() {
-    bounded("damaged_region_tables_do_no_harm", Kind::Regions);
+    bounded("damaged_region_tables_do_no_harm", || run_cases(Kind::Regions));
 }
 
 #[test]
 fn damaged_metadata_does_no_harm() {
-    bounded("damaged_metadata_does_no_harm", Kind::Metadata);
+    bounded("damaged_metadata_does_no_harm", || run_cases(Kind::Metadata));
 }
 
 #[test]
 fn damaged_block_tables_do_no_harm() {
-    bounded("damaged_block_tables_do_no_harm", Kind::Bat);
+    bounded("damaged_block_tables_do_no_harm", || run_cases(Kind::Bat));
 }
 
 #[test]
 fn damaged_logs_do_no_harm() {
-    bounded("damaged_logs_do_no_harm", Kind::Log);
+    bounded("damaged_logs_do_no_harm", || run_cases(Kind::Log));
 }
 
 #[test]
 fn damage_anywhere_does_no_harm() {
-    bounded("damage_anywhere_does_no_harm", Kind::Anything);
+    bounded("damage_anywhere_does_no_harm", || run_cases(Kind::Anything));
+}
+
+#[test]
+fn no_input_of_the_target_open_does_harm() {
+    bounded("no_input_of_the_target_open_does_harm", || drive::drive("open", targets::open, INPUTS, 120));
+}
+
+#[test]
+fn no_input_of_the_target_replay_does_harm() {
+    bounded("no_input_of_the_target_replay_does_harm", || {
+        drive::drive("replay", targets::replay, INPUTS, 120);
+    });
+}
+
+#[test]
+fn no_input_of_the_target_locator_does_harm() {
+    bounded("no_input_of_the_target_locator_does_harm", || {
+        drive::drive("locator", targets::locator, INPUTS, 80);
+    });
+}
+
+#[test]
+fn no_input_of_the_target_chain_does_harm() {
+    bounded("no_input_of_the_target_chain_does_harm", || drive::drive("chain", targets::chain, INPUTS, 24));
+}
+
+// Invariant: a chain of images behaves as a byte array, whatever is asked of it and in whatever order.
+#[test]
+fn no_sequence_of_requests_makes_a_disk_differ_from_a_byte_array() {
+    bounded("no_sequence_of_requests_makes_a_disk_differ_from_a_byte_array", || {
+        drive::drive("sequence", targets::sequence, SEQUENCES, 260);
+    });
 }
