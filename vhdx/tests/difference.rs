@@ -70,7 +70,9 @@ fn a_source_that_fails_ends_the_work_and_nothing_is_written_after_that() {
     folder.child("child", "base", |_| ());
     let (disk, parent) = (folder.disk("child"), folder.image("base"));
     let told = AtomicU64::new(0);
-    let error = write_difference(&source, &parent, &disk, &mut |_| drop(told.fetch_add(1, Ordering::SeqCst)));
+    let error = write_difference(&source, &parent, &disk, &mut |_| {
+        told.fetch_add(1, Ordering::SeqCst);
+    });
     assert_eq!(error.expect_err("it failed").kind(), ErrorKind::Io);
     assert!(told.load(Ordering::SeqCst) < SIZE / (2 * MIB), "it did not go on to the end");
     disk.close().expect("the child is whole, as far as it came");

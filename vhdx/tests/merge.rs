@@ -77,7 +77,8 @@ fn a_snapshot_asks_when_its_child_is_whole_and_serves_no_request_before_the_answ
     scribble(&disk, &mut model, &mut random, 60);
     let (tell, told) = std::sync::mpsc::channel();
     disk.snapshot_when(&child, &path("1"), || {
-        let done = Box::new(move |outcome: Result<(), _>| drop(tell.send(outcome.is_ok())));
+        let done =
+            Box::new(move |outcome: Result<(), _>| tell.send(outcome.is_ok()).expect("the test listens"));
         let buf = blockio::IoBuf::zeroed(512);
         buf.copy_from(&[0xAB; 512]);
         disk.submit(blockio::IoRequest { op: IoOp::Write { offset: 0, buf, fua: false }, done });
