@@ -285,6 +285,12 @@ impl LockEngine {
         hold.map_or(Mode::Null, |hold| hold.mode)
     }
 
+    /// Whether a request for `mode` would be granted now, without a recall and without passing anybody who waits.
+    #[must_use]
+    pub fn is_free_for(&self, client: ClientId, resource: ResourceId, mode: Mode) -> bool {
+        self.resources.get(&resource).is_none_or(|resource| resource.is_free_for(client, mode))
+    }
+
     /// The recall that `client` has not answered yet: what it may keep, and the number. To be told again when the first
     /// message may have been lost.
     #[must_use]

@@ -85,6 +85,12 @@ impl Resource {
         self.holders.get(&client).is_some_and(|hold| hold.recall.is_none() && hold.mode.covers(mode))
     }
 
+    /// Whether nobody waits, and nothing stands in the way of `mode` for `client`.
+    pub(crate) fn is_free_for(&self, client: ClientId, mode: Mode) -> bool {
+        let waiter = Waiter { ticket: 0, holder: client, mode, since: Millis::default() };
+        self.waiters.is_empty() && self.grantable(&waiter)
+    }
+
     /// Gives `waiter` its mode, or leaves the stronger one that it has.
     pub(crate) fn grant(&mut self, id: ResourceId, waiter: Waiter, step: &mut Step<'_>) {
         let seq = step.next_seq();

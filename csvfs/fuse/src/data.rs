@@ -13,18 +13,30 @@ use crate::attr::errno;
 use crate::buffers::Buffers;
 use crate::handles::OpenFile;
 use crate::pool::{Lane, Pool};
-use crate::wire::abi::{FSYNC_FDATASYNC, WRITE_KILL_SUIDGID, WriteIn};
+use crate::shared::Shared;
+use crate::wire::abi::{FSYNC_FDATASYNC, READ_LOCKOWNER, ReadIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn};
 use crate::wire::reply::Reply;
 
-/// Reads up to `len` bytes at `offset` and replies.
-pub(crate) fn read(file: &OpenFile, buffers: &Arc<Buffers>, offset: u64, len: u32, reply: Reply) {
-    let whole = IoBuf::from(buffers.take(len as usize));
-    let wanted = whole.slice(0..len as usize);
-    let buffers = Arc::clone(buffers);
-    file.file.read(offset, wanted, move |outcome| match outcome {
-        Ok(count) => reply_with(whole, count, &buffers, reply),
-        Err(error) => reply.error(errno(&error)),
-    });
+/// Reads up to as many bytes as are wanted and replies.
+pub(crate) fn read(file: &Arc<OpenFile>, shared: &Shared, args: &ReadIn, reply: Reply) {
+    let len = args.size as usize;
+    let whole = IoBuf::from(shared.buffers.take(len));
+    let wanted = whole.slice(0..len);
+    let (buffers, opened) = (Arc::clone(&shared.buffers), Arc::clone(file));
+    let answer = move |outcome: Result<usize, FsError>| {
+        if outcome.is_ok() && opened.notes_access {
+            opened.file.accessed();
+        }
+        match outcome {
+            Ok(count) => reply_with(whole, count, &buffers, reply),
+            Err(error) => reply.error(errno(&error)),
+        }
+    };
+    if shared.maps && args.read_flags & READ_LOCKOWNER == 0 {
+        file.file.read_page(args.offset, wanted, answer);
+    } else {
+        file.file.read(args.offset, wanted, answer);
+    }
 }
 
 fn reply_with(whole: IoBuf, count: usize, buffers: &Buffers, reply: Reply) {
@@ -69,7 +81,9 @@ pub(crate) fn write(
         }
         buffers.give_back(whole);
     };
-    if file.append {
+    if args.write_flags & WRITE_CACHE != 0 {
+        file.file.write_page(args.offset, part, answer);
+    } else if file.append {
         let len = data.len();
         file.file.append(part, move |outcome| answer(outcome.map(|_offset| len)));
     } else {

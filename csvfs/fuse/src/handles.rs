@@ -6,13 +6,17 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use csvfs::node::{DirEntry, File};
+use csvfs::node::{DirEntry, File, Mapper};
 
 /// An open file.
 pub(crate) struct OpenFile {
     pub(crate) file: Arc<File>,
     /// `O_APPEND`: writes go to the end of the file as all nodes see it, whatever offset the kernel believes in.
     pub(crate) append: bool,
+    /// Pages of it may be mapped and written to, as long as this lives.
+    pub(crate) _mapper: Option<Mapper>,
+    /// Reading it is noted in its time of access.
+    pub(crate) notes_access: bool,
     /// `O_DIRECT` of the caller.
     pub(crate) direct: bool,
     /// A write through a direct handle has failed: the kernel may now cut the file to the size that it knows, which

@@ -6,9 +6,10 @@
 //!                                            +-- names, attributes: a pool of workers, one waits per call
 //! ```
 //!
-//! Nothing is cached by the kernel: every file is direct I/O, attributes and names live 0 s and missing names are not
-//! remembered. So what one node has done is what the next call on another node sees, and nothing in the kernel ever has
-//! to be invalidated while a grant is recalled (F1, F2, F3, F6).
+//! The kernel keeps nothing but pages of mappings: every file is direct I/O, attributes and names live 0 s and missing names
+//! are not remembered. What is asked again and again is told by the node from memory, without a message. So what one node
+//! has done is what the next call on another node sees. Pages of mappings go when the grant goes under which they were read,
+//! by a thread that does nothing else (F1, F2, F3, F6, F7).
 //!
 //! **Invariant:** no thread that reads from `/dev/fuse` waits for the coordinator, and closing a file never waits behind
 //! calls that do (F2, F9).

@@ -16,14 +16,19 @@ pub(crate) struct Shared {
     pub(crate) files: Handles<OpenFile>,
     pub(crate) directories: Handles<OpenDirectory>,
     pub(crate) buffers: Arc<Buffers>,
+    /// Mappings of files may be shared.
+    pub(crate) maps: bool,
+    notes_access: bool,
     /// Calls that wait for locks.
     pub(crate) interrupts: Interrupts,
 }
 
 impl Shared {
-    pub(crate) fn new(node: Arc<Node>) -> Self {
+    pub(crate) fn new(node: Arc<Node>, maps: bool, notes_access: bool) -> Self {
         Self {
             node,
+            maps,
+            notes_access,
             files: Handles::default(),
             directories: Handles::default(),
             buffers: Arc::default(),
@@ -32,14 +37,18 @@ impl Shared {
     }
 
     /// A handle for a file that was just opened with `flags`.
-    pub(crate) fn opened(&self, file: Arc<File>, flags: u32) -> u64 {
-        self.files.insert(OpenFile {
+    pub(crate) fn opened(&self, file: Arc<File>, flags: u32) -> Result<u64, FsError> {
+        let has = |flag: i32| flags & flag.cast_unsigned() != 0;
+        let mapper = (self.maps && has(libc::O_RDWR)).then(|| file.map_writable()).transpose()?;
+        Ok(self.files.insert(OpenFile {
             file,
             append: appends(flags),
-            direct: flags & libc::O_DIRECT.cast_unsigned() != 0,
+            _mapper: mapper,
+            notes_access: self.notes_access && !has(libc::O_NOATIME),
+            direct: has(libc::O_DIRECT),
             may_be_cut: AtomicBool::new(false),
             lockers: std::sync::Mutex::default(),
-        })
+        }))
     }
 
     /// Sets attributes.

@@ -14,7 +14,8 @@ use lockmgr::engine::Event;
 use prost::Message;
 
 use super::core::{Core, Errand, Ready, Work, stand_in};
-use super::mailbox::Asker;
+use super::lend::Touched;
+use super::mailbox::{Answer, Asker};
 use crate::meta::{StoreError, Tables};
 use crate::proto::request::Op;
 use crate::proto::{Failure, FailureKind, Reply, Request, reply};
@@ -172,8 +173,12 @@ impl Core {
             }
             _ => {}
         }
+        let touched = match self.touched(tables, &work) {
+            Ok(touched) => touched,
+            Err(error) => return self.refuse(work.done, error),
+        };
         match self.execute(tables, &work) {
-            Ok(result) => self.finish(tables, work, result),
+            Ok(result) => self.finish(tables, work, result, &touched),
             Err(OpError::Later) => {
                 self.later.push(work);
                 Ok(())
@@ -201,16 +206,19 @@ impl Core {
         tables: &mut Tables<'_>,
         work: Work,
         result: reply::Result,
+        touched: &Touched,
     ) -> Result<(), StoreError> {
         if kept(work.request.op.as_ref()) {
-            let reply = Reply { term: self.term.0, result: Some(result.clone()) };
+            let reply = Reply { term: self.term.0, result: Some(result.clone()), ..Reply::default() };
             let id = work.request.request_id;
             tables.put_reply(work.client, id, Bytes::from(reply.encode_to_vec()))?;
             if let Some(session) = self.sessions.get_mut(&work.client) {
                 session.stored.insert(id);
             }
         }
-        self.answer(work.done, result);
+        let known = Self::known_after(tables, touched)?;
+        let answer = self.lend(tables, &work, touched, Answer { known, ..result.into() })?;
+        self.answer_with(work.done, answer);
         Ok(())
     }
 

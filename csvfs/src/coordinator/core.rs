@@ -12,8 +12,9 @@ use lockmgr::engine::{Action, Event, LockEngine};
 use lockmgr::range::RangeTable;
 use lockmgr::{ClientId, Epoch, Millis, Mode, NodeId, ResourceId, Term, VolumeId};
 
+use super::lend::Contended;
 use super::locks::LockWait;
-use super::mailbox::Asker;
+use super::mailbox::{Answer, Asker};
 use super::pools::Pools;
 use super::scarcity::Scarcity;
 use super::sessions::Session;
@@ -63,6 +64,10 @@ pub(super) struct Core {
     pub(super) later: Vec<Work>,
     pub(super) grace: Option<Grace>,
     pub(super) next_id: u64,
+    /// Counts answers: what a later one says is newer.
+    pub(super) answers: u64,
+    /// What clients have fought for lately.
+    pub(super) contended: Contended,
     pub(super) out: Outbox,
     /// Time of this batch.
     pub(super) now: Millis,
@@ -142,7 +147,7 @@ impl Grace {
 /// What leaves after the commit.
 #[derive(Default)]
 pub(super) struct Outbox {
-    pub(super) replies: Vec<(Asker, reply::Result)>,
+    pub(super) replies: Vec<(Asker, Answer)>,
     pub(super) pushes: Vec<(ClientId, Push)>,
     pub(super) overdue: Vec<(ClientId, u64)>,
     pub(super) checks: Vec<Asker>,
@@ -164,7 +169,13 @@ impl Core {
     }
 
     pub(super) fn answer(&mut self, done: Asker, result: reply::Result) {
-        self.out.replies.push((done, result));
+        self.answer_with(done, result.into());
+    }
+
+    /// Answers, at this moment in the order of answers.
+    pub(super) fn answer_with(&mut self, done: Asker, answer: Answer) {
+        self.answers += 1;
+        self.out.replies.push((done, Answer { at: self.answers, ..answer }));
     }
 
     pub(super) fn fail(&mut self, done: Asker, failure: Failure) {
@@ -182,7 +193,7 @@ impl Core {
         }
     }
 
-    fn take_action(&mut self, action: Action) {
+    pub(super) fn take_action(&mut self, action: Action) {
         match action {
             Action::Grant { ticket, resource, mode, seq, .. } => self.granted(ticket, resource, mode, seq),
             Action::Recall { holder, resource, to, seq, .. } => self.recall(holder, resource, to, seq),
@@ -223,6 +234,10 @@ impl Core {
             return;
         }
         self.recalls += 1;
+        // A reader that had to make way for a change; a writer that makes way for readers is no reason to keep them away.
+        if to == Mode::Null {
+            self.contended.note(resource.0, self.now);
+        }
         let to: pb::GrantMode = to.into();
         let recall = pb::Recall { ino: resource.0, to: to.into(), seq };
         let push = Push {

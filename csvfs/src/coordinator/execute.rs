@@ -42,6 +42,7 @@ impl Core {
             Op::SetXattr(op) => self.set_xattr(tables, op),
             Op::RemoveXattr(op) => self.remove_xattr(tables, op),
             Op::Punch(op) => self.punch(tables, client, op),
+            Op::Access(op) => Self::access(tables, op),
             Op::Unlock(op) => self.unlock(client, op),
             Op::QueryLock(op) => self.query_lock(client, op),
             Op::CancelLock(op) => self.cancel_lock(client, op.request_id),

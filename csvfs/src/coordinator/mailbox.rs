@@ -12,7 +12,7 @@ use lockmgr::{ClientId, Epoch, NodeId};
 
 use super::{ClientInfo, CloseReport, CoordinatorStats, ReplyTo};
 use crate::meta::StoreError;
-use crate::proto::{FailureKind, Reply, Request, reply};
+use crate::proto::{Attr, FailureKind, Held, Reply, Request, reply};
 use crate::refusal::failure;
 
 /// Requests that wait to be taken; more are refused, and their clients try again.
@@ -29,21 +29,39 @@ impl Asker {
         Self { tell: Some(tell), term }
     }
 
-    pub(super) fn answer(mut self, result: reply::Result) {
-        self.send(result);
+    pub(super) fn answer(mut self, answer: impl Into<Answer>) {
+        self.send(answer.into());
     }
 
-    fn send(&mut self, result: reply::Result) {
+    fn send(&mut self, answer: Answer) {
         if let Some(tell) = self.tell.take() {
-            tell(Reply { term: self.term, result: Some(result) });
+            let Answer { result, at, known, held } = answer;
+            tell(Reply { term: self.term, at, known, held, result: Some(result) });
         }
+    }
+}
+
+/// What is told to who asked.
+pub(super) struct Answer {
+    pub(super) result: reply::Result,
+    /// Orders answers by when they were true.
+    pub(super) at: u64,
+    /// Attributes of further inodes.
+    pub(super) known: Vec<Attr>,
+    /// Grants that come along.
+    pub(super) held: Vec<Held>,
+}
+
+impl From<reply::Result> for Answer {
+    fn from(result: reply::Result) -> Self {
+        Self { result, at: 0, known: Vec::new(), held: Vec::new() }
     }
 }
 
 impl Drop for Asker {
     fn drop(&mut self) {
         let stopped = failure(FailureKind::Stopped, "the coordinator has stopped");
-        self.send(reply::Result::Failure(stopped));
+        self.send(reply::Result::Failure(stopped).into());
     }
 }
 

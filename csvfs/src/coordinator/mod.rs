@@ -19,6 +19,7 @@ mod execute;
 mod extend;
 mod files;
 mod grants;
+mod lend;
 mod locks;
 mod mailbox;
 mod names;

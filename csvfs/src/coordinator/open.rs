@@ -109,6 +109,8 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         later: Vec::new(),
         grace,
         next_id: 0,
+        answers: 0,
+        contended: super::lend::Contended::default(),
         out: Outbox::default(),
         now,
         wall: params.clock.wall(),

@@ -86,7 +86,7 @@ impl Core {
             return Some(format!("node {} has a newer epoch than {}", client.node, client.epoch));
         }
         let known = self.sessions.contains_key(&client);
-        let claims_nothing = attach.claims.is_empty() && attach.locks.is_empty();
+        let claims_nothing = attach.claims.is_empty() && attach.locks.is_empty() && attach.readers.is_empty();
         (!known && !claims_nothing).then(|| {
             format!("client {client} was given up: its grants are not its own any more; it must start anew")
         })
@@ -102,8 +102,11 @@ impl Core {
 
     /// Makes the lock engine agree with what the client says. It comes first, so that nobody gets what it still holds.
     fn take_claims(&mut self, client: ClientId, attach: &Attach) -> Result<(), String> {
-        let claims: BTreeMap<u64, Mode> =
+        let mut claims: BTreeMap<u64, Mode> =
             attach.claims.iter().map(|claim| (claim.ino, self.claimed_mode(client, claim))).collect();
+        for ino in readers(attach) {
+            claims.entry(ino).or_insert(Mode::ProtectedRead);
+        }
         for (&ino, &mode) in &claims {
             let (holder, resource) = (client, ResourceId(ino));
             if self.engine.held(client, resource).covers(mode) {
@@ -271,6 +274,14 @@ impl Core {
         };
         self.sessions.iter().map(info).collect()
     }
+}
+
+/// The inodes that a client holds in PR without using them, written as distances.
+fn readers(attach: &Attach) -> impl Iterator<Item = u64> {
+    attach.readers.iter().scan(0_u64, |last, distance| {
+        *last = last.checked_add(*distance)?;
+        Some(*last)
+    })
 }
 
 fn short_name(name: &str) -> String {

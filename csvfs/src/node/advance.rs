@@ -42,6 +42,10 @@ pub(super) struct Out {
     pub(super) merge: Option<(u64, FlushDone)>,
     /// Nothing is held and nobody uses the file.
     pub(super) retire: bool,
+    /// Nobody uses the file, and what is known of it is worth keeping.
+    pub(super) remember: bool,
+    /// The kernel is to give up its pages of the file.
+    pub(super) drop_pages: bool,
 }
 
 impl Out {
@@ -71,6 +75,12 @@ impl Out {
         }
         for (done, outcome) in self.syncs {
             done(outcome);
+        }
+        if self.drop_pages {
+            inode.core.drop_pages(inode);
+        }
+        if self.remember {
+            inode.core.remember(inode);
         }
         if self.retire {
             inode.core.retire(inode);
@@ -181,15 +191,15 @@ impl Inode {
         state.freeze_wanted = false;
         for waiter in std::mem::take(&mut state.waiting) {
             let mode = match &waiter {
-                Waiter::Data(op) => op.mode(),
+                Waiter::Data(op) => op.mode(state.pages.mappers),
                 Waiter::Hold { mode, .. } => *mode,
             };
             if !state.grant.permits(mode) {
                 needs.grant(mode);
             }
             match waiter {
-                Waiter::Data(op) if state.admits(mode) => {
-                    state.in_flight += 1;
+                Waiter::Data(op) if state.admits_op(&op) => {
+                    state.admitted(&op);
                     self.resolve(state, op, needs, out);
                 }
                 Waiter::Hold { alone, tell, .. }
@@ -211,6 +221,7 @@ impl Inode {
     /// Gives the grant back, as far as it was recalled or nobody uses the file, once nothing is in flight. Says whether
     /// that is what happens next.
     fn lower(self: &Arc<Self>, state: &mut State, out: &mut Out) -> bool {
+        self.tell_access(state, out);
         if state.in_flight > 0 || state.sync.running || state.mapping {
             return false;
         }
@@ -218,14 +229,19 @@ impl Inode {
             self.begin_release(state, to, at, out);
             return true;
         }
-        let unused = state.users == 0 && state.waiting.is_empty() && state.sync.waiters.is_empty();
-        if (!unused && !state.leaving) || state.grant.acquiring.is_some() {
+        if (!state.is_unused() && !state.leaving) || state.grant.acquiring.is_some() {
             return false;
         }
         if state.grant.mode == Mode::Null {
             out.retire = true;
-        } else {
+        } else if state.leaving || state.unwanted || !state.worth_keeping() {
             self.begin_release(state, Mode::Null, (0, 0), out);
+        } else if state.is_unsaved(&self.core) {
+            // What was buffered goes to the coordinator as the last user leaves; what is known stays.
+            self.begin_release(state, Mode::ProtectedRead, (0, 0), out);
+        } else {
+            out.remember = true;
+            return false;
         }
         true
     }
@@ -257,13 +273,18 @@ impl Inode {
         let mut out = Out::default();
         let mut state = self.lock();
         let current = outcome.as_ref().map_or(true, |answered| self.core.session.is_current(answered));
+        let stamp = outcome.as_ref().map_or((0, 0), Answered::stamp);
         match checked_grant(outcome) {
             // It is asked for again, from the coordinator of now.
             Ok(_) if !current => state.grant.acquiring = None,
             // What waits is admitted in the same step, so that a recall that is on its way finds some work done (E4).
             Ok((mode, at, attr)) => {
+                let from_nothing = state.grant.mode == Mode::Null;
                 if state.grant.granted(mode, at) {
-                    state.merge_attr(attr, asked_at);
+                    if from_nothing {
+                        state.since = stamp;
+                    }
+                    state.merge_attr(attr, asked_at, stamp);
                 }
             }
             Err(why) => {

@@ -1,7 +1,7 @@
 //! What all files of a node share: the LUN, the session, the table of files, flushes, and the end of it all.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -15,8 +15,10 @@ use super::grants::Seq;
 use super::inode::Inode;
 use super::locks::Locks;
 use super::log::Log;
+use super::pages::KernelPages;
 use super::rank::{self, Ranked};
 use super::refill::Space;
+use super::remember::Memory;
 use super::session::{Holder, Holdings, Session};
 use super::sync::FlushDone;
 use super::workers::Workers;
@@ -40,6 +42,11 @@ pub(super) struct Core {
     /// Rank 4.
     flusher: Mutex<Flusher>,
     pub(super) locks: Locks,
+    pub(super) memory: Memory,
+    /// Rank 3.
+    kernel: Mutex<Option<Arc<dyn KernelPages>>>,
+    /// Changes under way that may concern inodes that are not known.
+    pub(super) unknown_changes: AtomicUsize,
     stopped: OnceLock<String>,
     /// Changes of names by this node: each may have changed link counts.
     names: AtomicU64,
@@ -63,10 +70,8 @@ impl Drop for Pin {
     fn drop(&mut self) {
         let mut state = self.inode.lock();
         state.users -= 1;
-        let last = state.users == 0;
-        drop(state);
-        if last {
-            self.inode.kick();
+        if state.users == 0 {
+            self.inode.core.put_to_rest(&self.inode, state);
         }
     }
 }
@@ -92,6 +97,9 @@ impl Core {
             retired: Condvar::new(),
             flusher: Mutex::default(),
             locks: Locks::default(),
+            memory: Memory::default(),
+            kernel: Mutex::default(),
+            unknown_changes: AtomicUsize::new(0),
             stopped: OnceLock::new(),
             names: AtomicU64::new(1),
             recalls: AtomicU64::new(0),
@@ -99,7 +107,7 @@ impl Core {
         })
     }
 
-    fn files(&self) -> Ranked<MutexGuard<'_, HashMap<u64, Arc<Inode>>>> {
+    pub(super) fn files(&self) -> Ranked<MutexGuard<'_, HashMap<u64, Arc<Inode>>>> {
         Ranked::take(rank::FILES, || self.files.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -111,11 +119,16 @@ impl Core {
         self.files().len()
     }
 
+    /// The place for who keeps pages of files.
+    pub(super) fn kernel(&self) -> Ranked<MutexGuard<'_, Option<Arc<dyn KernelPages>>>> {
+        Ranked::take(rank::MEMORY, || self.kernel.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// The file, if it is in use here.
     pub(super) fn find(&self, ino: u64) -> Option<Pin> {
         let files = self.files();
         let inode = files.get(&ino)?.clone();
-        inode.lock().users += 1;
+        Self::used(&inode);
         Some(Pin { inode })
     }
 
@@ -123,8 +136,14 @@ impl Core {
     pub(super) fn pin(self: &Arc<Self>, ino: u64) -> Pin {
         let mut files = self.files();
         let inode = files.entry(ino).or_insert_with(|| Inode::new(self.clone(), ino)).clone();
-        inode.lock().users += 1;
+        Self::used(&inode);
         Pin { inode }
+    }
+
+    fn used(inode: &Inode) {
+        let mut state = inode.lock();
+        state.users += 1;
+        state.unwanted = false;
     }
 
     /// Takes a file that nobody uses and of which nothing is held out of the table, and closes it.
@@ -141,6 +160,7 @@ impl Core {
         let was_there = files.get(&inode.ino).is_some_and(|found| Arc::ptr_eq(found, inode));
         if was_there {
             files.remove(&inode.ino);
+            self.memory.raise_floor(inode.ino, state.grant.floor());
         }
         drop((state, files));
         for _ in 0..opens {
@@ -155,6 +175,8 @@ impl Core {
         match self.find(ino) {
             Some(pin) => pin.inode.recalled(to, at),
             None => {
+                // A grant that came along with an answer may still be on its way: it is taken back by this.
+                self.memory.raise_floor(ino, (at, (0, 0)));
                 let id = self.answer(ino, Mode::Null, at);
                 self.session.dispatch(id);
             }
@@ -256,6 +278,7 @@ impl Core {
 
     /// Gives back what all files hold; waits at most `patience` for it. Says whether all is given back.
     pub(super) fn give_back(&self, patience: Duration) -> bool {
+        self.forget_all();
         for inode in self.all_files() {
             inode.lock().leaving = true;
             inode.kick();
@@ -287,8 +310,11 @@ impl Holder for Core {
     fn holdings(&self) -> Holdings {
         let mut holdings = Holdings { locks: self.locks.claims(), ..Holdings::default() };
         for inode in self.all_files() {
-            let (claim, open) = inode.holding();
-            holdings.claims.extend(claim);
+            let (claim, open, merely_remembered) = inode.holding();
+            match claim {
+                Some(claim) if merely_remembered => holdings.readers.push(claim.ino),
+                claim => holdings.claims.extend(claim),
+            }
             holdings.opens.extend(open);
         }
         holdings

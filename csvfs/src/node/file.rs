@@ -8,6 +8,7 @@ use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp
 use super::core::Pin;
 use super::inode::Inode;
 use super::io::{self, DataOp, What};
+use super::pages::Mapper;
 use super::{Attr, FsError, Node, SetAttr, attr};
 
 /// State of a run of a file.
@@ -78,13 +79,48 @@ impl File {
         self.submit_op(What::Write, offset, buf, false, bytes_to(done));
     }
 
+    /// As [`File::read`], for a page that the kernel keeps, of a mapping.
+    pub fn read_page(
+        &self,
+        offset: u64,
+        buf: IoBuf,
+        done: impl FnOnce(Result<usize, FsError>) + Send + 'static,
+    ) {
+        let done = bytes_to(done);
+        self.pin.inode.submit(DataOp { what: What::Read, offset, buf, exact: false, page: true, done });
+    }
+
+    /// As [`File::write`], of what a program has changed in pages that the kernel keeps.
+    pub fn write_page(
+        &self,
+        offset: u64,
+        buf: IoBuf,
+        done: impl FnOnce(Result<usize, FsError>) + Send + 'static,
+    ) {
+        let done = bytes_to(done);
+        self.pin.inode.submit(DataOp { what: What::Write, offset, buf, exact: false, page: true, done });
+    }
+
+    /// Says that pages of the file may be written to without asking, as long as the answer lives.
+    ///
+    /// # Errors
+    /// When the coordinator refuses what that needs.
+    pub fn map_writable(&self) -> Result<Mapper, FsError> {
+        Mapper::new(&self.node.core, self.ino())
+    }
+
+    /// Notes that a program has read the file: its time of access follows, now and then and not at once.
+    pub fn accessed(&self) {
+        self.pin.inode.accessed();
+    }
+
     /// Writes `buf` at the end of the file, wherever other nodes have moved it; completes with the offset.
     pub fn append(&self, buf: IoBuf, done: impl FnOnce(Result<u64, FsError>) + Send + 'static) {
         self.submit_op(What::Append, 0, buf, false, Box::new(done));
     }
 
     fn submit_op(&self, what: What, offset: u64, buf: IoBuf, exact: bool, done: io::Done) {
-        self.pin.inode.submit(DataOp { what, offset, buf, exact, done });
+        self.pin.inode.submit(DataOp { what, offset, buf, exact, page: false, done });
     }
 
     /// Completes when all completed writes, the size and the times are durable.
@@ -264,7 +300,7 @@ impl Zeroing {
                 workers.run(move || self.step());
             }
         });
-        inode.submit(DataOp { what: What::Zero, offset, buf, exact: true, done: next });
+        inode.submit(DataOp { what: What::Zero, offset, buf, exact: true, page: false, done: next });
     }
 }
 

@@ -51,6 +51,8 @@ pub(super) struct Grant {
     pub(super) acquiring: Option<Mode>,
     pub(super) release: Option<Release>,
     releases: u64,
+    /// A lent grant that is older was given back since.
+    given_back: Seq,
 }
 
 impl Grant {
@@ -72,6 +74,37 @@ impl Grant {
         }
         self.held_at = self.held_at.max(at);
         true
+    }
+
+    /// A grant came along with an answer, unasked; `stamp` is the answer's. `false`: it is not kept.
+    ///
+    /// While a release is under way nobody can tell which of the two comes last, so what is lent then is not kept: to hold
+    /// less than the coordinator believes is always right.
+    pub(super) fn lent(&mut self, mode: Mode, at: Seq, stamp: Seq) -> bool {
+        let stale = at < self.newest_recall || stamp <= self.given_back;
+        if stale || self.release.is_some() || self.recall.is_some() {
+            return false;
+        }
+        if mode.covers(self.mode) {
+            self.mode = mode;
+        }
+        self.held_at = self.held_at.max(at);
+        true
+    }
+
+    /// An answer of this place says what older ones do not know.
+    pub(super) fn outdate(&mut self, stamp: Seq) {
+        self.given_back = self.given_back.max(stamp);
+    }
+
+    /// What must not be taken for held, when this is forgotten: recalls, and answers, up to here.
+    pub(super) fn floor(&self) -> (Seq, Seq) {
+        (self.newest_recall, self.given_back)
+    }
+
+    /// The floor of what was here before.
+    pub(super) fn above(floor: (Seq, Seq)) -> Self {
+        Self { newest_recall: floor.0, given_back: floor.1, ..Self::default() }
     }
 
     /// A recall has arrived.
@@ -136,8 +169,10 @@ impl Grant {
         })
     }
 
-    /// The release has its reply. Gives a recall that came meanwhile and is answered by what is held now.
-    pub(super) fn released(&mut self, number: u64) -> Option<Seq> {
+    /// The release has its reply, of this place among answers. Gives a recall that came meanwhile and is answered by what
+    /// is held now.
+    pub(super) fn released(&mut self, number: u64, stamp: Seq) -> Option<Seq> {
+        self.given_back = self.given_back.max(stamp);
         if self.release.is_some_and(|release| release.number == number) {
             self.release = None;
         }
@@ -194,7 +229,7 @@ mod tests {
         let number = grant.begin_release(ProtectedRead);
         grant.releasing(Some(7));
         assert!(!grant.permits(ProtectedRead));
-        assert_eq!(grant.released(number), None);
+        assert_eq!(grant.released(number, (1, 9)), None);
         assert!(grant.permits(ProtectedRead) && !grant.permits(Exclusive));
     }
 
@@ -205,7 +240,25 @@ mod tests {
         let number = grant.begin_release(ProtectedRead);
         grant.releasing(Some(7));
         assert_eq!(grant.recalled(Null, (1, 5)), OnRecall::Drain);
-        assert_eq!(grant.released(number), None);
+        assert_eq!(grant.released(number, (1, 9)), None);
         assert_eq!(grant.recall, Some((Null, (1, 5))));
+    }
+
+    // Invariant C6, for grants that come with answers to other questions.
+    #[test]
+    fn a_lent_grant_is_kept_only_if_nothing_took_it_away_meanwhile() {
+        let mut grant = Grant::default();
+        assert!(grant.lent(ProtectedRead, (1, 3), (1, 30)));
+        let number = grant.begin_release(Null);
+        grant.releasing(None);
+        assert!(!grant.lent(ProtectedRead, (1, 4), (1, 31)), "a release is under way");
+        assert_eq!(grant.released(number, (1, 32)), None);
+        assert!(!grant.lent(ProtectedRead, (1, 4), (1, 31)), "lent before the release");
+        assert!(grant.lent(ProtectedRead, (1, 5), (1, 33)), "lent after it");
+        assert_eq!(grant.recalled(Null, (1, 6)), OnRecall::Drain);
+        assert!(!grant.lent(Exclusive, (1, 5), (1, 33)), "a recall waits");
+        let mut next = Grant::above(grant.floor());
+        assert!(!next.lent(ProtectedRead, (1, 5), (1, 40)), "older than a recall that was seen");
+        assert!(next.lent(ProtectedRead, (1, 7), (1, 41)));
     }
 }

@@ -2,12 +2,14 @@
 //! space, holes. They run on the caller's thread.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 
 use blockio::{IoBuf, IoOp};
 use lockmgr::Mode;
 use pb::request::Op;
 
+use super::grants::Seq;
 use super::inode::{Inode, State, Waiter};
 use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, block_ceil, block_floor};
 use super::space::EXTENTS_MAX;
@@ -53,9 +55,9 @@ impl Inode {
             return Ok(attr);
         }
         let asked_at = self.core.names_now();
-        let fresh = self.ask_attr(Op::GetAttr(pb::GetAttr { ino: self.ino }))?;
+        let (fresh, at) = self.ask_attr(Op::GetAttr(pb::GetAttr { ino: self.ino, cache: false }))?;
         let mut state = self.lock();
-        state.merge_attr(fresh, asked_at);
+        state.merge_attr(fresh, asked_at, at);
         Ok(state.attr.unwrap_or(fresh))
     }
 
@@ -72,11 +74,17 @@ impl Inode {
 
     /// Attributes, if they are known here without a message.
     pub(super) fn attr_at_hand(&self) -> Option<Attr> {
-        self.cached_attr(&self.lock())
+        let mut state = self.lock();
+        state.used = true;
+        self.cached_attr(&state)
     }
 
     fn cached_attr(&self, state: &State) -> Option<Attr> {
-        let valid = state.grant.permits(Mode::ProtectedRead) && state.attr_asked_at >= self.core.names_now();
+        let unknown = self.core.unknown_changes.load(Ordering::Acquire) > 0;
+        let valid = state.grant.permits(Mode::ProtectedRead)
+            && state.changing == 0
+            && !unknown
+            && state.attr_asked_at >= self.core.names_now();
         state.attr.filter(|_| valid)
     }
 
@@ -89,9 +97,12 @@ impl Inode {
         }
     }
 
-    pub(super) fn ask_attr(&self, op: Op) -> Result<Attr, FsError> {
-        match self.core.session.call_blocking(op)? {
-            pb::reply::Result::Attr(attr) => Attr::checked(&attr),
+    /// Attributes, and the answer's place among others.
+    pub(super) fn ask_attr(&self, op: Op) -> Result<(Attr, Seq), FsError> {
+        let answered = self.core.ask(op)?;
+        let stamp = answered.stamp();
+        match answered.result {
+            pb::reply::Result::Attr(attr) => Ok((Attr::checked(&attr)?, stamp)),
             other => Err(names::unexpected("a request for attributes", &other)),
         }
     }
@@ -105,6 +116,11 @@ impl Inode {
         if set == SetAttr::default() {
             return self.attr();
         }
+        let _changing = self.core.changing([self.ino], false);
+        if self.lock().grant.mode != Mode::Exclusive {
+            // Nothing is buffered here.
+            return self.ask_set_attr(&set);
+        }
         let _hold = self.hold(Mode::Exclusive, false)?;
         // A record that is merged later must not undo what is set now.
         self.merge_blocking()?;
@@ -117,13 +133,13 @@ impl Inode {
 
     fn ask_set_attr(&self, set: &SetAttr) -> Result<Attr, FsError> {
         let asked_at = self.core.names_now();
-        let fresh = self.ask_attr(Op::SetAttr(names::set_attr_request(self.ino, set)))?;
+        let (fresh, at) = self.ask_attr(Op::SetAttr(names::set_attr_request(self.ino, set)))?;
         let mut state = self.lock();
         if let Some(own) = &mut state.attr {
             own.mtime = set.mtime.unwrap_or(own.mtime);
             own.size_bytes = set.size_bytes.unwrap_or(own.size_bytes);
         }
-        state.merge_attr(fresh, asked_at);
+        state.merge_attr(fresh, asked_at, at);
         Ok(state.attr.unwrap_or(fresh))
     }
 
@@ -217,7 +233,7 @@ impl Inode {
     /// Asks for the map from `at` on; gives the end of what is known then.
     fn learn_from(&self, at: u64) -> Result<u64, FsError> {
         let op = Op::GetMap(pb::GetMap { ino: self.ino, offset: at, max_extents: EXTENTS_MAX });
-        let answer = self.core.session.call_blocking(op);
+        let answer = self.core.session.call_blocking(op).map(|answered| answered.result);
         self.learn(&mut self.lock(), at, answer)
     }
 
@@ -238,7 +254,7 @@ impl Inode {
         while at < blocks.end {
             let need = blocks.end - at;
             let op = Op::Allocate(pb::Allocate { ino: self.ino, offset: at, need, want: need });
-            let answer = self.core.session.call_blocking(op);
+            let answer = self.core.session.call_blocking(op).map(|answered| answered.result);
             at = self.learn(&mut self.lock(), at, answer)?;
         }
         let mut state = self.lock();

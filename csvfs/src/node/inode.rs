@@ -21,12 +21,14 @@ use lockmgr::Mode;
 
 use super::advance::HoldDone;
 use super::core::Core;
-use super::grants::Grant;
+use super::grants::{Grant, Seq};
 use super::growth::Growth;
 use super::io::{DataOp, Done, Effect, Plan, What, Writes};
 use super::map::{BLOCK_BYTES, ExtentMap, FILE_BYTES_MAX, block_ceil, block_floor};
+use super::pages::Pages;
 use super::ranges::RangeSet;
 use super::rank::{self, Ranked};
+use super::remember::Names;
 use super::sync::{Pending, Rounds};
 use super::transfer::Transfer;
 use super::{Attr, FsError, attr};
@@ -81,6 +83,25 @@ pub(super) struct State {
     pub(super) attr: Option<Attr>,
     /// The node's count of changes of names when `attr` was asked for: link counts may be older than later changes.
     pub(super) attr_asked_at: u64,
+    /// The answer that `attr` is from.
+    pub(super) attr_at: Seq,
+    /// The answer since which the grant is held without a gap: what older answers say may have changed unnoticed.
+    pub(super) since: Seq,
+    /// Calls of this node that are changing the inode or, of a directory, its names: meanwhile nothing is told from memory,
+    /// as others may see the change already.
+    pub(super) changing: u32,
+    /// Of a directory, what is remembered of its names. Of others, their target and extended attributes.
+    pub(super) names: Option<Box<Names>>,
+    /// It is in the list of those that may be forgotten.
+    pub(super) listed: bool,
+    /// It was used since the list was last looked through.
+    pub(super) used: bool,
+    /// Pages in the kernel's memory.
+    pub(super) pages: Pages,
+    /// It was read, and its time of access is to say so.
+    pub(super) accessed: bool,
+    /// It is to be forgotten as soon as nobody uses it.
+    pub(super) unwanted: bool,
     pub(super) pending: Pending,
     pub(super) sync: Rounds,
     /// Handles, and calls that use the file without one.
@@ -104,7 +125,15 @@ impl State {
 
     /// Takes over attributes from the coordinator. Who has EX decides about size and times itself: an answer may have been
     /// given before a commit that is known by now.
-    pub(super) fn merge_attr(&mut self, fresh: Attr, asked_at: u64) {
+    pub(super) fn merge_attr(&mut self, fresh: Attr, asked_at: u64, at: Seq) {
+        if at.1 != 0 && at < self.attr_at {
+            // Better than nothing, for the size that a writer goes by; not to be told.
+            if self.attr.is_none() {
+                (self.attr, self.attr_asked_at) = (Some(fresh), 0);
+            }
+            return;
+        }
+        self.attr_at = self.attr_at.max(at);
         let merged = match self.attr {
             Some(own) if self.grant.mode == Mode::Exclusive => own.over(fresh),
             _ => fresh,
@@ -161,7 +190,8 @@ enum Offer {
 
 impl Inode {
     pub(super) fn new(core: Arc<Core>, ino: u64) -> Arc<Self> {
-        Arc::new(Self { core, ino, state: Mutex::default() })
+        let state = State { grant: Grant::above(core.memory.floor(ino)), ..State::default() };
+        Arc::new(Self { core, ino, state: Mutex::new(state) })
     }
 
     pub(super) fn lock(&self) -> Ranked<MutexGuard<'_, State>> {
@@ -194,11 +224,11 @@ impl Inode {
     }
 
     fn offer(&self, state: &mut State, mut op: DataOp) -> Offer {
-        if !state.admits(op.mode()) {
+        if !state.admits_op(&op) {
             state.waiting.push_back(Waiter::Data(op));
             return Offer::Parked;
         }
-        state.in_flight += 1;
+        state.admitted(&op);
         match self.plan(state, &mut op) {
             Plan::Go { pieces, effect, outcome } => {
                 Offer::Go(Transfer { pieces, effect, outcome, done: op.done })
@@ -265,10 +295,12 @@ impl Inode {
     }
 
     /// What this node has, for an Attach.
-    pub(super) fn holding(&self) -> (Option<pb::Claim>, Option<pb::OpenClaim>) {
+    /// The last: it is a PR that nobody uses.
+    pub(super) fn holding(&self) -> (Option<pb::Claim>, Option<pb::OpenClaim>, bool) {
         let state = self.lock();
         let open = (state.registered > 0).then_some(pb::OpenClaim { ino: self.ino, count: state.registered });
-        (state.grant.claim(self.ino), open)
+        let merely_remembered = state.grant.mode == Mode::ProtectedRead && state.is_merely_remembered();
+        (state.grant.claim(self.ino), open, merely_remembered)
     }
 
     /// Bytes of the file in whole blocks.
@@ -279,7 +311,9 @@ impl Inode {
 }
 
 impl DataOp {
-    pub(super) fn mode(&self) -> Mode {
-        if self.what == What::Read { Mode::ProtectedRead } else { Mode::Exclusive }
+    /// What it needs. A page that a program can write to without asking is read under EX.
+    pub(super) fn mode(&self, mappers: usize) -> Mode {
+        let reads = self.what == What::Read && !(self.page && mappers > 0);
+        if reads { Mode::ProtectedRead } else { Mode::Exclusive }
     }
 }

@@ -37,6 +37,8 @@ pub(super) struct DataOp {
     pub(super) buf: IoBuf,
     /// Fails when it is not wholly inside the file, as on a device.
     pub(super) exact: bool,
+    /// It moves a page between the LUN and the kernel's memory, for a mapping.
+    pub(super) page: bool,
     pub(super) done: Done,
 }
 

@@ -18,6 +18,7 @@
 //! **Invariant:** data is read or written only under a grant that permits it, and a grant is given back only when no
 //! request of it is in flight and what it buffered is with the coordinator (C6, E3).
 
+mod access;
 mod advance;
 mod attr;
 mod core;
@@ -33,11 +34,13 @@ mod locks;
 mod log;
 mod map;
 mod names;
+mod pages;
 mod pool;
 mod punch;
 mod ranges;
 mod rank;
 mod refill;
+mod remember;
 mod session;
 mod space;
 mod sync;
@@ -54,7 +57,7 @@ use blockio::BlockDevice;
 use bytes::Bytes;
 use lockmgr::{ClientId, Term, VolumeId};
 use pb::request::Op;
-use session::{Holder, Session};
+use session::{Answered, Holder, Session};
 use workers::Workers;
 
 use crate::proto as pb;
@@ -66,6 +69,7 @@ pub use file::{Extent, ExtentState, File, SeekFrom};
 pub use link::{CoordinatorLink, LinkError, ReplyTo};
 pub use locks::{Lock, LockInTheWay};
 pub use names::{NAME_BYTES_MAX, ROOT_INO};
+pub use pages::{KernelPages, Mapper};
 pub use xattrs::XattrFlags;
 
 /// How long the first attach waits for a coordinator.
@@ -167,6 +171,9 @@ impl Node {
         let term = push.term;
         match push.what {
             Some(pb::push::What::NewCoordinator(_)) => self.core.session.new_coordinator(term),
+            // What is held was claimed from the next coordinator, which recalls it itself: an answer to an older one would
+            // give up what the newer one is granting.
+            Some(pb::push::What::Recall(_)) if term < self.core.session.term() => {}
             Some(pb::push::What::Recall(recall)) => {
                 let core = self.core.clone();
                 let to = recall.to().into();
@@ -204,15 +211,60 @@ impl Node {
         File::new(self.clone(), pin)
     }
 
-    /// Attributes now. Of a file that is open here and not changed elsewhere, without a message.
+    /// As [`Node::open`], if that takes no message. Never blocks.
+    #[must_use]
+    pub fn open_at_hand(self: &Arc<Self>, ino: u64) -> Option<Arc<File>> {
+        let pin = self.core.find(ino)?;
+        let registered = pin.inode.lock().registered > 0;
+        registered.then(|| File::new(self.clone(), pin))
+    }
+
+    /// As [`Node::getattr`], if that takes no message. Never blocks.
+    #[must_use]
+    pub fn attr_at_hand(&self, ino: u64) -> Option<Attr> {
+        self.core.peek(ino)?.attr_at_hand()
+    }
+
+    /// Attributes now. Of what was asked for before and was not changed elsewhere since, without a message.
     ///
     /// # Errors
     /// When the coordinator refuses.
     pub fn getattr(&self, ino: u64) -> Result<Attr, FsError> {
-        match self.core.find(ino) {
-            Some(pin) => pin.inode.attr(),
-            None => self.ask_attr(Op::GetAttr(pb::GetAttr { ino })),
+        let Some(inode) = self.core.peek(ino) else { return self.ask_for(ino) };
+        if let Some(attr) = inode.attr_at_hand() {
+            return Ok(attr);
         }
+        match self.core.find(ino).filter(|pin| pin.inode.lock().grant.mode != lockmgr::Mode::Null) {
+            Some(pin) => pin.inode.attr(),
+            None => self.ask_for(ino),
+        }
+    }
+
+    fn ask_for(&self, ino: u64) -> Result<Attr, FsError> {
+        let attr = self.ask_attr(Op::GetAttr(pb::GetAttr { ino, cache: true }))?;
+        Ok(self.with_local_changes(attr))
+    }
+
+    /// Names the kernel that keeps pages of files; `false` when there is one already.
+    pub fn set_kernel(&self, kernel: Arc<dyn KernelPages>) -> bool {
+        let mut place = self.core.kernel();
+        let free = place.is_none();
+        if free {
+            *place = Some(kernel);
+        }
+        free
+    }
+
+    /// That kernel keeps no pages any more.
+    pub fn unset_kernel(&self) {
+        let gone = self.core.kernel().take();
+        drop(gone);
+    }
+
+    /// How many inodes that nobody uses may be remembered, with their names; what is asked for beyond that is forgotten
+    /// again.
+    pub fn set_memory(&self, inodes: usize) {
+        self.core.memory.set_bound(inodes);
     }
 
     /// Changes attributes and gives the new ones.
@@ -225,7 +277,10 @@ impl Node {
         }
         match self.core.find(ino) {
             Some(pin) => pin.inode.set_attr(set),
-            None => self.ask_attr(Op::SetAttr(names::set_attr_request(ino, set))),
+            None => {
+                let _changing = self.core.changing([ino], false);
+                self.ask_attr(Op::SetAttr(names::set_attr_request(ino, set)))
+            }
         }
     }
 
@@ -275,17 +330,23 @@ impl Node {
     }
 
     fn ask(&self, op: Op) -> Result<pb::reply::Result, FsError> {
-        self.core.session.call_blocking(op)
+        self.core.ask(op).map(|answered| answered.result)
     }
 
     fn with_local_changes(&self, attr: Attr) -> Attr {
-        match self.core.find(attr.ino) {
-            Some(pin) => pin.inode.with_local_changes(attr),
+        match self.core.peek(attr.ino) {
+            Some(inode) => inode.with_local_changes(attr),
             None => attr,
         }
     }
 
-    fn names_changed(&self) {
-        self.core.names_changed();
+    /// An answer to a change that was given before, and does not say what changed: everything may have.
+    fn changed_unseen(&self, answered: &Answered) {
+        if answered.known.is_empty() {
+            self.core.names_changed();
+        }
+        for attr in &answered.known {
+            self.core.changed_here(attr.ino, &[], answered.stamp());
+        }
     }
 }

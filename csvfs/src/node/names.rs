@@ -1,6 +1,6 @@
-//! Calls on names and attributes: one request to the coordinator each, waiting for the reply.
+//! Calls on names and attributes: one request to the coordinator each, waiting for the reply, where memory does not answer.
 //!
-//! Directories are not cached: what another node has changed is seen by the next call.
+//! What another node has changed is seen by the next call: it has recalled the grant before it returned.
 
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ use bytes::Bytes;
 use pb::reply::Result as Answer;
 use pb::request::Op;
 
+use super::session::Answered;
 use super::{Attr, Creation, DirEntry, DirPage, File, FileKind, FsError, Node, SetAttr};
 use crate::proto as pb;
 
@@ -24,8 +25,20 @@ impl Node {
     /// `ENOENT` and the like.
     pub fn lookup(&self, parent: u64, name: &[u8]) -> Result<Attr, FsError> {
         let name = checked_name(name)?;
-        let attr = self.ask_attr(Op::Lookup(pb::Lookup { parent, name }))?;
+        if let Some(attr) = self.lookup_at_hand(parent, &name) {
+            return Ok(attr);
+        }
+        let answered = self.core.ask(Op::Lookup(pb::Lookup { parent, name: name.clone(), cache: true }))?;
+        let attr = attr_of(&answered)?;
+        self.core.learn_name(parent, &name, attr.ino, answered.stamp());
         Ok(self.with_local_changes(attr))
+    }
+
+    /// As [`Node::lookup`], if that takes no message. Never blocks.
+    #[must_use]
+    pub fn lookup_at_hand(&self, parent: u64, name: &[u8]) -> Option<Attr> {
+        let ino = self.core.remembered_name(parent, name)?;
+        self.attr_at_hand(ino).filter(|attr| attr.nlink > 0)
     }
 
     /// Walks `path` from the root, without following symbolic links.
@@ -58,8 +71,8 @@ impl Node {
     ) -> Result<(Attr, Arc<File>), FsError> {
         let mut request = new_inode(parent, name, FileKind::Regular, creation)?;
         request.exclusive = exclusive;
-        request.open = true;
-        let attr = self.ask_attr(Op::Create(request))?;
+        (request.open, request.cache) = (true, true);
+        let attr = self.create_named(request)?;
         if attr.kind != FileKind::Regular {
             return Err(FsError::invalid(libc::EEXIST, "the name exists and is no regular file"));
         }
@@ -127,7 +140,18 @@ impl Node {
 
     fn make(&self, mut request: pb::Create) -> Result<Attr, FsError> {
         request.exclusive = true;
-        self.ask_attr(Op::Create(request))
+        self.create_named(request)
+    }
+
+    fn create_named(&self, request: pb::Create) -> Result<Attr, FsError> {
+        let (parent, name) = (request.parent, request.name.clone());
+        let _changing = self.core.changing([parent], false);
+        let answered = self.core.ask(Op::Create(request))?;
+        let attr = attr_of(&answered)?;
+        self.changed_unseen(&answered);
+        self.core.changed_here(parent, &[&name], answered.stamp());
+        self.core.learn_name(parent, &name, attr.ino, answered.stamp());
+        Ok(attr)
     }
 
     /// Where a symbolic link points.
@@ -135,8 +159,16 @@ impl Node {
     /// # Errors
     /// `EINVAL` when it is none.
     pub fn readlink(&self, ino: u64) -> Result<Vec<u8>, FsError> {
-        match self.ask(Op::ReadLink(pb::ReadLink { ino }))? {
-            Answer::LinkTarget(link) => Ok(link.target.to_vec()),
+        if let Some(target) = self.core.remembered(ino, super::remember::Names::target) {
+            return Ok(target.to_vec());
+        }
+        let answered = self.core.ask(Op::ReadLink(pb::ReadLink { ino }))?;
+        let stamp = answered.stamp();
+        match answered.result {
+            Answer::LinkTarget(link) => {
+                self.core.learn(ino, stamp, |known| known.set_target(link.target.clone()));
+                Ok(link.target.to_vec())
+            }
             other => Err(unexpected("ReadLink", &other)),
         }
     }
@@ -147,8 +179,12 @@ impl Node {
     /// `EEXIST`, `EPERM` for a directory, and the like.
     pub fn link(&self, ino: u64, parent: u64, name: &[u8]) -> Result<Attr, FsError> {
         let name = checked_name(name)?;
-        let attr = self.ask_attr(Op::Link(pb::Link { ino, parent, name }))?;
-        self.names_changed();
+        let _changing = self.core.changing([ino, parent], false);
+        let answered = self.core.ask(Op::Link(pb::Link { ino, parent, name: name.clone() }))?;
+        let attr = attr_of(&answered)?;
+        self.changed_unseen(&answered);
+        self.core.changed_here(parent, &[&name], answered.stamp());
+        self.core.learn_name(parent, &name, ino, answered.stamp());
         Ok(self.with_local_changes(attr))
     }
 
@@ -170,8 +206,11 @@ impl Node {
 
     fn remove(&self, parent: u64, name: &[u8], directory: bool) -> Result<(), FsError> {
         let name = checked_name(name)?;
-        self.ask_done(Op::Unlink(pb::Unlink { parent, name, directory }))?;
-        self.names_changed();
+        let target = self.core.remembered_name(parent, &name);
+        let _changing = self.core.changing(target.into_iter().chain([parent]), target.is_none());
+        let answered = self.core.ask(Op::Unlink(pb::Unlink { parent, name: name.clone(), directory }))?;
+        self.changed_unseen(&answered);
+        self.core.changed_here(parent, &[&name], answered.stamp());
         Ok(())
     }
 
@@ -188,8 +227,20 @@ impl Node {
         flags: u32,
     ) -> Result<(), FsError> {
         let (name, new_name) = (checked_name(name)?, checked_name(new_name)?);
-        self.ask_done(Op::Rename(pb::Rename { parent, name, new_parent, new_name, flags }))?;
-        self.names_changed();
+        let source = self.core.remembered_name(parent, &name);
+        let target = self.core.remembered_name(new_parent, &new_name);
+        let inos = source.into_iter().chain(target).chain([parent, new_parent]);
+        let _changing = self.core.changing(inos, source.is_none() || target.is_none());
+        let (from, to) = (name.clone(), new_name.clone());
+        let answered =
+            self.core.ask(Op::Rename(pb::Rename { parent, name: from, new_parent, new_name: to, flags }))?;
+        self.changed_unseen(&answered);
+        self.core.changed_here(parent, &[&name], answered.stamp());
+        self.core.changed_here(new_parent, &[&new_name], answered.stamp());
+        // Two names of one inode stay as they are.
+        if let Some(ino) = source.filter(|ino| flags == 0 && Some(*ino) != target) {
+            self.core.learn_name(new_parent, &new_name, ino, answered.stamp());
+        }
         Ok(())
     }
 
@@ -198,8 +249,17 @@ impl Node {
     /// # Errors
     /// `ENOTDIR` and the like.
     pub fn readdir(&self, ino: u64, cookie: u64, max_entries: u32) -> Result<DirPage, FsError> {
-        match self.ask(Op::ReadDir(pb::ReadDir { ino, cookie, max_entries }))? {
-            Answer::DirPage(page) => self.checked_page(page),
+        if let Some(page) = self.core.remembered_page(ino, cookie, max_entries) {
+            return Ok(page);
+        }
+        let answered = self.core.ask(Op::ReadDir(pb::ReadDir { ino, cookie, max_entries, cache: true }))?;
+        let stamp = answered.stamp();
+        match answered.result {
+            Answer::DirPage(page) => {
+                let page = self.checked_page(page)?;
+                self.core.learn_page(ino, cookie, &page, stamp);
+                Ok(page)
+            }
             other => Err(unexpected("ReadDir", &other)),
         }
     }
@@ -278,6 +338,13 @@ impl Node {
     }
 }
 
+fn attr_of(answered: &Answered) -> Result<Attr, FsError> {
+    match &answered.result {
+        Answer::Attr(attr) => Attr::checked(attr),
+        other => Err(unexpected("a request for attributes", other)),
+    }
+}
+
 pub(super) fn unexpected(request: &str, answer: &Answer) -> FsError {
     let mut what = format!("{answer:?}");
     what.truncate(what.char_indices().nth(120).map_or(what.len(), |(at, _)| at));
@@ -312,6 +379,7 @@ fn new_inode(parent: u64, name: &[u8], kind: FileKind, creation: &Creation) -> R
         umask: creation.umask & 0o777,
         unnamed: false,
         linkable: false,
+        cache: false,
     })
 }
 

@@ -44,7 +44,7 @@ impl Inode {
         let (tell, told) = mpsc::sync_channel(1);
         let done = Box::new(move |outcome: Result<u64, FsError>| drop(tell.send(outcome)));
         let (offset, buf) = (range.start, IoBuf::zeroed(len));
-        self.submit(DataOp { what: What::Zero, offset, buf, exact: true, done });
+        self.submit(DataOp { what: What::Zero, offset, buf, exact: true, page: false, done });
         told.recv().unwrap_or(Err(FsError::Detached)).map(drop)
     }
 
@@ -54,10 +54,10 @@ impl Inode {
         self.settle()?;
         let asked_at = self.core.names_now();
         let (offset, length) = (blocks.start, blocks.end - blocks.start);
-        let fresh = self.ask_attr(Op::Punch(pb::Punch { ino: self.ino, offset, length }))?;
+        let (fresh, at) = self.ask_attr(Op::Punch(pb::Punch { ino: self.ino, offset, length }))?;
         let mut state = self.lock();
         state.map.punch(blocks);
-        state.merge_attr(fresh, asked_at);
+        state.merge_attr(fresh, asked_at, at);
         if let Some(own) = &mut state.attr {
             own.mtime = attr::now();
         }

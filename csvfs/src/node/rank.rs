@@ -6,6 +6,7 @@
 //! | 2 | one file |
 //! | 3 | pool |
 //! | 3 | locks of programs |
+//! | 3 | list of what may be forgotten, floors |
 //! | 4 | flusher |
 //! | 5 | session |
 //! | 6 | intent log |
@@ -23,6 +24,8 @@ pub(super) const FILE: u8 = 2;
 pub(super) const POOL: u8 = 3;
 /// Locks of programs.
 pub(super) const LOCKS: u8 = 3;
+/// What is remembered of unused files.
+pub(super) const MEMORY: u8 = 3;
 /// Flusher.
 pub(super) const FLUSHER: u8 = 4;
 /// Session.

@@ -19,6 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use pb::request::Op;
 
+use super::grants::Seq;
 use super::rank::{self, Ranked};
 use super::workers::Workers;
 use super::{CoordinatorLink, FsError, LinkError};
@@ -37,7 +38,20 @@ pub(super) struct Answered {
     pub(super) term: u64,
     /// The attach under which it was asked for, see [`Session::is_current`].
     pub(super) attempt: u64,
+    /// Orders it among all answers of the term; 0: not known.
+    pub(super) at: u64,
+    /// Attributes of further inodes.
+    pub(super) known: Vec<pb::Attr>,
+    /// Grants that came along.
+    pub(super) held: Vec<pb::Held>,
     pub(super) result: pb::reply::Result,
+}
+
+impl Answered {
+    /// Its place among all answers.
+    pub(super) fn stamp(&self) -> Seq {
+        (self.term, self.at)
+    }
 }
 
 /// Called with the outcome of the first attach.
@@ -49,6 +63,8 @@ pub(super) struct Holdings {
     pub(super) claims: Vec<pb::Claim>,
     pub(super) opens: Vec<pb::OpenClaim>,
     pub(super) locks: Vec<pb::RangeLock>,
+    /// Inodes that are remembered in PR and not used.
+    pub(super) readers: Vec<u64>,
 }
 
 /// Who uses the session: says what is held, and hears of the end.
@@ -203,10 +219,10 @@ impl Session {
     }
 
     /// Sends `op` and waits for its outcome.
-    pub(super) fn call_blocking(self: &Arc<Self>, op: Op) -> Result<pb::reply::Result, FsError> {
+    pub(super) fn call_blocking(self: &Arc<Self>, op: Op) -> Result<Answered, FsError> {
         let (tell, told) = std::sync::mpsc::sync_channel(1);
         self.call(op, move |outcome| drop(tell.send(outcome)));
-        told.recv().unwrap_or(Err(FsError::Detached)).map(|answered| answered.result)
+        told.recv().unwrap_or(Err(FsError::Detached))
     }
 
     /// There is a coordinator of `term`: a new one, or the way to the old one is open again.
@@ -389,12 +405,13 @@ impl Session {
         state.next_id += 1;
         drop(state);
         let Some(holder) = self.holder() else { return };
-        let Holdings { claims, opens, locks } = holder.holdings();
+        let Holdings { claims, opens, locks, mut readers } = holder.holdings();
+        into_distances(&mut readers);
         let state = self.lock();
         let below = state.kept.keys().next().copied().unwrap_or(id).min(id);
         let term = state.term;
         drop(state);
-        let op = Op::Attach(pb::Attach { claims, opens, locks, name: self.name.clone() });
+        let op = Op::Attach(pb::Attach { claims, opens, locks, readers, name: self.name.clone() });
         let session = self.clone();
         self.requests_sent.fetch_add(1, Ordering::Relaxed);
         let request = self.request(term, id, below, Some(op));
@@ -484,6 +501,16 @@ impl Session {
     }
 }
 
+/// Sorts numbers and turns each into the distance from the one before: there may be many, and small ones are short.
+fn into_distances(numbers: &mut [u64]) {
+    numbers.sort_unstable();
+    let mut last = 0;
+    for number in numbers {
+        let distance = *number - last;
+        last = std::mem::replace(number, distance);
+    }
+}
+
 /// The number of a recall means nothing to another coordinator.
 fn forget_old_term(op: &mut Op) {
     if let Op::ReleaseGrant(release) = op {
@@ -491,6 +518,7 @@ fn forget_old_term(op: &mut Op) {
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "it lives for one call, and nearly always it is an answer")]
 enum Verdict {
     /// The outcome of the call.
     Answer(Result<Answered, FsError>),
@@ -506,7 +534,8 @@ fn judge(outcome: Result<pb::Reply, LinkError>, attempt: u64) -> Verdict {
         Err(LinkError::Lost(_)) => return Verdict::Gone { term: 0 },
         Ok(reply) => reply,
     };
-    match reply.result {
+    let mut reply = reply;
+    match reply.result.take() {
         None => Verdict::Answer(Err(FsError::Protocol("an empty reply".into()))),
         Some(pb::reply::Result::Failure(failure)) => match failure.kind() {
             InGrace => Verdict::Later,
@@ -514,6 +543,9 @@ fn judge(outcome: Result<pb::Reply, LinkError>, attempt: u64) -> Verdict {
             NotCoordinator | WrongTerm | NotAttached | Stopped => Verdict::Gone { term: reply.term },
             _ => Verdict::Answer(Err(FsError::from_failure(failure))),
         },
-        Some(result) => Verdict::Answer(Ok(Answered { term: reply.term, attempt, result })),
+        Some(result) => {
+            let pb::Reply { term, at, known, held, .. } = reply;
+            Verdict::Answer(Ok(Answered { term, attempt, at, known, held, result }))
+        }
     }
 }

@@ -92,7 +92,7 @@ enum Durable {
     /// This record of the log.
     Logged(u64),
     /// The coordinator, who says what the attributes are now.
-    Committed(Attr),
+    Committed(Attr, Seq),
 }
 
 impl Snapshot {
@@ -245,7 +245,8 @@ impl Inode {
         }
         let mut out = Out::default();
         self.ask(Op::Commit(commit), &mut out, move |inode, outcome| {
-            inode.sync_ended(snapshot, waiters, checked_commit(outcome).map(Durable::Committed));
+            let durable = checked_commit(outcome).map(|(attr, stamp)| Durable::Committed(attr, stamp));
+            inode.sync_ended(snapshot, waiters, durable);
         });
         out.carry_out(self);
     }
@@ -265,10 +266,10 @@ impl Inode {
                 match durable {
                     Durable::Nothing => {}
                     Durable::Logged(lsn) => state.logged = lsn,
-                    Durable::Committed(attr) => {
+                    Durable::Committed(attr, stamp) => {
                         // Links may have changed since it was asked for.
                         let asked_at = state.attr_asked_at;
-                        state.merge_attr(attr, asked_at);
+                        state.merge_attr(attr, asked_at, stamp);
                     }
                 }
                 if snapshot.more {
@@ -289,6 +290,10 @@ impl Inode {
 
     /// Lowers the grant for a recall to `to` with number `at`; nothing is in flight.
     pub(super) fn begin_release(self: &Arc<Self>, state: &mut State, to: Mode, at: Seq, out: &mut Out) {
+        if state.pages.must_go() {
+            out.drop_pages = state.pages.begin_drop();
+            return;
+        }
         if state.pending.written.len() > COMMIT_RANGES_MAX {
             return self.run_sync(state, out);
         }
@@ -357,6 +362,7 @@ impl Inode {
             state.map.clear();
             state.growth = Default::default();
             state.attr = None;
+            state.names = None;
         } else if carried {
             state.attr_asked_at = 0;
             if let Some(from) = snapshot.trim_from {
@@ -366,6 +372,12 @@ impl Inode {
     }
 
     fn released(self: &Arc<Self>, number: u64, carried: bool, outcome: Result<Answered, FsError>) {
+        let stamp = outcome.as_ref().map_or((0, 0), Answered::stamp);
+        let asked_at = self.core.names_now();
+        let attr = outcome.as_ref().ok().and_then(|answered| match &answered.result {
+            pb::reply::Result::Attr(attr) => Attr::checked(attr).ok(),
+            _ => None,
+        });
         match outcome {
             Err(FsError::Detached) | Ok(_) => {}
             // What was written is on the LUN and cannot be found again: nobody may go on as if it could.
@@ -377,8 +389,12 @@ impl Inode {
         }
         let mut out = Out::default();
         let mut state = self.lock();
-        if let Some(at) = state.grant.released(number) {
+        if let Some(at) = state.grant.released(number, stamp) {
             out.requests.push(self.core.answer(self.ino, state.grant.mode, at));
+        }
+        // What it committed is what the attributes are, for who keeps some of the grant.
+        if let Some(attr) = attr.filter(|_| state.grant.mode != Mode::Null) {
+            state.merge_attr(attr, asked_at, stamp);
         }
         self.step(&mut state, &mut out);
         drop(state);
@@ -386,9 +402,11 @@ impl Inode {
     }
 }
 
-fn checked_commit(outcome: Result<Answered, FsError>) -> Result<Attr, FsError> {
-    match outcome?.result {
-        pb::reply::Result::Attr(attr) => Attr::checked(&attr),
+fn checked_commit(outcome: Result<Answered, FsError>) -> Result<(Attr, Seq), FsError> {
+    let answered = outcome?;
+    let stamp = answered.stamp();
+    match answered.result {
+        pb::reply::Result::Attr(attr) => Ok((Attr::checked(&attr)?, stamp)),
         other => Err(unexpected("Commit", &other)),
     }
 }

@@ -1,7 +1,6 @@
 //! Extended attributes of files, directories and everything else.
 //!
-//! They are not cached, but their number is, with the other attributes: that there is none costs no message where a grant
-//! is held.
+//! Remembered under a grant, as their number is: neither what was asked for before nor that there is none costs a message.
 
 use bytes::Bytes;
 use lockmgr::Mode;
@@ -9,7 +8,7 @@ use pb::reply::Result as Answer;
 use pb::request::Op;
 
 use super::names::unexpected;
-use super::{Attr, FsError, Node};
+use super::{FsError, Node, remember};
 use crate::proto as pb;
 
 /// How an attribute is set.
@@ -27,13 +26,28 @@ impl Node {
     /// # Errors
     /// `ENODATA` when there is none of that name.
     pub fn get_xattr(&self, ino: u64, name: &[u8]) -> Result<Bytes, FsError> {
-        if self.surely_without_xattrs(ino) {
-            return Err(FsError::invalid(libc::ENODATA, "there is no such attribute"));
+        if let Some(at_hand) = self.xattr_at_hand(ino, name) {
+            return at_hand;
         }
-        match self.ask(Op::GetXattr(pb::GetXattr { ino, name: Bytes::copy_from_slice(name) }))? {
-            Answer::XattrValue(found) => Ok(found.value),
+        let name = Bytes::copy_from_slice(name);
+        let answered = self.core.ask(Op::GetXattr(pb::GetXattr { ino, name: name.clone() }))?;
+        let stamp = answered.stamp();
+        match answered.result {
+            Answer::XattrValue(found) => {
+                self.core.learn(ino, stamp, |known| known.set_xattr(name, found.value.clone()));
+                Ok(found.value)
+            }
             other => Err(unexpected("GetXattr", &other)),
         }
+    }
+
+    /// As [`Node::get_xattr`], if that takes no message. Never blocks.
+    #[must_use]
+    pub fn xattr_at_hand(&self, ino: u64, name: &[u8]) -> Option<Result<Bytes, FsError>> {
+        if self.surely_without_xattrs(ino) {
+            return Some(Err(FsError::invalid(libc::ENODATA, "there is no such attribute")));
+        }
+        self.core.remembered(ino, |known| known.xattr(name)).map(Ok)
     }
 
     /// The names of all attributes, in order.
@@ -44,8 +58,16 @@ impl Node {
         if self.surely_without_xattrs(ino) {
             return Ok(Vec::new());
         }
-        match self.ask(Op::ListXattrs(pb::ListXattrs { ino }))? {
-            Answer::XattrNames(list) => Ok(list.names),
+        if let Some(names) = self.core.remembered(ino, remember::Names::xattr_names) {
+            return Ok(names);
+        }
+        let answered = self.core.ask(Op::ListXattrs(pb::ListXattrs { ino }))?;
+        let stamp = answered.stamp();
+        match answered.result {
+            Answer::XattrNames(list) => {
+                self.core.learn(ino, stamp, |known| known.set_xattr_names(list.names.clone()));
+                Ok(list.names)
+            }
             other => Err(unexpected("ListXattrs", &other)),
         }
     }
@@ -70,23 +92,20 @@ impl Node {
     }
 
     fn change_xattrs(&self, ino: u64, op: Op) -> Result<(), FsError> {
-        match self.core.find(ino) {
-            // What is cached here must know of the change: mode, time and number.
-            Some(pin) => {
-                let _hold = pin.inode.hold(Mode::Exclusive, false)?;
-                // A record that is merged later must not undo the time of change.
-                pin.inode.merge_blocking()?;
-                let asked_at = self.core.names_now();
-                let fresh: Attr = self.ask_attr(op)?;
-                pin.inode.lock().merge_attr(fresh, asked_at);
-                Ok(())
-            }
-            None => self.ask_attr(op).map(drop),
+        let _changing = self.core.changing([ino], false);
+        let writer = self.core.find(ino).filter(|pin| pin.inode.lock().grant.mode == Mode::Exclusive);
+        let hold = writer.as_ref().map(|pin| pin.inode.hold(Mode::Exclusive, false)).transpose()?;
+        if let Some(pin) = &writer {
+            // A record that is merged later must not undo the time of change.
+            pin.inode.merge_blocking()?;
         }
+        let answered = self.core.ask(op)?;
+        self.core.changed_here(ino, &[], answered.stamp());
+        drop(hold);
+        Ok(())
     }
 
     fn surely_without_xattrs(&self, ino: u64) -> bool {
-        let attr = self.core.find(ino).and_then(|pin| pin.inode.attr_at_hand());
-        attr.is_some_and(|attr| attr.xattrs == 0)
+        self.attr_at_hand(ino).is_some_and(|attr| attr.xattrs == 0)
     }
 }

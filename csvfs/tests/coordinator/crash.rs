@@ -165,7 +165,7 @@ fn read_tree(client: &Client, device: &dyn BlockDevice) -> Model {
     let (mut tree, mut todo) = (Model::new(), vec![(ROOT, String::new())]);
     while let Some((dir, prefix)) = todo.pop() {
         let reply::Result::DirPage(page) =
-            client.ask(Op::ReadDir(pb::ReadDir { ino: dir, cookie: 0, max_entries: 0 }))
+            client.ask(Op::ReadDir(pb::ReadDir { ino: dir, cookie: 0, max_entries: 0, cache: false }))
         else {
             panic!("a directory can be listed")
         };

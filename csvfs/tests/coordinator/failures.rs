@@ -53,8 +53,13 @@ fn garbage_requests_are_refused_and_do_no_harm() {
     let extremes = [0, 1, 2, 1 << 40, u64::MAX];
     for &ino in &extremes {
         for op in [
-            pb::request::Op::GetAttr(pb::GetAttr { ino }),
-            pb::request::Op::ReadDir(pb::ReadDir { ino, cookie: u64::MAX, max_entries: u32::MAX }),
+            pb::request::Op::GetAttr(pb::GetAttr { ino, cache: false }),
+            pb::request::Op::ReadDir(pb::ReadDir {
+                ino,
+                cookie: u64::MAX,
+                max_entries: u32::MAX,
+                cache: false,
+            }),
             pb::request::Op::GetMap(pb::GetMap { ino, offset: u64::MAX, max_extents: u32::MAX }),
             pb::request::Op::Close(pb::Close { ino }),
             pb::request::Op::Acquire(pb::Acquire { ino, mode: 99 }),

@@ -76,7 +76,7 @@ fn a_rename_replaces_and_moves() {
     c.create(d.ino, "b");
     c.done(rename((ROOT, "a"), (d.ino, "b"), 0));
     assert!(!c.exists(ROOT, "a"));
-    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: d.ino, name: "b".into() })).ino, a.ino);
+    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: d.ino, name: "b".into(), cache: false })).ino, a.ino);
     // Within one directory, onto itself, and onto another name of the same inode.
     c.done(rename((d.ino, "b"), (d.ino, "c"), 0));
     c.done(rename((d.ino, "c"), (d.ino, "c"), 0));
@@ -114,8 +114,8 @@ fn flags_of_rename_are_kept() {
     let b = c.mkdir(d.ino, "b");
     assert_eq!(c.errno(rename((ROOT, "a"), (d.ino, "b"), NOREPLACE)), libc::EEXIST);
     c.done(rename((ROOT, "a"), (d.ino, "b"), EXCHANGE));
-    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: d.ino, name: "b".into() })).ino, a.ino);
-    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: ROOT, name: "a".into() })).ino, b.ino);
+    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: d.ino, name: "b".into(), cache: false })).ino, a.ino);
+    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: ROOT, name: "a".into(), cache: false })).ino, b.ino);
     assert_eq!(c.errno(rename((ROOT, "a"), (ROOT, "none"), EXCHANGE)), libc::ENOENT);
     // A directory may not be exchanged with its own descendant.
     c.done(rename((ROOT, "a"), (d.ino, "inner"), 0));
@@ -147,10 +147,11 @@ fn a_listing_goes_on_where_it_stopped_while_names_change() {
     for i in 0..10 {
         c.create(ROOT, &format!("f{i}"));
     }
-    let page = |cookie| match c.ask(Op::ReadDir(pb::ReadDir { ino: ROOT, cookie, max_entries: 4 })) {
-        reply::Result::DirPage(page) => page,
-        other => panic!("{other:?}"),
-    };
+    let page =
+        |cookie| match c.ask(Op::ReadDir(pb::ReadDir { ino: ROOT, cookie, max_entries: 4, cache: false })) {
+            reply::Result::DirPage(page) => page,
+            other => panic!("{other:?}"),
+        };
     let first = page(0);
     assert_eq!((first.entries.len(), first.end, first.parent), (4, false, ROOT));
     c.unlink(ROOT, "f2");

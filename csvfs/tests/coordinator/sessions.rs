@@ -12,7 +12,7 @@ fn claim(ino: u64, mode: GrantMode) -> pb::Claim {
 }
 
 fn attach_with(claims: Vec<pb::Claim>, opens: Vec<pb::OpenClaim>) -> pb::Attach {
-    pb::Attach { claims, opens, locks: Vec::new(), name: "again".into() }
+    pb::Attach { claims, opens, name: "again".into(), ..pb::Attach::default() }
 }
 
 #[test]
@@ -56,7 +56,10 @@ fn what_waits_is_told_that_the_coordinator_moves() {
     let (c, d) = (world.client(1), world.client(2));
     let ino = c.create(ROOT, "a").ino;
     c.acquire(ino, GrantMode::Exclusive);
-    let waiting = [d.start(acquire(ino, GrantMode::Exclusive)), d.start(Op::GetAttr(pb::GetAttr { ino }))];
+    let waiting = [
+        d.start(acquire(ino, GrantMode::Exclusive)),
+        d.start(Op::GetAttr(pb::GetAttr { ino, cache: false })),
+    ];
     world.pushes.recall();
     assert_eq!(world.coordinator.close().expect("a clean end").held_ops, 2);
     for reply in waiting {
@@ -107,7 +110,7 @@ fn a_request_sent_again_to_the_next_coordinator_is_done_once() {
     c.unlink(ROOT, "a");
     assert_eq!(c.getattr(ino).nlink, 0);
     c.done(Op::Close(pb::Close { ino }));
-    assert_eq!(c.errno(Op::GetAttr(pb::GetAttr { ino })), libc::ENOENT);
+    assert_eq!(c.errno(Op::GetAttr(pb::GetAttr { ino, cache: false })), libc::ENOENT);
     world.assert_clean(&c);
 }
 
@@ -134,7 +137,7 @@ fn nothing_is_served_before_everybody_is_back() {
     let (c, d) = (c.follow(&world), d.follow(&world));
     d.attach(pb::Attach::default());
     let wants = d.start(acquire(ino, GrantMode::Exclusive));
-    let asks = d.start(Op::Lookup(pb::Lookup { parent: ROOT, name: "f".into() }));
+    let asks = d.start(Op::Lookup(pb::Lookup { parent: ROOT, name: "f".into(), cache: false }));
     assert_eq!(world.coordinator.clients().iter().filter(|c| !c.attached).count(), 1);
     assert!(wants.try_recv().is_err() && asks.try_recv().is_err());
     c.attach(attach_with(vec![claim(ino, GrantMode::Exclusive)], vec![]));
@@ -156,9 +159,9 @@ fn who_does_not_come_back_is_reported_and_waited_for_until_it_is_gone() {
     let world = world.crashed();
     let d = d.follow(&world);
     d.attach(pb::Attach::default());
-    let asks = d.start(Op::GetAttr(pb::GetAttr { ino: ROOT }));
+    let asks = d.start(Op::GetAttr(pb::GetAttr { ino: ROOT, cache: false }));
     world.clock.advance(60_000);
-    let more = d.start(Op::GetAttr(pb::GetAttr { ino: ROOT }));
+    let more = d.start(Op::GetAttr(pb::GetAttr { ino: ROOT, cache: false }));
     assert_eq!(world.coordinator.clients().len(), 2);
     // A second look, so that the batch that saw the time has ended.
     assert_eq!(world.coordinator.clients().len(), 2);
@@ -234,7 +237,7 @@ fn orphans_outlive_a_crash_as_long_as_somebody_claims_them() {
     let c = c.follow(&world);
     c.attach(attach_with(vec![], vec![pb::OpenClaim { ino: kept, count: 1 }]));
     c.getattr(kept);
-    assert_eq!(c.errno(Op::GetAttr(pb::GetAttr { ino: lost })), libc::ENOENT);
+    assert_eq!(c.errno(Op::GetAttr(pb::GetAttr { ino: lost, cache: false })), libc::ENOENT);
     assert_eq!(world.assert_clean(&c).orphans, 1);
     c.done(Op::Close(pb::Close { ino: kept }));
     assert_eq!(c.stat().blocks_free, free);
@@ -266,7 +269,7 @@ fn a_new_epoch_of_a_node_ends_its_old_clients() {
     reborn.attach(pb::Attach::default());
     assert_eq!(d.acquire(ino, GrantMode::Exclusive).mode(), GrantMode::Exclusive);
     assert_eq!(c.errno(Op::Attach(pb::Attach::default())), libc::ESTALE);
-    assert_eq!(c.failure(Op::GetAttr(pb::GetAttr { ino })), FailureKind::NotAttached);
+    assert_eq!(c.failure(Op::GetAttr(pb::GetAttr { ino, cache: false })), FailureKind::NotAttached);
 }
 
 #[test]

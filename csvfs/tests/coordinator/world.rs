@@ -268,7 +268,7 @@ impl Client {
     }
 
     pub(crate) fn lookup(&self, parent: u64, name: &str) -> reply::Result {
-        self.ask(Op::Lookup(pb::Lookup { parent, name: name.to_owned().into() }))
+        self.ask(Op::Lookup(pb::Lookup { parent, name: name.to_owned().into(), cache: false }))
     }
 
     pub(crate) fn exists(&self, parent: u64, name: &str) -> bool {
@@ -276,7 +276,7 @@ impl Client {
     }
 
     pub(crate) fn getattr(&self, ino: u64) -> pb::Attr {
-        self.attr(Op::GetAttr(pb::GetAttr { ino }))
+        self.attr(Op::GetAttr(pb::GetAttr { ino, cache: false }))
     }
 
     pub(crate) fn unlink(&self, parent: u64, name: &str) {

@@ -109,6 +109,9 @@ pub(crate) fn volume_of(request: &pb::Request) -> Option<VolumeId> {
 fn not_coordinator() -> pb::Reply {
     pb::Reply {
         term: 0,
+        at: 0,
+        known: Vec::new(),
+        held: Vec::new(),
         result: Some(pb::reply::Result::Failure(pb::Failure {
             kind: pb::FailureKind::NotCoordinator.into(),
             errno: 0,

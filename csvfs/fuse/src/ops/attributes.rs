@@ -12,6 +12,9 @@ const NAME_BYTES_MAX: u32 = 255;
 
 impl Ops {
     pub(super) fn getattr(&self, header: Header, reply: Reply) {
+        if let Some(attr) = self.shared.node.attr_at_hand(header.ino) {
+            return reply.attr(&to_kernel(&attr));
+        }
         self.wait(move |shared| match shared.node.getattr(header.ino) {
             Ok(attr) => reply.attr(&to_kernel(&attr)),
             Err(error) => reply.error(errno(&error)),
@@ -20,6 +23,9 @@ impl Ops {
 
     /// As `getattr`, with the time of birth.
     pub(super) fn statx(&self, header: Header, reply: Reply) {
+        if let Some(attr) = self.shared.node.attr_at_hand(header.ino) {
+            return reply.statx(&to_statx(&attr));
+        }
         self.wait(move |shared| match shared.node.getattr(header.ino) {
             Ok(attr) => reply.statx(&to_statx(&attr)),
             Err(error) => reply.error(errno(&error)),

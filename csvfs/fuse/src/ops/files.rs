@@ -20,9 +20,19 @@ const O_EXCL: u32 = libc::O_EXCL.cast_unsigned();
 impl Ops {
     /// `O_TRUNC` arrives as a `setattr` of its own.
     pub(super) fn open(&self, header: Header, args: OpenIn, reply: Reply) {
-        self.wait(move |shared| match shared.node.open(header.ino) {
-            Ok(file) => reply.opened(shared.opened(file, args.flags), FILE_FLAGS),
-            Err(error) => reply.error(errno(&error)),
+        // One that may be mapped and written to may have to wait.
+        let may_wait = args.flags & libc::O_RDWR.cast_unsigned() != 0;
+        if !may_wait
+            && let Some(file) = self.shared.node.open_at_hand(header.ino)
+            && let Ok(handle) = self.shared.opened(file, args.flags)
+        {
+            return reply.opened(handle, FILE_FLAGS);
+        }
+        self.wait(move |shared| {
+            match shared.node.open(header.ino).and_then(|file| shared.opened(file, args.flags)) {
+                Ok(handle) => reply.opened(handle, FILE_FLAGS),
+                Err(error) => reply.error(errno(&error)),
+            }
         });
     }
 
@@ -45,7 +55,7 @@ impl Ops {
 
     pub(super) fn read(&self, args: ReadIn, reply: Reply) {
         match self.shared.files.get(args.fh) {
-            Some(file) => data::read(&file, &self.shared.buffers, args.offset, args.size, reply),
+            Some(file) => data::read(&file, &self.shared, &args, reply),
             None => reply.error(BAD_HANDLE),
         }
     }
@@ -111,9 +121,9 @@ impl Ops {
 }
 
 fn created(shared: &Shared, flags: u32, outcome: Result<(Attr, Arc<File>), FsError>, reply: Reply) {
-    match outcome {
-        Ok((attr, file)) => {
-            let handle = shared.opened(file, flags);
+    let opened = outcome.and_then(|(attr, file)| Ok((attr, shared.opened(file, flags)?)));
+    match opened {
+        Ok((attr, handle)) => {
             reply.created(&to_kernel(&attr), attr.generation, handle, FILE_FLAGS);
         }
         Err(error) => reply.error(errno(&error)),

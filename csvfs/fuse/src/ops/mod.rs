@@ -34,8 +34,9 @@ pub(crate) struct Ops {
 }
 
 impl Ops {
-    pub(crate) fn new(node: Arc<Node>) -> Self {
-        Self { shared: Arc::new(Shared::new(node)), pool: Pool::new() }
+    /// `maps`: the node's kernel is this mount's. `notes_access`: reading a file is noted in its time of access.
+    pub(crate) fn new(node: Arc<Node>, maps: bool, notes_access: bool) -> Self {
+        Self { shared: Arc::new(Shared::new(node, maps, notes_access)), pool: Pool::new() }
     }
 
     /// Runs a call that may wait, on a worker.
@@ -83,6 +84,10 @@ impl Filesystem for Ops {
         }
     }
 
+    fn maps(&self) -> bool {
+        self.shared.maps
+    }
+
     fn interrupt(&self, unique: u64) {
         self.interrupted(unique);
     }
@@ -91,6 +96,9 @@ impl Filesystem for Ops {
         // Answers what still runs, then closes what programs left open.
         self.pool.close();
         self.shared.files.clear();
+        if self.shared.maps {
+            self.shared.node.unset_kernel();
+        }
     }
 }
 

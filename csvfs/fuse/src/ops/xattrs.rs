@@ -1,6 +1,6 @@
 //! Extended attributes. The kernel has checked who may use which, except that it lists all names to everybody.
 
-use csvfs::node::XattrFlags;
+use csvfs::node::{FsError, XattrFlags};
 
 use super::Ops;
 use crate::attr::errno;
@@ -20,11 +20,11 @@ impl Ops {
     }
 
     pub(super) fn getxattr(&self, header: Header, room: u32, name: &[u8], reply: Reply) {
+        if let Some(found) = self.shared.node.xattr_at_hand(header.ino, name) {
+            return answer(found, room, reply);
+        }
         let name = name.to_vec();
-        self.wait(move |shared| match shared.node.get_xattr(header.ino, &name) {
-            Ok(value) => reply.xattr(room, &value),
-            Err(error) => reply.error(errno(&error)),
-        });
+        self.wait(move |shared| answer(shared.node.get_xattr(header.ino, &name), room, reply));
     }
 
     pub(super) fn listxattr(&self, header: Header, room: u32, reply: Reply) {
@@ -41,5 +41,12 @@ impl Ops {
     pub(super) fn removexattr(&self, header: Header, name: &[u8], reply: Reply) {
         let name = name.to_vec();
         self.done(reply, move |shared| shared.node.remove_xattr(header.ino, &name));
+    }
+}
+
+fn answer(found: Result<impl AsRef<[u8]>, FsError>, room: u32, reply: Reply) {
+    match found {
+        Ok(value) => reply.xattr(room, value.as_ref()),
+        Err(error) => reply.error(errno(&error)),
     }
 }

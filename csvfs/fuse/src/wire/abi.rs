@@ -77,6 +77,8 @@ pub(crate) mod init {
     pub(crate) const SETXATTR_EXT: u64 = 1 << 29;
     /// `flags2` holds the upper half.
     pub(crate) const INIT_EXT: u64 = 1 << 30;
+    /// Files without a page cache may be mapped shared: their mappings have one.
+    pub(crate) const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
 }
 
 /// Which fields of a [`SetattrIn`] count.
@@ -99,6 +101,10 @@ pub(crate) mod fopen {
     pub(crate) const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 
+/// A read by a program; one without is for a page of a mapping.
+pub(crate) const READ_LOCKOWNER: u32 = 1 << 1;
+/// A write of pages that a program has changed through a mapping.
+pub(crate) const WRITE_CACHE: u32 = 1;
 /// The writer may not keep set-id bits.
 pub(crate) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// The lock is one of `flock`.
@@ -186,6 +192,10 @@ wire!(
     Dirent, 24 { ino: u64, offset: u64, name_len: u32, kind: u32 }
 );
 wire!(StatxIn, 24 { getattr_flags: u32, _reserved: u32, fh: u64, flags: u32, mask: u32 });
+wire!(
+    /// Of a notification: pages of an inode from `offset` on, all of them for a length of 0.
+    NotifyInvalInode, 24 { ino: u64, offset: i64, len: i64 }
+);
 wire!(SxTime, 16 { seconds: i64, nanos: u32, _reserved: i32 });
 wire!(StatxOut, 288 {
     valid: u64, valid_nanos: u32, _flags: u32, _spare: [u64; 2],

@@ -10,6 +10,7 @@
 pub(crate) mod abi;
 pub(crate) mod channel;
 pub(crate) mod listing;
+pub(crate) mod notify;
 pub(crate) mod reply;
 pub(crate) mod request;
 pub(crate) mod session;

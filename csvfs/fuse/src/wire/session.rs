@@ -26,7 +26,8 @@ const BACKGROUND_MAX: u16 = 512;
 const PAGE_BYTES: u32 = 4096;
 
 /// What is asked of the kernel.
-const WANTED: u64 = init::ASYNC_READ
+const WANTED: u64 = init::DIRECT_IO_ALLOW_MMAP
+    | init::ASYNC_READ
     | init::BIG_WRITES
     | init::MAX_PAGES
     | init::ASYNC_DIO
@@ -46,6 +47,8 @@ pub(crate) trait Filesystem: Send + Sync {
     fn request(&self, header: Header, op: Op<'_>, reply: Reply);
     /// Another request is to be given up, if it still waits. It is answered in any case.
     fn interrupt(&self, unique: u64);
+    /// Whether mappings of files may be shared: somebody has the kernel give up their pages.
+    fn maps(&self) -> bool;
     /// The connection has ended; no request follows.
     fn end(&self);
 }
@@ -68,7 +71,8 @@ fn read_all<F: Filesystem + 'static>(
     readers: usize,
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER_BYTES];
-    if !shake_hands(&channel, &mut buffer)? {
+    let wanted = if filesystem.maps() { WANTED } else { WANTED & !init::DIRECT_IO_ALLOW_MMAP };
+    if !shake_hands(&channel, wanted, &mut buffer)? {
         return Ok(());
     }
     let mut others = Vec::new();
@@ -93,13 +97,13 @@ fn start_reader<F: Filesystem + 'static>(
 }
 
 /// The first request. `false`: the connection ended before it came.
-fn shake_hands(channel: &Channel, buffer: &mut [u8]) -> io::Result<bool> {
+fn shake_hands(channel: &Channel, wanted: u64, buffer: &mut [u8]) -> io::Result<bool> {
     loop {
         let Some(bytes) = channel.receive(buffer)? else { return Ok(false) };
         let Ok((header, Op::Init(offer))) = parse(bytes) else {
             return Err(io::Error::other("the kernel's first request is no handshake"));
         };
-        let answer = negotiate(&offer);
+        let answer = negotiate(&offer, wanted);
         let len = size_of::<super::abi::OutHeader>() + size_of::<InitOut>();
         let error = if answer.is_ok() { 0 } else { -libc::EPROTO };
         let len = u32::try_from(len).expect("small");
@@ -130,7 +134,7 @@ fn offer_of(minor: u32) -> InitOut {
     }
 }
 
-fn negotiate(offer: &InitIn) -> Result<InitOut, String> {
+fn negotiate(offer: &InitIn, wanted: u64) -> Result<InitOut, String> {
     if offer.major < MAJOR || (offer.major == MAJOR && offer.minor < MINOR_MIN) {
         let (major, minor) = (offer.major, offer.minor);
         return Err(format!(
@@ -138,7 +142,7 @@ fn negotiate(offer: &InitIn) -> Result<InitOut, String> {
         ));
     }
     let offered = u64::from(offer.flags) | u64::from(offer.flags2) << 32;
-    let (agreed, missing) = (offered & WANTED, WANTED & !offered);
+    let (agreed, missing) = (offered & wanted, wanted & !offered);
     if missing != 0 {
         tracing::info!(missing = format!("{missing:#x}"), "the kernel's FUSE does not offer this");
     }
@@ -194,13 +198,14 @@ mod tests {
 
     #[test]
     fn only_what_the_kernel_offers_is_agreed_on() {
-        let answer = negotiate(&offer(45, init::POSIX_ACL | init::ASYNC_DIO | 1 << 41)).expect("agreed");
+        let answer =
+            negotiate(&offer(45, init::POSIX_ACL | init::ASYNC_DIO | 1 << 41), WANTED).expect("agreed");
         assert_eq!(u64::from(answer.flags), init::POSIX_ACL | init::ASYNC_DIO);
         assert_eq!((answer.flags2, answer.minor, answer.max_readahead), (0, MINOR, 1 << 17));
     }
 
     #[test]
     fn a_kernel_that_is_too_old_is_told_which_is_needed() {
-        assert!(negotiate(&offer(31, WANTED)).expect_err("too old").contains("Linux 6.1"));
+        assert!(negotiate(&offer(31, WANTED), WANTED).expect_err("too old").contains("Linux 6.1"));
     }
 }

@@ -2,6 +2,7 @@
 
 mod attributes;
 mod locks;
+mod mappings;
 mod posix;
 mod suites;
 mod world;

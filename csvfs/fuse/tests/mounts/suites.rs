@@ -167,14 +167,12 @@ sendfile = 2.0
 copy_file_range = 2.0
 ";
 
-const WITHOUT_MAPPINGS: &str = "close_open = 1.0\nmapread = 0.0\nmapwrite = 0.0\n";
-
 #[test]
 fn fsx_finds_what_it_wrote() {
     let Some(program) = suite("fsx") else { return };
     let mut world = World::new();
     let mount = world.mount();
-    fsx(&program, &mount.join("f"), WITHOUT_MAPPINGS);
+    fsx(&program, &mount.join("f"), "close_open = 1.0\nmapread = 3.0\nmapwrite = 3.0\n");
     world.end();
 }
 
@@ -199,7 +197,7 @@ fn fsx_finds_on_one_node_what_it_wrote_on_the_other() {
             }
         });
         let ran = std::panic::catch_unwind(|| {
-            fsx(&program, &link, "close_open = 20.0\nmapread = 0.0\nmapwrite = 0.0\n");
+            fsx(&program, &link, "close_open = 20.0\nmapread = 5.0\nmapwrite = 5.0\n");
         });
         end.store(true, Ordering::SeqCst);
         turning.join().expect("turning does not panic");

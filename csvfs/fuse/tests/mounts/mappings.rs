@@ -1,0 +1,133 @@
+//! Shared mappings: what a program stores in one is what the other nodes read, without any further call.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use crate::world::{World, can_mount};
+
+/// A program that maps a file and stores and loads bytes as it is told; it never flushes.
+const PROGRAM: &str = "
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+m = mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED)
+print('mapped', flush=True)
+for line in sys.stdin:
+    at, byte = map(int, line.split())
+    if byte >= 0:
+        m[at] = byte
+    print(m[at], flush=True)
+os._exit(0)
+";
+
+struct Mapping {
+    child: Child,
+    tell: Option<ChildStdin>,
+    told: BufReader<ChildStdout>,
+}
+
+impl Mapping {
+    fn of(file: &Path) -> Self {
+        let mut command = Command::new("python3");
+        command.arg("-c").arg(PROGRAM).arg(file).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("python3 starts");
+        let tell = child.stdin.take();
+        let told = BufReader::new(child.stdout.take().expect("its output is piped"));
+        let mut mapping = Self { child, tell, told };
+        assert_eq!(mapping.line(), "mapped");
+        mapping
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.told.read_line(&mut line).expect("it answers");
+        line.trim().to_owned()
+    }
+
+    fn say(&mut self, at: usize, byte: i32) -> String {
+        let tell = self.tell.as_mut().expect("it listens");
+        writeln!(tell, "{at} {byte}").expect("it listens");
+        self.line()
+    }
+
+    fn store(&mut self, at: usize, byte: u8) {
+        assert_eq!(self.say(at, byte.into()), byte.to_string());
+    }
+
+    fn load(&mut self, at: usize) -> String {
+        self.say(at, -1)
+    }
+
+    fn end(mut self) {
+        drop(self.tell.take());
+        assert!(self.child.wait().expect("it ends").success());
+    }
+}
+
+const BYTES: usize = 50_000;
+
+// Invariants F2, F3 and F7.
+#[test]
+fn what_is_stored_in_a_mapping_is_read_on_another_node_and_the_other_way_round() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    fs::write(a.join("f"), vec![1; BYTES]).expect("write");
+    let mut mapping = Mapping::of(&a.join("f"));
+    let other = File::options().read(true).write(true).open(b.join("f")).expect("open");
+    for round in 0..60_usize {
+        let (at, byte) = (round * 7919 % BYTES, u8::try_from(round % 200 + 20).expect("small"));
+        mapping.store(at, byte);
+        let mut seen = [0];
+        other.read_exact_at(&mut seen, at as u64).expect("read");
+        assert_eq!(seen, [byte], "round {round}: stored in a mapping");
+        other.write_all_at(&[byte + 1], at as u64).expect("write");
+        assert_eq!(mapping.load(at), (byte + 1).to_string(), "round {round}: written on another node");
+    }
+    mapping.end();
+    drop(other);
+    world.end();
+}
+
+// Invariants F2 and E4.
+#[test]
+fn two_nodes_that_store_in_mappings_of_one_file_lose_nothing() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let mounts = [world.mount(), world.mount()];
+    fs::write(mounts[0].join("f"), vec![0; BYTES]).expect("write");
+    let mut mappings = mounts.each_ref().map(|mount| Mapping::of(&mount.join("f")));
+    // All within a few pages, so that both keep taking them from each other.
+    for round in 0..100_usize {
+        let byte = u8::try_from(round % 250 + 1).expect("small");
+        mappings[round % 2].store(round * 97 % 9000, byte);
+        assert_eq!(mappings[(round + 1) % 2].load(round * 97 % 9000), byte.to_string(), "round {round}");
+    }
+    mappings.into_iter().for_each(Mapping::end);
+    let content = fs::read(mounts[1].join("f")).expect("read");
+    let stored = (0..100_usize).map(|round| round * 97 % 9000).collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(content.iter().filter(|byte| **byte != 0).count(), stored.len());
+    world.end();
+}
+
+#[test]
+fn what_is_stored_in_a_mapping_stays_when_the_program_ends() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let mount = world.mount();
+    fs::write(mount.join("f"), vec![0; BYTES]).expect("write");
+    let mut mapping = Mapping::of(&mount.join("f"));
+    (0..BYTES).step_by(1000).for_each(|at| mapping.store(at, 9));
+    mapping.end();
+    let content = fs::read(mount.join("f")).expect("read");
+    assert_eq!(content.iter().filter(|byte| **byte == 9).count(), BYTES / 1000);
+    world.end();
+}
