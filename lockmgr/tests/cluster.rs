@@ -345,6 +345,56 @@ async fn a_node_that_was_away_for_long_catches_up_by_snapshot() {
     stop_all(nodes).await;
 }
 
+fn copy_folder(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).expect("made");
+    for entry in std::fs::read_dir(from).expect("a folder").flatten() {
+        let place = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy_folder(&entry.path(), &place);
+        } else {
+            std::fs::copy(entry.path(), place).expect("copied");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_disk_was_rolled_back_is_refused_with_the_reason_and_the_others_go_on() {
+    let (world, mut nodes) = World::start(RaftTiming { propose_ms: 10_000, ..quick() }).await;
+    ready(&nodes).await;
+    // The victim must follow a leader that stays.
+    let leader = status_where(&nodes[0], "a leader", |status| status.leader.is_some()).await.leader;
+    let leader = leader.expect("just seen");
+    let victim = ALL.into_iter().find(|id| *id != leader).expect("three");
+    let (folder, copy) = (world.config(victim).data_dir, world.folder.path().join("copy"));
+    in_time("stop", nodes.remove(nodes_index(victim)).stop()).await;
+    copy_folder(&folder, &copy);
+    let node = world.restart(victim).await;
+    for i in 0..20 {
+        in_time("proposal", node.cluster.propose(event(format!("{i}")))).await.expect("applied");
+    }
+    in_time("stop", node.stop()).await;
+    std::fs::remove_dir_all(&folder).expect("removed");
+    copy_folder(&copy, &folder);
+    let node = world.restart(victim).await;
+    let refused = in_time("refusal", async {
+        loop {
+            match node.cluster.propose(event("as if nothing had happened")).await {
+                Err(ProposeError::Invalid { what }) => return what,
+                other => drop(other),
+            }
+        }
+    });
+    let what = refused.await;
+    assert!(what.contains("rolled back"), "{what}");
+    in_time("proposal", nodes[0].cluster.propose(event("on"))).await.expect("the others go on");
+    nodes.push(node);
+    stop_all(nodes).await;
+}
+
+fn nodes_index(id: NodeId) -> usize {
+    usize::from(id.0) - 1
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_without_a_majority_decides_nothing_and_says_so() {
     let timing = RaftTiming { propose_ms: 1000, ..quick() };

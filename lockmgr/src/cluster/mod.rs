@@ -25,6 +25,7 @@ mod propose;
 mod raft_codec;
 mod raft_types;
 mod records;
+mod regress;
 mod settings;
 mod store;
 mod voters;

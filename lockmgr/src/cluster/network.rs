@@ -21,6 +21,7 @@ use super::pb::raft_reply::Reply;
 use super::pb::raft_request::Request;
 use super::raft_codec as codec;
 use super::raft_types::{Raft, Types};
+use super::regress::{Acknowledged, Regressed};
 use crate::NodeId;
 
 /// Pause before a peer that could not be reached is tried again.
@@ -34,13 +35,20 @@ type RpcError<E = openraft::error::Infallible> = RPCError<u64, BasicNode, RaftEr
 pub(crate) struct Network {
     pub(crate) node: NodeId,
     pub(crate) mesh: Arc<Mesh>,
+    pub(crate) regressed: Regressed,
 }
 
 impl RaftNetworkFactory<Types> for Network {
     type Network = Client;
 
     async fn new_client(&mut self, target: u64, _node: &BasicNode) -> Client {
-        Client { node: self.node, target, mesh: Arc::clone(&self.mesh) }
+        Client {
+            node: self.node,
+            target,
+            mesh: Arc::clone(&self.mesh),
+            acknowledged: Acknowledged::default(),
+            regressed: self.regressed.clone(),
+        }
     }
 }
 
@@ -49,6 +57,8 @@ pub(crate) struct Client {
     node: NodeId,
     target: u64,
     mesh: Arc<Mesh>,
+    acknowledged: Acknowledged,
+    regressed: Regressed,
 }
 
 #[derive(Clone, Copy)]
@@ -109,7 +119,14 @@ impl RaftNetwork<Types> for Client {
     ) -> Result<AppendEntriesResponse<u64>, RpcError> {
         let request = Request::Append(codec::append_to_pb(&append));
         match self.call(Lane::Control, request, RPCTypes::AppendEntries, &option).await? {
-            Reply::Append(reply) => codec::append_reply_from_pb(reply).map_err(|error| unreachable(&error)),
+            Reply::Append(reply) => {
+                let answer = codec::append_reply_from_pb(reply).map_err(|error| unreachable(&error))?;
+                self.acknowledged.take(&append, &answer).map_err(|what| {
+                    self.regressed.accuse(self.target, &what);
+                    unreachable(&malformed("the follower's log went back"))
+                })?;
+                Ok(answer)
+            }
             _ => Err(wrong_reply()),
         }
     }

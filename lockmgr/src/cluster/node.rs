@@ -19,6 +19,7 @@ use super::network::{self, Network};
 use super::propose::{self, Proposer};
 use super::raft_types::Raft;
 use super::records::ClusterState;
+use super::regress::Regressed;
 use super::store::{Closer, Store};
 use crate::NodeId;
 
@@ -78,7 +79,8 @@ impl Cluster {
         for member in state.borrow().members.values() {
             mesh.set_peer(member.id.0, &member.address);
         }
-        let network = Network { node, mesh: Arc::clone(&mesh) };
+        let regressed = Regressed::default();
+        let network = Network { node, mesh: Arc::clone(&mesh), regressed: regressed.clone() };
         let raft = Raft::new(node.0.into(), Arc::new(raft_config(&config)?), network, log, machine)
             .await
             .map_err(|error| ClusterError::Raft { what: error.to_string() })?;
@@ -86,7 +88,8 @@ impl Cluster {
             initialize(&raft, &config).await?;
         }
         let propose_ms = config.timing.propose_ms;
-        let proposer = Proposer { node, raft: raft.clone(), mesh, state: state.clone(), propose_ms };
+        let proposer =
+            Proposer { node, raft: raft.clone(), mesh, state: state.clone(), propose_ms, regressed };
         let creating = config.bootstrap.then(|| tokio::spawn(create(proposer.clone(), config.clone())));
         Ok(Arc::new(Self {
             node,
@@ -170,6 +173,26 @@ impl Cluster {
             voters: metrics.membership_config.voter_ids().filter_map(propose::node_id).collect(),
             quorum,
             stopped: metrics.running_state.as_ref().err().map(ToString::to_string),
+        }
+    }
+
+    /// Waits until another node leads than `known`, as this one sees it, or nobody.
+    pub async fn leader_changed(&self, known: Option<NodeId>) {
+        let mut metrics = self.raft.metrics();
+        let known = known.map(|node| u64::from(node.0));
+        if metrics.wait_for(|metrics| metrics.current_leader != known).await.is_err() {
+            // Raft has ended here: nobody will be seen to lead any more.
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Asks for the leadership that `silent` has, because it is silent. Nothing on a node that follows somebody else.
+    pub async fn stand_for_election(&self, silent: NodeId) {
+        if self.status().leader != Some(silent) {
+            return;
+        }
+        if let Err(error) = self.raft.trigger().elect().await {
+            tracing::debug!(%error, "no election");
         }
     }
 

@@ -22,6 +22,7 @@ use super::pb::proposal::Command as PbCommand;
 use super::pb::proposal_reply::Result as Answer;
 use super::raft_types::Raft;
 use super::records::ClusterState;
+use super::regress::Regressed;
 use crate::NodeId;
 
 /// Pause before another try after a leader could not be reached or was none.
@@ -35,6 +36,7 @@ pub(crate) struct Proposer {
     pub(crate) mesh: Arc<Mesh>,
     pub(crate) state: watch::Receiver<Arc<ClusterState>>,
     pub(crate) propose_ms: u64,
+    pub(crate) regressed: Regressed,
 }
 
 /// What one try has come to.
@@ -229,6 +231,9 @@ pub(crate) async fn serve(proposer: Proposer, from: u16, body: Bytes) -> Result<
     if message.node != u32::from(from) {
         let what = format!("node {from} proposed in the name of node {}", message.node);
         return Err(Refusal::new(RefusalCode::Denied, what));
+    }
+    if let Some(refusal) = proposer.regressed.refusal(from) {
+        return Err(refusal);
     }
     let leader = proposer.raft.metrics().borrow().current_leader;
     let result = if leader != Some(proposer.node.0.into()) {

@@ -38,6 +38,11 @@ pub(crate) async fn begin(core: &Arc<Core>) -> Result<(), Error> {
                 return Ok(());
             }
             Err(ProposeError::Stopped { reason }) => return Err(Error::failed(reason)),
+            Err(ProposeError::Invalid { what }) => {
+                return Err(
+                    Error::conflict(what).hint("evict the node and let it join anew, with an empty folder")
+                );
+            }
             Err(error) => {
                 if member.state == MemberState::FenceFailed {
                     return Err(Error::conflict(
