@@ -147,12 +147,15 @@ impl Server {
     }
 
     fn deliver(&mut self) {
-        let Outbox { replies, pushes, overdue, checks } = std::mem::take(&mut self.core.out);
+        let Outbox { replies, pushes, overdue, reclaimed, checks } = std::mem::take(&mut self.core.out);
         for (done, reply) in replies {
             done.answer(reply);
         }
         for (client, push) in pushes {
             self.core.pushes.push(client, push);
+        }
+        if reclaimed {
+            self.core.pushes.reclaimed();
         }
         for (client, ino) in overdue {
             self.core.pushes.overdue(client, ino);

@@ -150,6 +150,8 @@ pub(super) struct Outbox {
     pub(super) replies: Vec<(Asker, Answer)>,
     pub(super) pushes: Vec<(ClientId, Push)>,
     pub(super) overdue: Vec<(ClientId, u64)>,
+    /// The grace time has ended.
+    pub(super) reclaimed: bool,
     pub(super) checks: Vec<Asker>,
 }
 

@@ -56,6 +56,8 @@ pub trait PushTarget: Send + Sync {
     /// A client did not answer a recall of `ino` in time, or (`ino` 0) has not attached to this coordinator in time: it is
     /// to be fenced, and then reported with [`Coordinator::client_gone`] or [`Coordinator::node_gone`].
     fn overdue(&self, client: ClientId, ino: u64);
+    /// Every client of the former term has attached or is gone: from here on requests are served.
+    fn reclaimed(&self) {}
     /// The coordinator has stopped by itself, because of what `reason` says. It answers nothing any more but STOPPED.
     fn stopped(&self, reason: &str) {
         tracing::error!(reason, "coordinator stopped");

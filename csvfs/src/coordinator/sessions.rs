@@ -250,6 +250,7 @@ impl Core {
             return Ok(());
         }
         let queue = self.grace.take().map(|grace| grace.queue).unwrap_or_default();
+        self.out.reclaimed = true;
         let unused: Vec<u64> =
             self.orphans.iter().copied().filter(|ino| self.open_count(*ino) == 0).collect();
         self.reclaimable.extend(unused);

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::timing::{BASE_MS, Timing};
 use crate::{ClusterId, NodeId};
 
 /// A member as the configuration names it.
@@ -15,7 +16,9 @@ pub struct MemberConfig {
     pub address: String,
 }
 
-/// Raft's times. Forgiving by default: a leader that is slow for a moment stays leader.
+/// Raft's times. A leader that is silent is replaced after `election_ms_max` and a random time more, or as soon as a node
+/// that suspects it stands for election ([`super::Cluster::stand_for_election`]), but never before `election_ms_max`: so
+/// long the others stay with a leader that they have heard. An election that was not needed costs a few held proposals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RaftTiming {
     /// A leader is heard at least this often.
@@ -30,15 +33,27 @@ pub struct RaftTiming {
     pub snapshot_entries: u64,
 }
 
-impl Default for RaftTiming {
-    fn default() -> Self {
+impl RaftTiming {
+    /// Times in the default proportions to a network heartbeat every `base_ms`: the others have let go of a silent leader
+    /// (`election_ms_max`) by the time at which it is suspected ([`Timing::suspect_after_ms`]).
+    #[must_use]
+    pub const fn from_base(base_ms: u64) -> Self {
         Self {
-            heartbeat_ms: 150,
-            election_ms_min: 750,
-            election_ms_max: 1500,
+            heartbeat_ms: base_ms,
+            election_ms_min: base_ms * 5 / 2,
+            election_ms_max: base_ms * 7 / 2,
             propose_ms: 5_000,
             snapshot_entries: 2_000,
         }
+    }
+}
+
+const _: () =
+    assert!(RaftTiming::from_base(BASE_MS).election_ms_max < Timing::from_base(BASE_MS).suspect_after_ms);
+
+impl Default for RaftTiming {
+    fn default() -> Self {
+        Self::from_base(BASE_MS)
     }
 }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -58,6 +59,8 @@ enum LaneState {
     Down(Arc<str>),
     /// One side does not accept the other's certificate.
     Foreign(Arc<str>),
+    /// The machine answered at that moment, and nobody listened there.
+    Refused(Arc<str>, Instant),
     Up(Connection),
 }
 
@@ -72,7 +75,7 @@ impl LaneState {
     fn down_reason(&self) -> Option<Arc<str>> {
         match self {
             Self::Fresh => Some(Arc::from("not connected yet")),
-            Self::Down(reason) | Self::Foreign(reason) => Some(Arc::clone(reason)),
+            Self::Down(reason) | Self::Foreign(reason) | Self::Refused(reason, _) => Some(Arc::clone(reason)),
             Self::Up(connection) if connection.is_closed() => Some(connection.link().reason()),
             Self::Up(_) => None,
         }
@@ -143,6 +146,16 @@ impl Mesh {
         state.connection().cloned().ok_or_else(|| not_connected(node, &state))
     }
 
+    /// How long ago the last attempt to connect to a peer was refused by its machine, because no daemon was at its address.
+    /// Nothing when the last attempt ended otherwise.
+    #[must_use]
+    pub fn refused_for(&self, node: u16) -> Option<Duration> {
+        match &*self.slot(node).ok()?.control.borrow() {
+            LaneState::Refused(_, at) => Some(at.elapsed()),
+            _ => None,
+        }
+    }
+
     /// Waits until a lane to a peer is up. Opens the bulk lane if it is not yet; a bulk lane that cannot be opened is
     /// an error after the first attempt, the control lane is waited for until it is up or the peer is removed.
     pub async fn connect(&self, node: u16, class: Class) -> Result<Connection, WireError> {
@@ -161,7 +174,8 @@ impl Mesh {
                 if let Some(connection) = state.connection() {
                     return Ok(connection.clone());
                 }
-                if class == Class::Bulk && matches!(&*state, LaneState::Down(_) | LaneState::Foreign(_)) {
+                let failed = !matches!(&*state, LaneState::Fresh | LaneState::Up(_));
+                if class == Class::Bulk && failed {
                     return Err(not_connected(node, &state));
                 }
             }
@@ -325,6 +339,9 @@ impl Lane {
         let (node, class) = (self.slot.node, self.class);
         let now = match error {
             WireError::ForeignCertificate { .. } => LaneState::Foreign(Arc::clone(&reason)),
+            WireError::Io { source, .. } if source.kind() == std::io::ErrorKind::ConnectionRefused => {
+                LaneState::Refused(Arc::clone(&reason), Instant::now())
+            }
             _ => LaneState::Down(Arc::clone(&reason)),
         };
         let news = self.state().send_replace(now);

@@ -81,7 +81,23 @@ pub(crate) async fn serve(core: &Arc<Core>, volume: VolumeId, request: pb::Reque
         }),
     );
     drop(coordinator);
-    told.await.unwrap_or_else(|_| not_coordinator())
+    let reply = told.await.unwrap_or_else(|_| not_coordinator());
+    if !attaching {
+        answered(core, volume, &reply);
+    }
+    reply
+}
+
+/// Tells the events how long it took to get here, after the first answer of a coordinator.
+fn answered(core: &Arc<Core>, volume: VolumeId, reply: &pb::Reply) {
+    if matches!(reply.result, None | Some(pb::reply::Result::Failure(_) | pb::reply::Result::Attached(_))) {
+        return;
+    }
+    let Some(phases) = core.volumes.host(volume).and_then(|host| host.answered()) else { return };
+    if let Some(record) = view::volume_by_id(&core.state(), volume) {
+        let text = format!("term {} on {}: {phases}", record.term, core.config.name);
+        core.note("volume.served", &record.name, text);
+    }
 }
 
 /// The coordinator of this node, waiting a little when it is about to open.
@@ -128,8 +144,12 @@ impl CoordinatorLink for Router {
         };
         // Straight to a coordinator in this process: no task, no wake-up.
         let here = volume_of(&request).and_then(|volume| core.volumes.host(volume)?.serving());
-        if let Some(coordinator) = here {
-            coordinator.submit(request, Box::new(move |reply| done(Ok(reply))));
+        if let (Some(coordinator), Some(volume)) = (here, volume_of(&request)) {
+            let tell = move |reply: pb::Reply| {
+                answered(&core, volume, &reply);
+                done(Ok(reply));
+            };
+            coordinator.submit(request, Box::new(tell));
             return;
         }
         let runtime = core.runtime.clone();
@@ -163,6 +183,13 @@ impl PushTarget for Pushes {
         let sent = core.mesh.push(to.node.0, service::CSVFS_PUSH, body.encode_to_vec().into());
         if let Err(error) = sent {
             tracing::warn!(client = %to, error = error.explain(), "push not sent");
+        }
+    }
+
+    fn reclaimed(&self) {
+        let host = self.core.upgrade().and_then(|core| core.volumes.host(self.volume));
+        if let Some(host) = host {
+            host.reclaimed();
         }
     }
 

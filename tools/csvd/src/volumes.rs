@@ -16,6 +16,7 @@ mod host;
 mod leave;
 mod local;
 pub(crate) mod moves;
+mod phases;
 pub(crate) mod status;
 
 use std::collections::HashMap;

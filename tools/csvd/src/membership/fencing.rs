@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use api::Error;
 use api::config::FenceConfig;
+use lockmgr::clock::boottime_ms;
 use lockmgr::cluster::{Command, MemberState};
 use lockmgr::fence::{AgentFence, Confirmed, Fence, FenceError, LocalKill, OperatorFence};
 use lockmgr::{Epoch, NodeId};
@@ -37,9 +38,12 @@ pub(crate) async fn run(core: Arc<Core>, mut docket: mpsc::UnboundedReceiver<Con
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
+        let leader = core.cluster.status().leader;
         tokio::select! {
             () = core.done.cancelled() => return,
             Some(convict) = docket.recv() => open.push(convict),
+            // The next leader carries out at once what the last one did not come to, which may be its own verdict.
+            () = core.cluster.leader_changed(leader) => open.extend(left_behind(&core)),
             _ = ticks.tick() => {
                 looks += 1;
                 open.extend(left_behind(&core));
@@ -54,12 +58,17 @@ pub(crate) async fn run(core: Arc<Core>, mut docket: mpsc::UnboundedReceiver<Con
     }
 }
 
-/// Drops the verdicts that are carried out, and doubles.
+/// Drops the verdicts that are carried out, those that turned out to be false in time, and doubles.
 fn keep_once(core: &Core, open: &mut Vec<Convict>) {
     let state = core.state();
     let mut seen = BTreeSet::new();
+    // Of two verdicts the one that does not rest on silence stays.
+    open.sort_by_key(|convict| convict.seen_here);
     open.retain(|convict| {
-        !view::is_over(&state, convict.node, convict.epoch) && seen.insert((convict.node, convict.epoch))
+        let Convict { node, epoch, .. } = convict;
+        let counted_on = view::is_up(&state, *node, *epoch);
+        let heard_again = convict.seen_here && counted_on && core.membership.hears(*node, *epoch);
+        !view::is_over(&state, *node, *epoch) && !heard_again && seen.insert((*node, *epoch))
     });
 }
 
@@ -116,9 +125,11 @@ async fn execute(core: &Arc<Core>, convict: &Convict) {
         }
         core.note("node.fencing", &name, format!("{reason}; it is being cut off"));
     }
+    let began = boottime_ms();
     let state = match fence(core, *node, *epoch).await {
         Ok(confirmed) => {
-            tracing::info!(%confirmed, "fence confirmed");
+            let took = boottime_ms().since(began);
+            core.note("node.fence-confirmed", &name, format!("after {took} ms: {}", confirmed.how()));
             MemberState::Fenced
         }
         Err(error) => {
@@ -174,7 +185,8 @@ fn fence_of(core: &Core) -> Box<dyn Fence> {
 
 /// Another node leads: it shall see to it.
 async fn pass_on(core: &Arc<Core>, convict: &Convict) {
-    let Some(leader) = core.cluster.status().leader else { return };
+    let leader = core.cluster.status().leader.filter(|leader| *leader != convict.node);
+    let Some(leader) = leader else { return };
     let verdict = messages::Convict {
         node: convict.node.0.into(),
         epoch: convict.epoch.0,
@@ -182,8 +194,16 @@ async fn pass_on(core: &Arc<Core>, convict: &Convict) {
     };
     // What this node's detector says is a testimony only: a leader that hears the node, or reads the LUN, knows better.
     let op = if convict.seen_here { NodeOp::Testify(verdict) } else { NodeOp::Convict(verdict) };
-    if let Err(error) = forward::ask(core, leader, op).await {
-        tracing::debug!(%error, "verdict not passed on");
+    // A leader that hangs must not keep this node from acting when it has become the leader itself.
+    match tokio::time::timeout(
+        Duration::from_millis(core.timing.suspect_after_ms),
+        forward::ask(core, leader, op),
+    )
+    .await
+    {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "verdict not passed on"),
+        Err(_) => tracing::debug!(%leader, "the leader takes no verdict"),
     }
 }
 
@@ -194,6 +214,7 @@ pub(crate) async fn inherit(core: Arc<Core>) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut retry_failed = false;
     loop {
+        let leader = core.cluster.status().leader;
         if leads(&core) {
             let now = core.state();
             let away = |node: NodeId| core.mesh.connection(node.0).is_err();
@@ -210,6 +231,7 @@ pub(crate) async fn inherit(core: Arc<Core>) {
                 state.mark_unchanged();
                 retry_failed = false;
             }
+            () = core.cluster.leader_changed(leader) => retry_failed = false,
             _ = ticks.tick() => retry_failed = true,
         }
     }

@@ -29,9 +29,20 @@ pub(crate) async fn run(core: Arc<Core>, mut inbox: mpsc::UnboundedReceiver<Even
                 let now = state.borrow_and_update().clone();
                 expect_members(&core, &now, &mut detector);
             }
-            _ = ticks.tick() => step(&core, &mut detector, Event::Tick),
+            _ = ticks.tick() => tick(&core, &mut detector),
         }
     }
+}
+
+fn tick(core: &Arc<Core>, detector: &mut Detector) {
+    for member in core.state().members.keys() {
+        // A refusal from before the node was heard last says nothing: it has started since.
+        let silent_ms = detector.silence(boottime_ms(), *member).map_or(0, |(network, _)| network);
+        if core.mesh.refused_for(member.0).is_some_and(|ago| ago < Duration::from_millis(silent_ms)) {
+            step(core, detector, Event::Refused { node: *member });
+        }
+    }
+    step(core, detector, Event::Tick);
 }
 
 /// Watches the incarnations that the records count on.
@@ -56,7 +67,21 @@ fn step(core: &Arc<Core>, detector: &mut Detector, event: Event) {
         heard(core, node, epoch);
     }
     for action in detector.step(boottime_ms(), event) {
-        follow(core, action);
+        follow(core, detector, action);
+    }
+}
+
+/// A leader that is silent leads nobody. Of those that are heard, the first stands for election at once; if it does not get
+/// through, Raft's own time limits let others try.
+fn replace_leader(core: &Arc<Core>, silent: NodeId) {
+    let voters = core.cluster.status().voters;
+    let first = voters
+        .iter()
+        .filter(|voter| **voter != silent)
+        .find(|voter| **voter == core.me || core.membership.heard().contains_key(voter));
+    if first == Some(&core.me) {
+        let core = Arc::clone(core);
+        core.runtime.clone().spawn(async move { core.cluster.stand_for_election(silent).await });
     }
 }
 
@@ -66,12 +91,13 @@ fn heard(core: &Arc<Core>, node: NodeId, epoch: Epoch) {
     }
 }
 
-fn follow(core: &Arc<Core>, action: Action) {
+fn follow(core: &Arc<Core>, detector: &Detector, action: Action) {
     match action {
         Action::Suspect { node, epoch } => {
             core.membership.heard().remove(&node);
             core.pulse.beat();
             tracing::warn!(%node, %epoch, "silent on the network");
+            replace_leader(core, node);
         }
         Action::Recovered { node, epoch } => {
             core.pulse.beat();
@@ -79,7 +105,12 @@ fn follow(core: &Arc<Core>, action: Action) {
         }
         Action::Dead { node, epoch } => {
             let name = view::node_name(&core.state(), node);
-            let reason = format!("node {name} is silent on the network and on the LUN");
+            let (network, lun) = detector.silence(boottime_ms(), node).unwrap_or_default();
+            let gone =
+                if core.mesh.refused_for(node.0).is_some() { ", nobody listens at its address" } else { "" };
+            let reason = format!(
+                "node {name} is silent on the network for {network} ms and on the LUN for {lun} ms{gone}"
+            );
             found_dead(core, node, epoch, reason);
         }
     }

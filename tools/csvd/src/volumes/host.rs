@@ -24,6 +24,7 @@ use lockmgr::{Epoch, Term};
 use tokio::sync::{Mutex, MutexGuard, Notify, watch};
 
 use super::local::LocalVolume;
+use super::phases::Phases;
 use crate::core::Core;
 use crate::router::Pushes;
 use crate::{redirect, view};
@@ -48,6 +49,7 @@ pub(crate) struct Host {
     held: AtomicU64,
     /// Terms up to this one are never opened here again. Changed under `work`.
     renounced: AtomicU64,
+    phases: Phases,
 }
 
 impl std::fmt::Debug for Host {
@@ -64,6 +66,7 @@ impl Host {
             nudge: Notify::new(),
             held: AtomicU64::new(0),
             renounced: AtomicU64::new(0),
+            phases: Phases::default(),
         })
     }
 
@@ -113,6 +116,16 @@ impl Host {
     /// The requests that have found no coordinator since this was asked last.
     pub(crate) fn take_held(&self) -> u64 {
         self.held.swap(0, Ordering::Relaxed)
+    }
+
+    /// Every client of the former term has attached or is gone.
+    pub(crate) fn reclaimed(&self) {
+        self.phases.reclaimed();
+    }
+
+    /// The coordinator here has answered an application's call; after the first one, how long all took.
+    pub(crate) fn answered(&self) -> Option<String> {
+        self.phases.answered()
     }
 
     /// Makes the host look at the record again.
@@ -170,6 +183,7 @@ impl Host {
         record: &VolumeRecord,
         epoch: Epoch,
     ) -> Result<(), Error> {
+        self.phases.appointed();
         let device = volume.device().await?;
         // What the former coordinator wrote through a peer must not come after what this one writes.
         redirect::cut_off_the_dead(core).await;
@@ -183,6 +197,7 @@ impl Host {
         let coordinator = opened.map_err(|error| {
             Error::failed(error).during(format!("opening the coordinator of {}", record.name))
         })?;
+        self.phases.opened();
         report_gone(core, &coordinator).await;
         self.serving.send_replace(Some(Serving { term: record.term, coordinator }));
         tracing::info!(volume = %record.name, term = %record.term, "coordinator serves");
