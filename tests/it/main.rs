@@ -9,6 +9,7 @@ mod drain;
 mod faults;
 mod images;
 mod live;
+mod luns;
 mod members;
 mod moves;
 mod nbd;
