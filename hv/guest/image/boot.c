@@ -10,6 +10,9 @@ struct memory_map_entry {
     u64 start, bytes;
     u32 kind, reserved;
 };
+struct module_entry {
+    u64 start, bytes, command_line, reserved;
+};
 #define START_INFO_MAGIC 0x336ec578u
 #define KIND_RAM 1
 
@@ -27,6 +30,12 @@ void boot_read(u64 start_info, struct boot_info *info) {
             memory_end = map[i].start + map[i].bytes;
     if (memory_end > 0xc0000000ul) memory_end = 0xc0000000ul;
     if (!memory_end) fail("boot: no RAM behind the image", next_page, start->memory_map_entries);
+    if (start->modules) {
+        const struct module_entry *first = (const struct module_entry *)start->module_list;
+        info->module = (void *)first->start, info->module_bytes = first->bytes;
+        /* Loaders put it at the end of RAM: the pages that are given out end before it. */
+        if (first->start >= next_page && first->start < memory_end) memory_end = first->start;
+    }
     info->memory_end = memory_end;
 }
 

@@ -42,12 +42,25 @@ static void say(u64 pages, u64 ticks) {
 /* Pages that may have been written by now at `rate` KiB a second; without a rate no bound. */
 static u64 allowed(u64 rate, u64 ticks) { return rate ? rate * ticks * 1024 / TICK_HZ / PAGE_BYTES : ~0ul; }
 
-void run_dirtier(const char *line, u64 memory_end) {
+/* The set: pages of its own, or the initial RAM disk, whose content the loader has brought: this KVM fills 4 MiB/s. */
+static void *find_set(const struct boot_info *info, u64 bytes) {
+    if (!option_number(info->command_line, "module", 0)) {
+        if (bytes >= info->memory_end) fail("option: set does not fit into memory", bytes, info->memory_end);
+        return take_pages(bytes / PAGE_BYTES);
+    }
+    u64 start = ((u64)info->module + PAGE_BYTES - 1) & ~(PAGE_BYTES - 1);
+    if (start + bytes > (u64)info->module + info->module_bytes)
+        fail("option: set does not fit into the initial RAM disk", bytes, info->module_bytes);
+    return (void *)start;
+}
+
+void run_dirtier(const struct boot_info *info) {
+    const char *line = info->command_line;
     u64 set_bytes = option_number(line, "set", 8) << 20, rate = option_number(line, "rate", 0);
     u64 pages = set_bytes / PAGE_BYTES, round = 0, written = 0, said = 0, page = 0;
     seed = option_number(line, "seed", 1), noise = option_number(line, "noise", 0);
-    if (!pages || set_bytes >= memory_end) fail("option: set does not fit into memory", set_bytes, memory_end);
-    u64(*set)[WORDS] = take_pages(pages);
+    if (!pages) fail("option: set is empty", 0, 0);
+    u64(*set)[WORDS] = find_set(info, set_bytes);
     fill(set, pages);
     put_text("dirtier");
     put_field("pages", pages);

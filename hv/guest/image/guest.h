@@ -54,6 +54,8 @@ void fail(const char *what, u64 a, u64 b) __attribute__((noreturn));
 struct boot_info {
     const char *command_line;
     u64 memory_end;
+    void *module; /* the initial RAM disk, if there is one */
+    u64 module_bytes;
 };
 void boot_read(u64 start_info, struct boot_info *info);
 /* Finds `name=` on the command line; `from` is 0 or the result of the call before. Gives the text behind it, or 0. */
@@ -131,7 +133,7 @@ u64 span_sum(u64 sum, const u64 *words, u64 count);
 
 /* --- roles: what the guest does, chosen by `role=`; none returns --- */
 void run_sector_writer(const char *command_line) __attribute__((noreturn));
-void run_dirtier(const char *command_line, u64 memory_end) __attribute__((noreturn));
+void run_dirtier(const struct boot_info *info) __attribute__((noreturn));
 void run_clock(void) __attribute__((noreturn));
 void run_reader(const char *command_line) __attribute__((noreturn));
 void run_ping_pong(void) __attribute__((noreturn));

@@ -7,13 +7,13 @@ static int is_word(const char *text, const char *word) {
 }
 
 void guest_main(u64 start_info) {
-    struct boot_info info;
+    struct boot_info info = {0};
     console_start();
     boot_read(start_info, &info);
     interrupts_start();
     const char *role = option_text(info.command_line, "role", 0);
     if (!role || is_word(role, "sector-writer")) run_sector_writer(info.command_line);
-    if (is_word(role, "dirtier")) run_dirtier(info.command_line, info.memory_end);
+    if (is_word(role, "dirtier")) run_dirtier(&info);
     if (is_word(role, "clock")) run_clock();
     if (is_word(role, "reader")) run_reader(info.command_line);
     if (is_word(role, "ping-pong")) run_ping_pong();

@@ -21,8 +21,8 @@
 //! | `registers` | holds a pattern in every register | `held N` |
 //!
 //! The command line has `name=number` pairs. For the dirtier: `set` (8) MiB of the working set, `rate` (0: unbounded)
-//! KiB dirtied in a second, one word in a page; `noise` (0) 1 fills the set with what cannot be compressed. For the
-//! sector-writer:
+//! KiB dirtied in a second, one word in a page; `noise` (0) 1 fills the set with what cannot be compressed; `module` (0) 1 takes
+//! the initial RAM disk as the set, with what is in it. For the sector-writer:
 //!
 //! | name | default | meaning |
 //! |---|---|---|

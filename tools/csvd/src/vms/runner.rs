@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::{Error, pb};
 use hv_runner::Failure;
@@ -45,6 +45,8 @@ pub(crate) struct Runner {
     pub(super) halted: AtomicBool,
     /// Its csvfs client.
     pub(crate) serial: u64,
+    /// How long its start took until it was ready.
+    pub(crate) started_in: Duration,
     /// The move in progress, if there is one. Rank: a leaf.
     moving: Mutex<Option<Arc<Progress>>>,
     /// How far the work on an image is. Rank: a leaf.
@@ -115,6 +117,7 @@ impl Runner {
         let file = write_config(core, &config)?;
         // Before the process is there: its first request must not be refused.
         core.vms.expect(serial, None);
+        let begun = now();
         let (mut child, stdout) = spawn(&file).inspect_err(|_| core.vms.expect_no_more(serial))?;
         let pid = child.id().ok_or_else(|| Error::failed("the VM's process ended at once"))?;
         core.vms.expect(serial, Some(pid));
@@ -133,6 +136,7 @@ impl Runner {
             forget_client(core, serial).await;
             return Err(last_words(&file.with_extension("log")).unwrap_or(error));
         }
+        let started_in = begun.elapsed();
         let (tell, end) = watch::channel(None);
         let runner = Arc::new(Self {
             name: record.name.clone(),
@@ -140,6 +144,7 @@ impl Runner {
             pid,
             halted: AtomicBool::new(false),
             serial,
+            started_in,
             moving: Mutex::default(),
             image: Mutex::default(),
             control: Control::new(&config.control_socket, local),
@@ -319,6 +324,8 @@ fn config(
         // Not the VM's name: a process that has given the VM away may still be ending when the next one comes.
         control_socket: core.config.vm_dir().join(format!("{serial}.sock")),
         console_log_bytes: CONSOLE_BYTES,
+        baseline: super::processor::baseline(&state, spec.baseline)?.map(|cpu| (&cpu).into()),
+        host_limit: core.vms.processors.limit().map(|cpu| (&cpu).into()),
         incoming: content == Content::Streamed,
         restore_from: match content {
             Content::Saved(file) => Some(file),
@@ -419,4 +426,9 @@ pub(super) async fn forget_client(core: &Arc<Core>, serial: u64) {
             tracing::warn!(%client, volume = record.name, %error, "coordinator not told that the client is gone");
         }
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "measures the start of a process, for people")]
+fn now() -> Instant {
+    Instant::now()
 }
