@@ -10,6 +10,7 @@ mod ctl;
 mod guest;
 mod hosts;
 mod image;
+mod moves;
 
 pub use bins::binary;
 pub use cluster::Cluster;
@@ -17,3 +18,4 @@ pub use ctl::{Ctl, CtlError};
 pub use guest::Guest;
 pub use hosts::Host;
 pub use image::{ExtImage, run_tool, sha256_of};
+pub use moves::{MovesUnderLoad, move_under_load};

@@ -4,6 +4,7 @@
 //! cargo xtask demo    set up, build, run the embedded three-node demo
 //! cargo xtask test    set up, build, run every check and test
 //! cargo xtask bench   set up, build, run the benchmarks beside the raw device
+//! cargo xtask moves   build, move VMs under load again and again: 200 moves, or twice the number that is given
 //! cargo xtask lab     set up, build, run a scenario on emulated machines with a stock kernel
 //! ```
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for people at a terminal")]
@@ -18,8 +19,7 @@ use std::process::ExitCode;
 
 use run::{Failure, cargo, root};
 
-const USAGE: &str =
-    "usage: cargo xtask demo [DEMO OPTIONS] | test [--quick] | bench [NAME] | lab SCENARIO | setup";
+const USAGE: &str = "usage: cargo xtask demo [DEMO OPTIONS] | test [--quick] | bench [NAME] | moves [ROUNDS] | lab SCENARIO | setup";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         "demo" => demo(&rest),
         "test" => test::run(&rest),
         "bench" => bench::run(&rest),
+        "moves" => moves(&rest),
         "lab" => lab(&rest),
         "setup" => packages::ensure(packages::TEST),
         _ => Err(Failure::usage(USAGE)),
@@ -61,6 +62,13 @@ fn demo(options: &[String]) -> Result<(), Failure> {
     ])?;
     let target = run::target_dir();
     run::command(target.join("release/demo").as_os_str(), options, &root())
+}
+
+/// Builds the binaries in release mode and moves VMs under load.
+fn moves(options: &[String]) -> Result<(), Failure> {
+    packages::ensure(packages::TEST)?;
+    cargo(&["build", "--release", "--locked", "--workspace", "--bins"])?;
+    run::command(run::target_dir().join("release/moves").as_os_str(), options, &root())
 }
 
 /// Builds the binaries in release mode (emulation is slow enough) and runs a scenario on them.
