@@ -11,6 +11,7 @@
 mod board;
 pub mod boot;
 mod console;
+pub mod cpu;
 mod devices;
 mod dirty;
 mod kvm;
@@ -25,13 +26,14 @@ mod vm;
 pub use board::NetConfig;
 pub use boot::{BootError, BootSource, Firmware};
 pub use console::{Console, ConsoleText};
+pub use cpu::{Cpu, CpuProblem};
 pub use devices::virtio::block::{DiskStats, SlotError};
 pub use devices::virtio::limiter::DiskLimits;
 pub use devices::virtio::queue::DrainTimeout;
 pub use dirty::CHUNK_ALIGNMENT_PAGES;
 pub use kvm::{HostCaps, KvmError};
 pub use memory::{GuestRam, MemoryError, PAGE_BYTES};
-pub use vm::{DiskConfig, GuestEnd, RunState, Vm, VmConfig, VmError};
+pub use vm::{DiskConfig, GuestEnd, Processor, RunState, Vm, VmConfig, VmError};
 
 /// Disks of one VM: each has a virtio-mmio slot and an interrupt line of its own.
 pub const DISKS_MAX: usize = 8;

@@ -22,6 +22,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::errno;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use crate::cpu::Cpu;
 use crate::devices::bus::{Bus, Effect};
 use crate::kvm::processor::{self, Entry};
 use crate::kvm::{KvmError, Tried};
@@ -56,8 +57,10 @@ pub(crate) enum Command {
     Halt,
     /// Execute nothing for so long, or until the next command; without an answer.
     Nap(Duration),
-    /// The table of CPUID, and the entry; only the first processor has one, the others wait for its start-up interrupt.
-    Boot(Box<kvm_bindings::CpuId>, Option<Entry>, Answer<Result<(), KvmError>>),
+    /// The table of CPUID, and the feature registers that go with it.
+    Identity(Box<kvm_bindings::CpuId>, Cpu, Answer<Result<Cpu, KvmError>>),
+    /// The entry; only the first processor has one, the others wait for its start-up interrupt.
+    Boot(Option<Entry>, Answer<Result<(), KvmError>>),
     Save(Answer<Result<state::Vcpu, KvmError>>),
     Restore(Box<state::Vcpu>, Answer<Result<(), VmError>>),
     Quit,
@@ -209,10 +212,15 @@ impl Runner {
                 drop(self.complete_instruction());
             }
             Command::Nap(long) => self.nap = Some(long),
-            Command::Boot(cpuid, entry, answer) => {
-                let set = context.fd.set_cpuid2(&cpuid).tried("setting CPUID");
-                let booted = set.and_then(|()| processor::boot(&context.fd, entry, crate::boot::GDT));
-                drop(answer.send(booted));
+            Command::Identity(table, cpu, answer) => {
+                let set = processor::set_cpuid(&context.fd, &table).and_then(|kept| {
+                    processor::set_feature_msrs(&context.fd, &cpu)?;
+                    Ok(kept)
+                });
+                drop(answer.send(set));
+            }
+            Command::Boot(entry, answer) => {
+                drop(answer.send(processor::boot(&context.fd, entry, crate::boot::GDT)));
             }
             Command::Save(answer) => {
                 let saved = processor::save(&context.fd, context.id, &context.msrs, context.xsave_bytes);

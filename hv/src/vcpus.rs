@@ -10,8 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use kvm_bindings::CpuId;
-
+use crate::cpu::Cpu;
 use crate::kvm::KvmError;
 use crate::kvm::processor::Entry;
 use crate::state;
@@ -66,18 +65,22 @@ impl Vcpus {
     }
 
     /// Brings the first to the kernel's entry; the others wait until the guest starts them.
-    pub(crate) fn boot(
-        &self,
-        entry: Entry,
-        cpuid: impl Fn(u32) -> Result<CpuId, KvmError>,
-    ) -> Result<(), VmError> {
-        let mut tables =
-            (0..).zip(&self.0).map(|(id, _)| cpuid(id)).collect::<Result<Vec<_>, _>>()?.into_iter();
-        let booted = self.ask_all(|id| {
-            let table = Box::new(tables.next().expect("one for each vCPU"));
-            move |answer| Command::Boot(table, (id == 0).then_some(entry), answer)
-        })?;
+    pub(crate) fn boot(&self, entry: Entry) -> Result<(), VmError> {
+        let booted = self.ask_all(|id| move |answer| Command::Boot((id == 0).then_some(entry), answer))?;
         Ok(booted.into_iter().collect::<Result<(), _>>()?)
+    }
+
+    /// Makes all of them this processor, before they have run; gives what KVM has made of it.
+    pub(crate) fn identify(&self, cpu: &Cpu) -> Result<Cpu, VmError> {
+        let count = u32::try_from(self.0.len()).expect("bounded when they were made");
+        let mut tables =
+            (0..count).map(|id| cpu.table(id, count)).collect::<Result<Vec<_>, _>>()?.into_iter();
+        let told = self.ask_all(|_| {
+            let (table, cpu) = (Box::new(tables.next().expect("one for each vCPU")), cpu.clone());
+            move |answer| Command::Identity(table, cpu, answer)
+        })?;
+        let kept = told.into_iter().collect::<Result<Vec<_>, _>>()?;
+        Ok(kept.into_iter().next().unwrap_or_default())
     }
 
     pub(crate) fn save(&self) -> Result<Vec<state::Vcpu>, VmError> {

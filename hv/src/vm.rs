@@ -16,6 +16,7 @@ use blockio::BlockDevice;
 use crate::board::{Board, NetConfig};
 use crate::boot::{self, BootError, BootSource};
 use crate::console::Console;
+use crate::cpu::{Cpu, CpuProblem};
 use crate::devices::virtio::block::{DiskStats, SlotError};
 use crate::devices::virtio::limiter::DiskLimits;
 use crate::devices::virtio::queue::DrainTimeout;
@@ -99,6 +100,9 @@ pub enum VmError {
     /// A saved state does not fit.
     #[error(transparent)]
     State(#[from] StateError),
+    /// This host cannot give the guest its processor.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Cpu(Vec<CpuProblem>),
     /// Requests in flight did not end.
     #[error(transparent)]
     Drain(#[from] DrainTimeout),
@@ -150,6 +154,15 @@ struct Life {
     console: Arc<Console>,
 }
 
+fn suits(guest: &Cpu, hosts: &[Cpu]) -> Result<(), VmError> {
+    let problems: Vec<_> = hosts.iter().flat_map(|host| guest.problems_on(host)).collect();
+    none_of(problems)
+}
+
+fn none_of(problems: Vec<CpuProblem>) -> Result<(), VmError> {
+    if problems.is_empty() { Ok(()) } else { Err(VmError::Cpu(problems)) }
+}
+
 /// A virtual machine.
 #[derive(Debug)]
 pub struct Vm {
@@ -165,7 +178,18 @@ pub struct Vm {
     written: Mutex<Option<WrittenPages>>,
     /// The guest's clock when it was last stopped; protects that only.
     stopped_at: Mutex<Option<state::Clock>>,
+    /// What this host can give to a guest, and what it is held to have at most.
+    hosts: Vec<Cpu>,
     machine: Machine,
+}
+
+/// Which processor a guest gets.
+#[derive(Clone, Debug, Default)]
+pub struct Processor {
+    /// The baseline of its cluster; without one it gets all that the host can give.
+    pub baseline: Option<Cpu>,
+    /// What the host is held to have at most, whatever it has.
+    pub limit: Option<Cpu>,
 }
 
 impl Vm {
@@ -174,6 +198,14 @@ impl Vm {
     /// # Errors
     /// What could not be made; nothing is left behind.
     pub fn build(config: VmConfig<'_>) -> Result<Self, VmError> {
+        Self::build_with(config, &Processor::default())
+    }
+
+    /// Makes a VM with a chosen processor.
+    ///
+    /// # Errors
+    /// As [`Vm::build`], and [`VmError::Cpu`] when this host cannot give that processor.
+    pub fn build_with(config: VmConfig<'_>, processor: &Processor) -> Result<Self, VmError> {
         if !(1..=CPUS_MAX).contains(&config.cpus) {
             return Err(VmError::Cpus(config.cpus));
         }
@@ -200,9 +232,17 @@ impl Vm {
             let life = Arc::clone(&life);
             move |stop| life.ended(stop)
         })?;
+        let mut hosts: Vec<Cpu> = [machine.host_cpu()?].into_iter().chain(processor.limit.clone()).collect();
+        let cpu = processor.baseline.clone().unwrap_or_else(|| hosts[0].clone());
+        suits(&cpu, &hosts)?;
+        // Also of a VM that is still to come: what KVM does not take is known before anything moves.
+        let kept = vcpus.identify(&cpu)?;
+        if processor.baseline.is_some() {
+            none_of(cpu.dropped_in(&kept))?;
+        }
+        hosts = hosts.into_iter().map(|host| host.with_extras(&cpu, &kept)).collect();
         if let Some(source) = &config.boot {
-            let entry = boot::load(&ram, source, config.cpus, &board.places())?;
-            vcpus.boot(entry, |id| machine.cpuid(id, config.cpus))?;
+            vcpus.boot(boot::load(&ram, source, config.cpus, &board.places())?)?;
         }
         Ok(Self {
             throttle: Mutex::default(),
@@ -213,6 +253,7 @@ impl Vm {
             ram,
             written: Mutex::default(),
             stopped_at: Mutex::default(),
+            hosts,
             machine,
         })
     }
@@ -294,6 +335,9 @@ impl Vm {
         saved.check_version()?;
         if saved.memory_bytes != self.ram.bytes() {
             return Err(StateError::mismatch("RAM in bytes", saved.memory_bytes, self.ram.bytes()).into());
+        }
+        for vcpu in &saved.vcpus {
+            suits(&Cpu::of_saved(&vcpu.cpuid), &self.hosts)?;
         }
         self.vcpus.restore(&saved.vcpus)?;
         self.machine.restore_chips(saved)?;

@@ -4,12 +4,13 @@
 
 use std::collections::BTreeMap;
 
+use hv::Cpu;
 use lockmgr::{NODES_MAX, NodeId};
 use prost::Message;
 use uuid::Uuid;
 
 use crate::PROTOCOL_VERSION;
-use crate::preflight::{CPU_LEAVES_MAX, Cpu, Facts, Registers};
+use crate::preflight::Facts;
 use crate::target::TargetAnswer;
 
 /// The generated messages.
@@ -235,14 +236,6 @@ impl From<&Facts> for pb::Facts {
             path: path.clone(),
             problem: problem.clone().unwrap_or_default(),
         };
-        let word = |((leaf, subleaf), it): ((u32, u32), Registers)| pb::CpuWord {
-            leaf,
-            subleaf,
-            eax: it.eax,
-            ebx: it.ebx,
-            ecx: it.ecx,
-            edx: it.edx,
-        };
         Self {
             kvm_problem: facts.kvm_problem.clone().unwrap_or_default(),
             memory_available_bytes: facts.memory_available_bytes,
@@ -251,7 +244,7 @@ impl From<&Facts> for pb::Facts {
             paths: facts.paths.iter().map(path).collect(),
             version_min: facts.version_min,
             version_max: facts.version_max,
-            cpu: Some(pb::Cpu { leaves: facts.cpu.leaves().map(word).collect() }),
+            processor: facts.cpu.encode(),
         }
     }
 }
@@ -260,8 +253,7 @@ impl TryFrom<pb::Facts> for Facts {
     type Error = ProtocolError;
 
     fn try_from(facts: pb::Facts) -> Result<Self, ProtocolError> {
-        let leaves = facts.cpu.unwrap_or_default().leaves;
-        if leaves.len() > CPU_LEAVES_MAX || facts.paths.len() > DISKS_MAX + 1 {
+        if facts.paths.len() > DISKS_MAX + 1 {
             return Err(ProtocolError::Invalid("it lists too much"));
         }
         let mut paths = BTreeMap::new();
@@ -269,9 +261,6 @@ impl TryFrom<pb::Facts> for Facts {
             let problem = Some(text(fact.problem)?).filter(|problem| !problem.is_empty());
             paths.insert((text(fact.volume)?, text(fact.path)?), problem);
         }
-        let leaf = |it: pb::CpuWord| {
-            ((it.leaf, it.subleaf), Registers { eax: it.eax, ebx: it.ebx, ecx: it.ecx, edx: it.edx })
-        };
         Ok(Self {
             kvm_problem: Some(text(facts.kvm_problem)?).filter(|problem| !problem.is_empty()),
             memory_available_bytes: facts.memory_available_bytes,
@@ -280,7 +269,8 @@ impl TryFrom<pb::Facts> for Facts {
             paths,
             version_min: facts.version_min,
             version_max: facts.version_max,
-            cpu: Cpu::from_leaves(leaves.into_iter().map(leaf)),
+            cpu: Cpu::decode(&facts.processor)
+                .map_err(|_| ProtocolError::Invalid("the record of its CPU"))?,
         })
     }
 }
@@ -333,6 +323,8 @@ fn text(text: String) -> Result<String, ProtocolError> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+
+    use hv::cpu::Registers;
 
     use super::*;
 

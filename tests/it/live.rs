@@ -338,3 +338,71 @@ fn check_migrate_tells_the_same_as_a_move_would() {
     assert_eq!(same.expect_err("it is there already").code, 4);
     cluster.ctl(3).must(&["vm", "stop", "--force", "asked"]);
 }
+
+// Invariants H1, H6
+#[test]
+fn each_message_of_a_move_may_be_lost_and_the_vm_runs_in_one_place() {
+    if !can_run() {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let guest = start_vm(&cluster, "deaf");
+    let mut acked = guest.progress(&cluster, 1, 0);
+    for message in ["inquire", "prepare", "activate", "commit"] {
+        for lost in [message.to_owned(), format!("{message}-answer")] {
+            cluster.lose(1, &lost);
+            let outcome = cluster.ctl(1).run(&["vm", "migrate", "deaf", "--to", &cluster.name(2)]);
+            let shown = settled(&cluster, "deaf");
+            assert_eq!(shown["state"], "running", "{lost}: {shown}");
+            // Before the commit the move is off, from it on it is not.
+            let moved = ["activate", "commit"].contains(&message);
+            assert_eq!(outcome.is_ok(), moved, "{lost}: {outcome:?}");
+            let at = if moved { 2 } else { 1 };
+            assert_eq!(shown["owner"], cluster.name(at).as_str(), "{lost}: {shown}");
+            acked = guest.progress(&cluster, at, acked.sequence);
+            if moved {
+                migrate(&cluster, 2, "deaf", 1);
+                acked = guest.progress(&cluster, 1, acked.sequence);
+            }
+        }
+    }
+    cluster.ctl(3).must(&["vm", "stop", "deaf"]);
+    let folder = TempDir::new().unwrap();
+    guest.verify(&cluster, "deaf-scratch.vhdx", acked, folder.path());
+}
+
+// Invariant H6
+#[test]
+fn a_quick_move_without_room_for_the_state_leaves_the_vm_where_it_is() {
+    if !can_run() {
+        return;
+    }
+    let cluster = Cluster::start("64M");
+    start_dirtier(&cluster, "big", "set=16 rate=1024 noise=1");
+    let seen = passes(&cluster, 1, "big", 0);
+    let filler = cluster.mount(1).join("filler");
+    let piece = vec![7; 1 << 20];
+    let mut file = std::fs::File::create(&filler).expect("a file on the volume");
+    while std::io::Write::write_all(&mut file, &piece).is_ok() {}
+    drop(file);
+    let quick = ["vm", "migrate", "big", "--type", "quick", "--to", &cluster.name(2)];
+    let error = cluster.ctl(1).run(&quick).expect_err("there is no room").to_string();
+    assert!(error.contains("runs on where it was"), "{error}");
+    is_on(&cluster, "big", 1);
+    let _ = passes(&cluster, 1, "big", seen + 1);
+    // A live move needs no room; a quick one has it again.
+    migrate(&cluster, 1, "big", 3);
+    std::fs::remove_file(&filler).expect("room again");
+    cluster.ctl(1).must(&quick);
+    let _ = passes(&cluster, 2, "big", seen + 2);
+    cluster.ctl(3).must(&["vm", "stop", "--force", "big"]);
+}
+
+#[test]
+fn guests_under_load_move_again_and_again_and_find_nothing_wrong() {
+    if !can_run() {
+        return;
+    }
+    let outcome = cluster_tests::move_under_load(8, |_| ());
+    assert_eq!(outcome.moves, 16, "{outcome:?}");
+}

@@ -5,6 +5,7 @@
 mod bad_input;
 mod checkpoints;
 mod coherence;
+mod cpu;
 mod drain;
 mod faults;
 mod images;

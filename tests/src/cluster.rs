@@ -97,6 +97,12 @@ impl Cluster {
         Ctl::local().must(&["dev", "fault", &self.name(number), "hold", "--at", step, "--dir", dir]);
     }
 
+    /// The next message of this name that a move of node `number` sends is lost, see `csvctl dev fault NODE lose`.
+    pub fn lose(&self, number: usize, message: &str) {
+        let dir = self.dir().to_str().expect("a UTF-8 path");
+        Ctl::local().must(&["dev", "fault", &self.name(number), "lose", "--at", message, "--dir", dir]);
+    }
+
     /// Starts a killed node again.
     pub fn start_node(&self, number: usize) {
         let dir = self.dir().to_str().expect("a UTF-8 path");

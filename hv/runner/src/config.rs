@@ -59,6 +59,12 @@ pub struct RunnerConfig {
     pub control_socket: PathBuf,
     /// Console output that is kept, in bytes.
     pub console_log_bytes: usize,
+    /// The processor that the guest gets; without one all that the host can give.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<ProcessorSpec>,
+    /// What the host is held to have at most, in a rehearsal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_limit: Option<ProcessorSpec>,
     /// Start as the target of a live migration: RAM and state come from outside, then wait for Activate.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub incoming: bool,
@@ -87,6 +93,36 @@ pub struct DiskSpec {
     /// Bytes in a second; 0 is no limit.
     #[serde(default)]
     pub bytes_per_second: u64,
+}
+
+/// A processor, as `hv::Cpu` encodes it, in hexadecimal digits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ProcessorSpec(String);
+
+impl From<&hv::Cpu> for ProcessorSpec {
+    fn from(cpu: &hv::Cpu) -> Self {
+        Self(cpu.encode().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+}
+
+impl ProcessorSpec {
+    /// The processor.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn cpu(&self) -> Result<hv::Cpu, Failure> {
+        let digit = |at: usize| self.0.get(at..at + 2).and_then(|pair| u8::from_str_radix(pair, 16).ok());
+        let bytes: Option<Vec<u8>> = (0..self.0.len()).step_by(2).map(digit).collect();
+        let cpu =
+            bytes.ok_or("it is no hexadecimal number".to_owned()).and_then(|bytes| hv::Cpu::decode(&bytes));
+        cpu.map_err(|why| {
+            Failure::new(
+                format!("the processor of the VM cannot be read: {why}"),
+                "is hv of the same version as csvd?",
+            )
+        })
+    }
 }
 
 /// A network card of the VM.
@@ -221,6 +257,8 @@ mod tests {
             cpus: 1,
             kernel: BUILTIN_SECTOR_WRITER.into(),
             initrd: None,
+            baseline: None,
+            host_limit: None,
             cmdline: "seed=7".into(),
             disks: vec![DiskSpec {
                 volume: "vol1".into(),

@@ -15,10 +15,12 @@ use std::time::{Duration, Instant};
 
 use blockio::BlockDevice;
 use hv::control::{DiskPlace, SaveReply, StatusReply, VmRunState};
-use hv::{BootSource, DiskConfig, DiskLimits, Firmware, NetConfig, RunState, Vm, VmConfig, VmError};
+use hv::{
+    BootSource, DiskConfig, DiskLimits, Firmware, NetConfig, Processor, RunState, Vm, VmConfig, VmError,
+};
 use lockmgr::Epoch;
 
-use crate::config::{BUILTIN, DiskSpec, RunnerConfig, VolumePath};
+use crate::config::{BUILTIN, DiskSpec, ProcessorSpec, RunnerConfig, VolumePath};
 use crate::disk::{RunnerDisk, of_slot};
 use crate::failure::Failure;
 use crate::images::Works;
@@ -504,15 +506,17 @@ fn build(
         read_only: disk.spec().read_only,
         serial: disk.serial(config.vm_id),
     });
-    let vm = Vm::build(VmConfig {
+    let cpu = |spec: &Option<ProcessorSpec>| spec.as_ref().map(ProcessorSpec::cpu).transpose();
+    let processor = Processor { baseline: cpu(&config.baseline)?, limit: cpu(&config.host_limit)? };
+    let machine = VmConfig {
         memory_bytes: config.memory_bytes,
         cpus: config.cpus,
         boot,
         disks: each.collect(),
         net,
         console_bytes: config.console_log_bytes,
-    })
-    .map_err(|error| not_built(&error))?;
+    };
+    let vm = Vm::build_with(machine, &processor).map_err(|error| not_built(&error))?;
     for disk in disks {
         let limits = DiskLimits { iops: disk.spec().iops, bytes_per_second: disk.spec().bytes_per_second };
         vm.limit_disk(disk.slot(), limits).map_err(|error| not_built(&error))?;
@@ -578,6 +582,7 @@ fn read_file(path: &std::path::Path, what: &str) -> Result<Vec<u8>, Failure> {
 
 fn not_built(error: &VmError) -> Failure {
     let hint = match error {
+        VmError::Cpu(_) => "`csvctl vm check-migrate` tells which nodes can run it",
         VmError::Kvm(_) => "is KVM available on this node, and may this process open /dev/kvm?",
         VmError::Memory(_) => "choose another memory size",
         VmError::Boot(_) => "choose another kernel or command line",

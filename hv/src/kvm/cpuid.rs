@@ -2,10 +2,14 @@
 //!
 //! The table is data of the VM: it is saved with the state and set before anything else on the target.
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::Cap;
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry,
+};
+use kvm_ioctls::{Cap, Kvm};
 
+use super::processor::set_cpuid;
 use super::{KvmError, Machine, Tried};
+use crate::cpu::{ARCH_CAPABILITIES, Cpu, Registers};
 use crate::state::{self, StateError};
 
 const HYPERVISOR: u32 = 1 << 31;
@@ -27,17 +31,83 @@ const LEVEL_CORE: u32 = 2;
 const BRAND: &[u8; 48] = b"csvfs virtual processor\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
 impl Machine {
-    /// The table for a new vCPU, one of `cpus`.
-    pub(crate) fn cpuid(&self, vcpu: u32, cpus: u32) -> Result<CpuId, KvmError> {
-        let mut table =
-            self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).tried("asking for supported CPUID leaves")?;
-        let deadline = self.kvm.check_extension(Cap::TscDeadlineTimer);
-        for leaf in table.as_mut_slice() {
-            adjust(leaf, deadline);
-            place(leaf, vcpu, cpus);
-        }
-        Ok(table)
+    /// What this host can give to a guest. Its time-stamp counter is not asked for: who restores a state looks at it.
+    pub(crate) fn host_cpu(&self) -> Result<Cpu, KvmError> {
+        host_cpu(&self.kvm, (0, true))
     }
+}
+
+impl Cpu {
+    /// What this host can give to a guest.
+    ///
+    /// # Errors
+    /// When `/dev/kvm` is missing or may not be opened.
+    pub fn of_host() -> Result<Self, KvmError> {
+        let kvm = super::open()?;
+        let vm = kvm.create_vm().tried("creating a VM")?;
+        let vcpu = vm.create_vcpu(0).tried("creating a vCPU")?;
+        // A host without a stable TSC has no rate to tell.
+        let khz = vcpu.get_tsc_khz().unwrap_or(0);
+        let listed = host_cpu(&kvm, (khz, kvm.check_extension(Cap::TscControl)))?;
+        let kept = set_cpuid(&vcpu, &listed.table(0, 1)?)?;
+        Ok(listed.reduced_to(&kept))
+    }
+
+    /// The table for one of `cpus` vCPUs.
+    pub(crate) fn table(&self, vcpu: u32, cpus: u32) -> Result<CpuId, KvmError> {
+        let entry = |((function, index), it): ((u32, u32), Registers)| {
+            let flags = if has_subleaves(function) { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 };
+            let Registers { eax, ebx, ecx, edx } = it;
+            let mut leaf =
+                kvm_cpuid_entry2 { function, index, flags, eax, ebx, ecx, edx, ..Default::default() };
+            place(&mut leaf, vcpu, cpus);
+            leaf
+        };
+        let entries: Vec<_> = self.leaves().map(entry).collect();
+        CpuId::from_entries(&entries)
+            .map_err(|_| vmm_sys_util::errno::Error::new(libc::E2BIG))
+            .tried("making a table of CPUID leaves")
+    }
+
+    /// The processor that a saved vCPU had.
+    pub(crate) fn of_saved(leaves: &[state::CpuidLeaf]) -> Self {
+        Self::from_leaves(leaves.iter().map(|it| {
+            ((it.function, it.index), Registers { eax: it.eax, ebx: it.ebx, ecx: it.ecx, edx: it.edx })
+        }))
+    }
+
+    pub(crate) fn of_table(table: &CpuId) -> Self {
+        Self::of_saved(&to_state(table))
+    }
+}
+
+fn host_cpu(kvm: &Kvm, tsc: (u32, bool)) -> Result<Cpu, KvmError> {
+    let mut table =
+        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).tried("asking for supported CPUID leaves")?;
+    let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    for leaf in table.as_mut_slice() {
+        adjust(leaf, deadline);
+        // KVM tells the place of the processor that it was asked on: that says nothing of the host.
+        place(leaf, 0, 1);
+    }
+    Ok(Cpu::new(Cpu::of_table(&table).leaves(), feature_msrs(kvm), tsc))
+}
+
+/// A host that does not tell has none.
+fn feature_msrs(kvm: &Kvm) -> Option<(u32, u64)> {
+    let known = kvm.get_msr_feature_index_list().ok()?;
+    let index = known.as_slice().iter().copied().find(|index| *index == ARCH_CAPABILITIES)?;
+    let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
+    let read = kvm.get_msrs(&mut msrs).ok()?;
+    msrs.as_slice().first().filter(|_| read == 1).map(|msr| (index, msr.data))
+}
+
+fn has_subleaves(function: u32) -> bool {
+    matches!(
+        function,
+        0x4 | 0x7 | 0xb | 0xd | 0xf | 0x10 | 0x12 | 0x14 | 0x17 | 0x18 | 0x1d
+            ..=0x1f | 0x23 | 0x24 | 0x8000_001d | 0x8000_0026
+    )
 }
 
 /// What is the same on all processors of a VM and on all hosts.

@@ -15,10 +15,11 @@ const TSC_DEADLINE: u32 = 0x6e0;
 pub(super) const MISC_ENABLE: u32 = 0x1a0;
 
 /// First and last number of the registers that belong to a guest.
-const SAVED: [(u32, u32); 22] = [
+const SAVED: [(u32, u32); 23] = [
     (0x10, 0x12),               // TSC, old kvmclock
     (0x3a, 0x3b),               // feature control, TSC adjust
     (0x48, 0x48),               // speculation control
+    (0x10a, 0x10a),             // weaknesses that the processor does not have
     (0x122, 0x122),             // TSX control
     (0x140, 0x140),             // CPUID faulting
     (0x174, 0x176),             // SYSENTER

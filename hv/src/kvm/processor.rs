@@ -15,12 +15,13 @@
 //! | 11 | events | | |
 
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, kvm_debugregs, kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_debugregs, kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 
 use super::{KvmError, Tried, XSAVE_BYTES_MIN, cpuid, msr};
+use crate::cpu::Cpu;
 use crate::state::{self, StateError, byte, exactly, half, part};
 use crate::vm::VmError;
 
@@ -52,6 +53,20 @@ pub(crate) fn boot(vcpu: &VcpuFd, entry: Option<Entry>, gdt: u64) -> Result<(), 
     msr::write(vcpu, &[fast_strings])?;
     vcpu.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() }).tried("setting the FPU")?;
     entry.map_or(Ok(()), |entry| enter(vcpu, entry, gdt))
+}
+
+/// Gives a vCPU that has never run its table. Returns what the guest will see: KVM may drop from it, and add to it.
+pub(crate) fn set_cpuid(vcpu: &VcpuFd, table: &CpuId) -> Result<Cpu, KvmError> {
+    vcpu.set_cpuid2(table).tried("setting CPUID")?;
+    let kept = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).tried("reading CPUID")?;
+    Ok(Cpu::of_table(&kept))
+}
+
+/// Tells a vCPU which weaknesses its processor does not have.
+pub(crate) fn set_feature_msrs(vcpu: &VcpuFd, cpu: &Cpu) -> Result<(), KvmError> {
+    let entries: Vec<_> =
+        cpu.msrs().map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+    msr::write(vcpu, &entries)
 }
 
 fn enter(vcpu: &VcpuFd, entry: Entry, gdt: u64) -> Result<(), KvmError> {
@@ -143,7 +158,10 @@ pub(crate) fn restore(vcpu: &VcpuFd, saved: &state::Vcpu, xsave_bytes: usize) ->
             StateError::mismatch("the extended processor state", saved.xsave.len(), xsave_bytes).into()
         );
     }
-    vcpu.set_cpuid2(&cpuid).tried("setting CPUID")?;
+    let dropped = Cpu::of_table(&cpuid).dropped_in(&set_cpuid(vcpu, &cpuid)?);
+    if !dropped.is_empty() {
+        return Err(VmError::Cpu(dropped));
+    }
     vcpu.set_mp_state(kvm_mp_state { mp_state: saved.activity }).tried("setting the activity")?;
     vcpu.set_regs(&general).tried("setting registers")?;
     vcpu.set_sregs(&system).tried("setting system registers")?;

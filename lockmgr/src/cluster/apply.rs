@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::command::{
-    Command, Given, NAME_BYTES_MAX, Rejection, SPEC_BYTES_MAX, TEXT_BYTES_MAX, VMS_MAX, VOLUMES_MAX, VmUpdate,
+    BASELINES_MAX, Command, Given, NAME_BYTES_MAX, PROCESSOR_BYTES_MAX, Rejection, SPEC_BYTES_MAX,
+    TEXT_BYTES_MAX, VMS_MAX, VOLUMES_MAX, VmUpdate,
 };
 use super::records::{
-    ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord,
-    VolumeState,
+    Baseline, ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState,
+    VolumeRecord, VolumeState,
 };
 use super::{drain, settings};
 use crate::{ClusterId, Epoch, NODES_MAX, NodeId, Term, VolumeId};
@@ -66,6 +69,10 @@ impl ClusterState {
             Command::DeleteVm { name, expect_epoch } => self.delete_vm(name, expect_epoch),
             Command::SetDrain { node, expect_step, to } => self.set_drain(node, expect_step, to, at),
             Command::Set { name, value } => self.set(name, value),
+            Command::PublishProcessor { node, epoch, record } => self.publish_processor(node, epoch, record),
+            Command::FreezeBaseline { version, vendor, record } => {
+                self.freeze_baseline(version, vendor, record)
+            }
             Command::Event { kind, subject, text } => {
                 self.note(at, kind, subject, text);
                 return Ok(Given::Nothing);
@@ -132,6 +139,31 @@ impl ClusterState {
         member.state = state;
         let text = format!("node {} epoch {epoch} is {state}", member.name);
         Ok((Given::Nothing, Line { kind: "node.marked", subject: member.name.clone(), text }))
+    }
+
+    fn publish_processor(&mut self, node: NodeId, epoch: Epoch, record: Bytes) -> Applied {
+        let member = self.member_mut(node)?;
+        if member.epoch != epoch {
+            return Err(conflict(format!("epoch of node {node}"), epoch, member.epoch));
+        }
+        let subject = member.name.clone();
+        let text = format!("node {subject} has said which processors it can give to guests");
+        self.processors.insert(node, (epoch, record));
+        Ok((Given::Nothing, Line { kind: "node.processor", subject, text }))
+    }
+
+    fn freeze_baseline(&mut self, version: u32, vendor: String, record: Bytes) -> Applied {
+        let last = self.baselines.last_key_value().map_or(0, |(version, _)| *version);
+        if version != last.saturating_add(1) {
+            return Err(conflict("the next baseline of processors", version, last.saturating_add(1)));
+        }
+        if version > BASELINES_MAX {
+            return Err(invalid(format!("there are {last} baselines already")));
+        }
+        let text = format!("guests that boot on {vendor} from now on get processor baseline {version}");
+        self.baselines.insert(version, Baseline { vendor, record });
+        let subject = self.name.clone();
+        Ok((Given::Nothing, Line { kind: "cluster.baseline", subject, text }))
     }
 
     fn create_volume(
@@ -390,6 +422,11 @@ fn check_sizes(command: &Command) -> Result<(), Rejection> {
         Command::SetDrain { to: Some(drain), .. } => drain::check_size(drain),
         Command::Set { name, value } => settings::check_size(name, value.as_deref()),
         Command::SetVolumeState { reason, .. } => check_text("reason", reason),
+        Command::PublishProcessor { record, .. } => check_processor(record.len()),
+        Command::FreezeBaseline { vendor, record, .. } => {
+            check_name("vendor", vendor)?;
+            check_processor(record.len())
+        }
         Command::Event { kind, subject, text } => {
             check_text("event", kind)?;
             check_text("event", subject)?;
@@ -420,6 +457,15 @@ pub(super) fn check_name(what: &str, name: &str) -> Result<(), Rejection> {
 pub(super) fn check_text(what: &str, text: &str) -> Result<(), Rejection> {
     if text.len() > TEXT_BYTES_MAX {
         return Err(invalid(format!("{what} has {} bytes, more than {TEXT_BYTES_MAX}", text.len())));
+    }
+    Ok(())
+}
+
+fn check_processor(bytes: usize) -> Result<(), Rejection> {
+    if bytes > PROCESSOR_BYTES_MAX {
+        return Err(invalid(format!(
+            "a processor's record has {bytes} bytes, more than {PROCESSOR_BYTES_MAX}"
+        )));
     }
     Ok(())
 }

@@ -90,6 +90,7 @@ impl ClusterState {
         let heir = heir.ok_or_else(|| conflict("members", "one that is up", "none"))?;
         self.members.remove(&node);
         self.drains.remove(&node);
+        self.processors.remove(&node);
         // What runs nowhere is kept for whoever starts it next.
         for vm in self.vms.values_mut().filter(|vm| vm.owner == node) {
             vm.owner = heir;

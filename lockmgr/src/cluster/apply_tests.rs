@@ -125,6 +125,16 @@ fn command() -> impl Strategy<Value = Command> {
             name,
         }),
         (node(), number.clone()).prop_map(|(node, e)| Command::RemoveMember { node, expect: Epoch(e) }),
+        (node(), number.clone()).prop_map(|(node, e)| Command::PublishProcessor {
+            node,
+            epoch: Epoch(e),
+            record: Bytes::from_static(b"cpu"),
+        }),
+        (0u32..3, 0u8..3).prop_map(|(version, maker)| Command::FreezeBaseline {
+            version,
+            vendor: format!("v{maker}"),
+            record: Bytes::from(vec![maker]),
+        }),
         (name("m"), number).prop_map(|(name, expect_epoch)| Command::DeleteVm { name, expect_epoch }),
         (node(), 0u64..60, drain_phase()).prop_map(|(node, expect_step, phase)| Command::SetDrain {
             node,
@@ -282,4 +292,25 @@ fn a_change_of_a_vm_that_knows_an_older_configuration_is_refused() {
     let refused = apply(&mut machine, 4, late).expect_err("it would bring the old top back");
     assert!(refused.to_string().contains("configuration of vm m"), "{refused}");
     assert_eq!(machine.state.vms["m"].spec, Bytes::from_static(b"new top"));
+}
+
+#[test]
+fn a_baseline_is_frozen_once_and_the_newest_of_its_maker_is_found() {
+    let mut machine = created();
+    let mut freeze = |index, version, vendor: &str, record: &'static [u8]| {
+        let (vendor, record) = (vendor.to_owned(), Bytes::from_static(record));
+        machine.apply(index, &proposal(Command::FreezeBaseline { version, vendor, record }, 0)).result
+    };
+    assert!(freeze(2, 2, "one", b"x").is_err(), "the first is number 1");
+    freeze(3, 1, "one", b"a").expect("the first");
+    assert!(freeze(4, 1, "one", b"b").is_err(), "never changed");
+    freeze(5, 2, "two", b"c").expect("of another maker");
+    freeze(6, 3, "one", b"d").expect("a newer one");
+    let state = machine.state;
+    assert_eq!(
+        state.newest_baseline("one").map(|(version, it)| (version, &it.record[..])),
+        Some((3, &b"d"[..]))
+    );
+    assert_eq!(state.newest_baseline("two").map(|(version, _)| version), Some(2));
+    assert_eq!(state.newest_baseline("three"), None);
 }

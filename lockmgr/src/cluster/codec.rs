@@ -13,7 +13,8 @@ use super::drain::{Drain, DrainPhase};
 use super::pb;
 use super::pb::proposal::Command as PbCommand;
 use super::records::{
-    ClusterState, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord, VolumeState,
+    Baseline, ClusterState, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord,
+    VolumeState,
 };
 use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
 
@@ -370,6 +371,12 @@ impl From<&Command> for PbCommand {
                 to: to.as_ref().map(|drain| drain_to_pb(node, drain)),
             }),
             Command::Set { name, value } => Self::Set(pb::Setting { name, value }),
+            Command::PublishProcessor { node, epoch, record } => {
+                Self::PublishProcessor(processor_to_pb(node, epoch, record))
+            }
+            Command::FreezeBaseline { version, vendor, record } => {
+                Self::FreezeBaseline(pb::Baseline { version, vendor, record })
+            }
             Command::Event { kind, subject, text } => Self::AddEvent(pb::AddEvent { kind, subject, text }),
         }
     }
@@ -441,6 +448,14 @@ impl TryFrom<PbCommand> for Command {
             PbCommand::DeleteVm(delete) => {
                 Self::DeleteVm { name: delete.name, expect_epoch: delete.expect_epoch }
             }
+            PbCommand::PublishProcessor(of) => Self::PublishProcessor {
+                node: node_id(of.node)?,
+                epoch: Epoch(of.epoch),
+                record: own(&of.record),
+            },
+            PbCommand::FreezeBaseline(of) => {
+                Self::FreezeBaseline { version: of.version, vendor: of.vendor, record: own(&of.record) }
+            }
             PbCommand::AddEvent(event) => {
                 Self::Event { kind: event.kind, subject: event.subject, text: event.text }
             }
@@ -511,6 +526,12 @@ pub(crate) fn state_to_pb(state: &ClusterState) -> pb::Snapshot {
         nodes_given: state.nodes_given.into(),
         drains: state.drains.iter().map(|(node, drain)| drain_to_pb(*node, drain)).collect(),
         settings: state.settings.iter().map(setting_to_pb).collect(),
+        processors: state
+            .processors
+            .iter()
+            .map(|(node, (epoch, record))| processor_to_pb(*node, *epoch, record.clone()))
+            .collect(),
+        baselines: state.baselines.iter().map(|(version, it)| baseline_to_pb(*version, it)).collect(),
     }
 }
 
@@ -542,6 +563,14 @@ fn drain_from_pb(drain: pb::Drain) -> Result<Drain, CodecError> {
     })
 }
 
+fn processor_to_pb(node: NodeId, epoch: Epoch, record: Bytes) -> pb::Processor {
+    pb::Processor { node: node.0.into(), epoch: epoch.0, record }
+}
+
+fn baseline_to_pb(version: u32, baseline: &Baseline) -> pb::Baseline {
+    pb::Baseline { version, vendor: baseline.vendor.clone(), record: baseline.record.clone() }
+}
+
 fn ticket_to_pb(digest: &[u8; 32], expires_ms: u64) -> pb::JoinTicket {
     pb::JoinTicket { digest: Bytes::copy_from_slice(digest), expires_ms }
 }
@@ -571,6 +600,12 @@ pub(crate) fn state_from_pb(snapshot: pb::Snapshot) -> Result<ClusterState, Code
     for vm in snapshot.vms {
         let vm = VmRecord::try_from(vm)?;
         state.vms.insert(vm.name.clone(), vm);
+    }
+    for of in snapshot.processors {
+        state.processors.insert(node_id(of.node)?, (Epoch(of.epoch), own(&of.record)));
+    }
+    for of in snapshot.baselines {
+        state.baselines.insert(of.version, Baseline { vendor: of.vendor, record: own(&of.record) });
     }
     for event in snapshot.events {
         state.events.push_back(Arc::new(event.try_into()?));

@@ -17,6 +17,10 @@ pub const TEXT_BYTES_MAX: usize = 4096;
 pub const VOLUMES_MAX: usize = 256;
 /// Join tickets that are open at once.
 pub(super) const TICKETS_MAX: usize = 64;
+/// Longest record of a processor.
+pub const PROCESSOR_BYTES_MAX: usize = 32 << 10;
+/// Baselines that are ever frozen.
+pub const BASELINES_MAX: u32 = 256;
 /// Virtual machines of a cluster.
 pub const VMS_MAX: usize = 4096;
 
@@ -151,6 +155,24 @@ pub enum Command {
         name: String,
         /// Its value; nothing for the default.
         value: Option<String>,
+    },
+    /// A node of this epoch says what it can give to guests as a processor. Replaces what it said before.
+    PublishProcessor {
+        /// The node.
+        node: NodeId,
+        /// Its incarnation.
+        epoch: Epoch,
+        /// What it can give.
+        record: Bytes,
+    },
+    /// Adds a baseline. Expects that it is the next version: of two that try, one succeeds.
+    FreezeBaseline {
+        /// Its number, one above the highest.
+        version: u32,
+        /// Maker of the processors.
+        vendor: String,
+        /// The processor.
+        record: Bytes,
     },
     /// Adds a line to the events.
     Event {

@@ -31,15 +31,15 @@ mod store;
 mod voters;
 
 pub use command::{
-    Command, Given, NAME_BYTES_MAX, Outcome, ProposeError, Rejection, SPEC_BYTES_MAX, TEXT_BYTES_MAX,
-    VMS_MAX, VOLUMES_MAX, VmUpdate,
+    BASELINES_MAX, Command, Given, NAME_BYTES_MAX, Outcome, PROCESSOR_BYTES_MAX, ProposeError, Rejection,
+    SPEC_BYTES_MAX, TEXT_BYTES_MAX, VMS_MAX, VOLUMES_MAX, VmUpdate,
 };
 pub use config::{ClusterConfig, ClusterError, MemberConfig, RaftTiming};
 pub use drain::{Drain, DrainPhase, STUCK_MAX};
 pub use node::{Cluster, RaftStatus, not_started};
 pub use records::{
-    ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord,
-    VolumeState,
+    Baseline, ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState,
+    VolumeRecord, VolumeState,
 };
 pub use settings::SETTINGS_MAX;
 pub use store::StoreError;

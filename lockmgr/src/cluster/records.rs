@@ -38,10 +38,32 @@ pub struct ClusterState {
     pub drains: BTreeMap<NodeId, Drain>,
     /// What was set for the whole cluster; what is not here has its default.
     pub settings: BTreeMap<String, String>,
+    /// What nodes can give to guests as a processor: the incarnation that said so, and the record, opaque here.
+    pub processors: BTreeMap<NodeId, (Epoch, Bytes)>,
+    /// Processors that guests were given, by version. None is ever changed.
+    pub baselines: BTreeMap<u32, Baseline>,
     /// The last [`EVENTS_MAX`] events, oldest first.
     pub events: VecDeque<Arc<EventRecord>>,
     /// Position in the log up to which this copy has come.
     pub applied: u64,
+}
+
+/// A processor that all nodes of one maker could give to guests when it was frozen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Baseline {
+    /// Maker of the processors.
+    pub vendor: String,
+    /// The processor, opaque here.
+    pub record: Bytes,
+}
+
+impl ClusterState {
+    /// The newest baseline for processors of a maker.
+    #[must_use]
+    pub fn newest_baseline(&self, vendor: &str) -> Option<(u32, &Baseline)> {
+        let of_vendor = |(_, baseline): &(&u32, &Baseline)| baseline.vendor == vendor;
+        self.baselines.iter().rev().find(of_vendor).map(|(version, baseline)| (*version, baseline))
+    }
 }
 
 /// One node of the cluster.

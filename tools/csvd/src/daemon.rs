@@ -95,6 +95,7 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
     redirect::serve_processes(core)?;
     membership::start(core);
     vms::adopt(core).await;
+    core.runtime.spawn(tell_processor(Arc::clone(core)));
     core.runtime.spawn(volumes::run(Arc::clone(core)));
     core.runtime.spawn(vms::restart_lost(Arc::clone(core)));
     core.runtime.spawn(drain::run(Arc::clone(core)));
@@ -113,6 +114,13 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
         tracing::warn!("requests of this node's VMs were cut off");
     }
     Ok(())
+}
+
+/// VMs can start without: they then get what their node has.
+async fn tell_processor(core: Arc<Core>) {
+    if let Err(error) = vms::publish_processor(&core).await {
+        tracing::warn!(%error, "the cluster does not know what this node's processor can give");
+    }
 }
 
 /// Without a quorum the lease runs out, and what must still be written waits for it for ever: then the right is given up,

@@ -16,6 +16,7 @@ mod ha;
 mod hotplug;
 mod images;
 mod migration;
+mod processor;
 mod runner;
 mod trouble;
 
@@ -44,6 +45,7 @@ pub(crate) use migration::{
 };
 pub(crate) use trouble::is_halted;
 
+pub(crate) use processor::publish as publish_processor;
 use runner::{Content, Runner};
 
 /// Longest name of a VM.
@@ -68,6 +70,8 @@ pub(crate) struct Vms {
     serials: Mutex<HashMap<u64, Option<u32>>>,
     /// The moves to this node.
     moves: Moves,
+    /// What this node can give to guests.
+    pub(crate) processors: processor::Processors,
     /// Where moves are held, in rehearsals.
     pub(crate) rehearsal: Rehearsal,
     /// By name: held while it is decided whether a VM starts here. Two ways lead to a running process, a start and a move,
@@ -247,7 +251,11 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
             .hint("`csvctl vm show` tells where it is"));
     }
     let during = |error: Error| error.during(format!("vm start {name}"));
-    let spec = spec_of(record)?;
+    let mut spec = spec_of(record)?;
+    if record.saved.is_none() {
+        // A guest that boots sees what all nodes can give; one that goes on keeps what it has seen.
+        spec.baseline = processor::newest(core);
+    }
     let wanted = disks::of(core, &spec).await.map_err(during)?;
     disks::refuse_shared(core, name, &wanted, &state).await.map_err(during)?;
     let command = record.update(|record| {
@@ -256,6 +264,7 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
         record.peer = None;
         record.reason = String::new();
         record.restarts_left = 0;
+        record.spec = spec.encode_to_vec().into();
     });
     core.propose(command).await.map_err(during)?;
     let mut starting = view::vm(&core.state(), name)?.clone();
@@ -539,6 +548,7 @@ pub(crate) async fn show(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> 
     let mut vm = describe(&state, view::vm(&state, name)?);
     let Some(runner) = core.vms.get(name) else { return Ok(vm) };
     vm.pid = runner.pid.into();
+    vm.start_ms = runner.started_in.as_secs_f64() * 1000.0;
     if let Ok(status) = runner.control().status().await {
         vm.console_bytes = status.console_bytes;
         vm.exits = status.exits;

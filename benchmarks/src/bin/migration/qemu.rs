@@ -141,13 +141,11 @@ fn one(here: &mut Qemu, there: &mut Qemu, settings: &Settings) -> Result<Move, F
 fn until_complete(qemu: &mut Qemu) -> Result<Value, Failure> {
     let begun = Instant::now();
     loop {
-        let shown = qemu.ask("query-migrate", &json!({}))?;
-        match shown["status"].as_str() {
-            Some("completed") => return Ok(shown),
-            Some("failed" | "cancelled") => return Err(format!("QEMU's move failed: {shown}").into()),
+        match qemu.migration_status()?.as_str() {
+            "completed" => return qemu.ask("query-migrate", &json!({})),
+            status @ ("failed" | "cancelled") => return Err(format!("QEMU's move is {status}").into()),
             _ if begun.elapsed() > GIVE_UP_AFTER => return Err("QEMU's move does not come to an end".into()),
-            // Looking too often would take the processor that moves.
-            _ => std::thread::sleep(Duration::from_millis(20)),
+            _ => {}
         }
     }
 }

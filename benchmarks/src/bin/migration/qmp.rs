@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::Failure;
 
 /// Longest wait for an answer or an event.
-const WITHIN: Duration = Duration::from_secs(120);
+const WITHIN: Duration = Duration::from_secs(40);
 
 /// A process; ended when dropped.
 pub(crate) struct Qemu {
@@ -86,15 +86,22 @@ impl Qemu {
 
     /// Waits for an event and gives its time in seconds.
     pub(crate) fn event(&mut self, name: &str) -> Result<f64, Failure> {
-        let begun = Instant::now();
+        let time = &self.next_event(name)?["timestamp"];
+        let seconds = time["seconds"].as_f64().ok_or("an event without its time")?;
+        Ok(seconds + time["microseconds"].as_f64().unwrap_or(0.0) / 1e6)
+    }
+
+    /// Waits until a move's status changes, and gives the new one.
+    pub(crate) fn migration_status(&mut self) -> Result<String, Failure> {
+        let event = self.next_event("MIGRATION")?;
+        Ok(event["data"]["status"].as_str().ok_or("an event without a status")?.to_owned())
+    }
+
+    /// Waits for an event. Reading ends with an error when nothing comes for too long.
+    fn next_event(&mut self, name: &str) -> Result<Value, Failure> {
         loop {
             if let Some(at) = self.events.iter().position(|event| event["event"] == name) {
-                let time = &self.events.remove(at)["timestamp"];
-                let seconds = time["seconds"].as_f64().ok_or("an event without its time")?;
-                return Ok(seconds + time["microseconds"].as_f64().unwrap_or(0.0) / 1e6);
-            }
-            if begun.elapsed() > WITHIN {
-                return Err(format!("QEMU: no event {name}").into());
+                return Ok(self.events.remove(at));
             }
             let line = self.line()?;
             if line.get("event").is_some() {

@@ -229,6 +229,8 @@ impl World {
             control_socket: at(&format!("hv{serial}.sock")),
             console_log_bytes: 1 << 18,
             incoming: false,
+            baseline: None,
+            host_limit: None,
             restore_from: None,
         }
     }

@@ -8,6 +8,7 @@ use lockmgr::cluster::{ClusterState, Member, MemberState, RaftStatus};
 use crate::core::Core;
 use crate::redirect::orders;
 use crate::view;
+use crate::vms::publish_processor;
 
 pub(super) fn show(core: &Arc<Core>) -> pb::Cluster {
     let (state, raft) = (core.state(), core.cluster.status());
@@ -71,9 +72,15 @@ pub(super) async fn fault(core: &Arc<Core>, action: &str) -> Result<pb::Done, Er
         ("hold", step) => core.vms.rehearsal.hold(Some(step)),
         ("held", _) => core.vms.rehearsal.held().await,
         ("release", _) => core.vms.rehearsal.hold(None),
+        ("lose", message) => core.vms.rehearsal.lose(message),
+        ("cpu", without) => {
+            let without = (!without.is_empty()).then(|| without.parse().map_err(Error::usage)).transpose()?;
+            core.vms.processors.rehearse(without);
+            publish_processor(core).await?;
+        }
         _ => {
             return Err(Error::usage(format!("`{action}` is not a fault of this node"))
-                .hint("it knows partition, heal, lun-fail, lun-heal, hold, held and release"));
+                .hint("it knows partition, heal, lun-fail, lun-heal, hold, held, release, lose and cpu"));
         }
     }
     tracing::warn!(action, "fault rehearsal");

@@ -70,6 +70,15 @@ pub(crate) fn check(state: &ClusterState, record: &VmRecord, to: &Member, kind: 
 
 /// Proposes a change of the VM's record, and says for certain what became of it, or that it is not known.
 async fn propose(core: &Arc<Core>, record: &VmRecord, change: &Change) -> CasReply {
+    let commits = change.expect.owner != change.to.owner;
+    if commits && core.vms.rehearsal.is_lost("commit") {
+        return CasReply::Unknown;
+    }
+    let reply = propose_now(core, record, change).await;
+    if commits && core.vms.rehearsal.is_lost("commit-answer") { CasReply::Unknown } else { reply }
+}
+
+async fn propose_now(core: &Arc<Core>, record: &VmRecord, change: &Change) -> CasReply {
     match core.cluster.propose(change.command(record)).await {
         Ok(_) => CasReply::Won,
         Err(ProposeError::Conflict { .. }) => CasReply::Lost(read_record(core, &record.name).await),

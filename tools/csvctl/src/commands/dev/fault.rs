@@ -22,9 +22,12 @@ pub(crate) struct Fault {
     /// What happens to it
     #[arg(value_enum)]
     action: Action,
-    /// For hold: preflight, announce, prepare, copy, save, commit, activate at the source, load or start at the target of a move; snapshot (the new image is whole) or snapshot-recorded (the record names it)
-    #[arg(long, value_name = "STEP", required_if_eq("action", "hold"))]
+    /// For lose: inquire, prepare, activate, cancel or commit, or the answer to it, such as commit-answer. For hold: preflight, announce, prepare, copy, save, commit, activate at the source, load or start at the target of a move; snapshot (the new image is whole) or snapshot-recorded (the record names it)
+    #[arg(long, value_name = "STEP", required_if_eq_any([("action", "hold"), ("action", "lose")]))]
     at: Option<String>,
+    /// For cpu: the feature as LEAF.SUBLEAF.REGISTER.BIT of CPUID, such as 0x1.0.edx.25; without it the node has all again
+    #[arg(long, value_name = "FEATURE")]
+    without: Option<String>,
     #[command(flatten)]
     folder: DevDir,
 }
@@ -51,6 +54,10 @@ enum Action {
     Held,
     /// A VM move that waits goes on
     Release,
+    /// The next message of a VM move is lost on its way
+    Lose,
+    /// The node's processor lacks a feature
+    Cpu,
 }
 
 impl Fault {
@@ -121,6 +128,14 @@ impl Fault {
             Action::Release => {
                 inside(&config, "release").await?;
                 "holding no move"
+            }
+            Action::Lose => {
+                inside(&config, &format!("lose:{}", self.at.unwrap_or_default())).await?;
+                "going to lose a message"
+            }
+            Action::Cpu => {
+                inside(&config, &format!("cpu:{}", self.without.unwrap_or_default())).await?;
+                "telling what its processor has"
             }
         };
         context.ui.done(&format!("node {} is {what}", self.node))

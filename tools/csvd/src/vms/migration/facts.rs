@@ -4,23 +4,26 @@ use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::sync::Arc;
 
-use api::pb;
+use api::{Error, pb};
 use lockmgr::NodeId;
 use migrator::PROTOCOL_VERSION;
-use migrator::preflight::{Cpu, Facts, Needs};
+use migrator::preflight::{Facts, Needs};
 
 use crate::core::Core;
+use crate::vms::processor;
 
 /// What a VM of this node needs elsewhere.
-pub(super) fn needs(core: &Core, spec: &pb::VmSpec, to: NodeId) -> Needs {
-    Needs {
+pub(super) fn needs(core: &Core, spec: &pb::VmSpec, to: NodeId) -> Result<Needs, Error> {
+    let given = processor::baseline(&core.state(), spec.baseline)?;
+    Ok(Needs {
         from: core.me,
         to,
         memory_bytes: spec.memory_bytes,
         cpus: spec.cpus,
         paths: paths(spec),
-        cpu: Cpu::of_this_machine(),
-    }
+        // Without a baseline it was given all that this node has.
+        cpu: given.or_else(|| core.vms.processors.here()).unwrap_or_default(),
+    })
 }
 
 /// The files that a VM needs.
@@ -50,7 +53,7 @@ pub(super) async fn gather(core: &Arc<Core>, paths: Vec<(String, String)>) -> Fa
         paths: found,
         version_min: PROTOCOL_VERSION,
         version_max: PROTOCOL_VERSION,
-        cpu: Cpu::of_this_machine(),
+        cpu: core.vms.processors.here().unwrap_or_default(),
     }
 }
 

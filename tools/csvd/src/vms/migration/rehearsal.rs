@@ -1,10 +1,15 @@
-//! Holding a move or a snapshot at a step, for rehearsals of what happens when a side dies right there.
+//! Holding a move or a snapshot at a step, for rehearsals of what happens when a side dies right there; and losing messages
+//! of a move.
 //!
 //! ```text
 //!   dev fault n1 hold --at copy     the next move that comes to this step on this node waits there
 //!   dev fault n1 held               returns when one does: now kill, cut off, cancel ...
 //!   dev fault n1 release            it goes on
+//!   dev fault n1 lose --at prepare-answer      the next such message of a move is lost
 //! ```
+
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::watch;
 
@@ -13,6 +18,8 @@ use tokio::sync::watch;
 pub(crate) struct Rehearsal {
     hold_at: watch::Sender<Option<String>>,
     held: watch::Sender<bool>,
+    /// Messages that will be lost, each once. Rank: a leaf.
+    losing: Mutex<BTreeSet<String>>,
 }
 
 impl Rehearsal {
@@ -26,6 +33,20 @@ impl Rehearsal {
         let mut held = self.held.subscribe();
         // The sender lives in `self`.
         drop(held.wait_for(|held| *held).await);
+    }
+
+    /// The next message of this name is lost on its way.
+    pub(crate) fn lose(&self, message: &str) {
+        self.losing.lock().unwrap_or_else(PoisonError::into_inner).insert(message.to_owned());
+    }
+
+    /// Whether this message is lost. The next one like it is not.
+    pub(super) fn is_lost(&self, message: &str) -> bool {
+        let lost = self.losing.lock().unwrap_or_else(PoisonError::into_inner).remove(message);
+        if lost {
+            tracing::warn!(message, "a message of a move is lost, for a rehearsal");
+        }
+        lost
     }
 
     /// A move comes to this step.

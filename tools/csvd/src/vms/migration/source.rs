@@ -91,7 +91,10 @@ fn new_move(core: &Core, record: &VmRecord, to: NodeId) -> Move {
 }
 
 async fn preflight(core: &Arc<Core>, spec: &pb::VmSpec, of: &Move) -> Vec<Problem> {
-    let needs = facts::needs(core, spec, of.to);
+    let needs = match facts::needs(core, spec, of.to) {
+        Ok(needs) => needs,
+        Err(error) => return vec![Problem::NodeDown { node: core.me, reason: error.message }],
+    };
     let asked = ToTarget::Inquire { of: of.clone(), paths: needs.paths.clone() };
     let down = |reason: String| vec![Problem::NodeDown { node: of.to, reason }];
     match tell(core, of.to, &asked).await {
@@ -102,6 +105,23 @@ async fn preflight(core: &Arc<Core>, spec: &pb::VmSpec, of: &Move) -> Vec<Proble
 }
 
 async fn tell(core: &Arc<Core>, to: NodeId, message: &ToTarget) -> Result<FromTarget, Error> {
+    let lost = |name: &str| match core.vms.rehearsal.is_lost(name) {
+        true => Err(Error::failed("the connection is gone")),
+        false => Ok(()),
+    };
+    let name = match message {
+        ToTarget::Inquire { .. } => "inquire",
+        ToTarget::Prepare(..) => "prepare",
+        ToTarget::Activate(..) => "activate",
+        ToTarget::Cancel(_) => "cancel",
+    };
+    lost(name)?;
+    let answer = ask(core, to, message).await;
+    lost(&format!("{name}-answer"))?;
+    answer
+}
+
+async fn ask(core: &Arc<Core>, to: NodeId, message: &ToTarget) -> Result<FromTarget, Error> {
     let op = NodeOp::VmIncoming(message.encode().into());
     let asked = tokio::time::timeout(ANSWER_WITHIN, forward::ask(core, to, op));
     match asked.await {

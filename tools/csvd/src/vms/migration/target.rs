@@ -10,7 +10,7 @@ use bytes::Bytes;
 use hv_runner::config::VolumePath;
 use lockmgr::cluster::{ProposeError, VmRecord, VmState};
 use migrator::protocol::{FromTarget, Move, Saved, ToTarget};
-use migrator::{Incoming, TargetAction, TargetAnswer, TargetEvent};
+use migrator::{Incoming, RecordView, TargetAction, TargetAnswer, TargetEvent};
 
 use super::arrival::Arrival;
 use super::{facts, propose, read_record, remove_state};
@@ -21,6 +21,8 @@ use crate::vms::{spec_of, supervise};
 
 /// How often a VM that waits for its source looks at the record by itself.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long this node's copy of the records is waited for before the quorum is asked.
+const COPY_WITHIN: Duration = Duration::from_millis(30);
 
 /// The moves to this node. A lost message is answered by the same machine when it comes again.
 #[derive(Debug, Default)]
@@ -185,12 +187,13 @@ async fn look(core: Arc<Core>, attempt: Arc<tokio::sync::Mutex<Attempt>>, of: Mo
 impl Attempt {
     async fn take(&mut self, core: &Arc<Core>, event: TargetEvent, mut tell: Tell) {
         let _decision = core.vms.decide(&self.of.vm).await;
+        let told = event == TargetEvent::Activate;
         let mut todo = VecDeque::from(self.machine.step(event));
         while let Some(action) = todo.pop_front() {
             tracing::debug!(vm = self.of.vm, ?action, "move to this node");
             let event = match action {
                 TargetAction::Load => self.load(core).await,
-                TargetAction::ReadRecord => TargetEvent::Record(read_record(core, &self.of.vm).await),
+                TargetAction::ReadRecord => TargetEvent::Record(self.record(core, told).await),
                 TargetAction::Start => self.start(core).await,
                 TargetAction::Discard => {
                     self.discard().await;
@@ -224,6 +227,21 @@ impl Attempt {
         if self.machine.is_running() && !self.machine.is_waiting() {
             self.clean_up(core);
         }
+    }
+
+    /// The VM's record. After the source's word that the commit stands, it is mostly in this node's own copy already, or is
+    /// about to come: the guest stands still, and asking the quorum takes longer.
+    async fn record(&self, core: &Arc<Core>, told: bool) -> Option<RecordView> {
+        let (vm, committed) = (&self.of.vm, self.of.epoch + 1);
+        if told {
+            let mut state = core.cluster.watch();
+            let come =
+                state.wait_for(|state| state.vms.get(vm).is_some_and(|record| record.epoch >= committed));
+            if let Ok(Ok(state)) = tokio::time::timeout(COPY_WITHIN, come).await {
+                return state.vms.get(vm).map(RecordView::from);
+            }
+        }
+        read_record(core, vm).await
     }
 
     /// Starts a process that loads the state, for the epoch that the record would give to this node.
