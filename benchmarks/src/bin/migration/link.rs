@@ -22,7 +22,7 @@ pub(crate) fn enter(mbit: u64) -> Result<(), Failure> {
         let only = if arguments.iter().any(|word| word == "--only") {
             Vec::new()
         } else {
-            vec!["--only".to_owned(), crate::ALL.replace("stream,", "")]
+            vec!["--only".to_owned(), crate::ALL.replace(",stream", "")]
         };
         let mut command = Command::new("unshare");
         command.arg("--net").arg(std::env::current_exe()?).args(arguments).args(only);

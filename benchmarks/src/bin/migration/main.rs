@@ -4,7 +4,7 @@
 //!   network namespace, loopback shaped to --link     three csvd + hv  <- csvctl vm migrate -> there and back
 //!                                                    two qemu (KVM)   <- QMP migrate       -> there and back
 //! ```
-//! `migration [--moves N] [--link MBIT] [--only idle,ten,half,gib,quick,start,stream,memory]`. QEMU moves with its default
+//! `migration [--moves N] [--link MBIT] [--only idle,ten,half,gib,quick,start,stream]`. QEMU moves with its default
 //! settings, and with those of a list that give the shortest blackout for the load at hand. QEMU's blackout is the time from
 //! its STOP event at the source to its RESUME event at the target; ours is what `vm migrate` reports, from the request to halt
 //! to the target's answer that the guest runs. Needs root, /dev/kvm, /dev/fuse and qemu-system-x86_64.
@@ -31,7 +31,7 @@ use load::{LOADS, Load};
 type Failure = Box<dyn std::error::Error>;
 
 /// What is measured when nothing else is asked for.
-const ALL: &str = "idle,ten,half,gib,quick,start,stream,memory";
+const ALL: &str = "idle,ten,half,gib,quick,start,stream";
 
 struct Arguments {
     moves: usize,
@@ -79,9 +79,6 @@ fn main() -> Result<(), Failure> {
     }
     if arguments.wants("start") {
         smaller::start(arguments.moves)?;
-    }
-    if arguments.wants("memory") {
-        smaller::memory();
     }
     println!("reproduce: cargo xtask bench migration");
     Ok(())

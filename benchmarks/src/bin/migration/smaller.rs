@@ -1,4 +1,4 @@
-//! The goals that need no peer: a quick move, the start of a process, its memory.
+//! The goals that need no peer: a quick move, and the start of a process.
 #![expect(clippy::print_stdout, reason = "a program for people at a terminal")]
 
 use std::path::Path;
@@ -54,9 +54,4 @@ pub(crate) fn start(count: usize) -> Result<(), Failure> {
         benchmarks::median(&mut values)
     );
     Ok(())
-}
-
-/// Memory of a VM's process beside its guest's.
-pub(crate) fn memory() {
-    println!("memory of hv beside guest RAM: see `cargo xtask bench memory`");
 }
