@@ -1,7 +1,7 @@
 //! The map of a file: which blocks of the LUN carry which blocks of the file, and in what state.
 //!
 //! ```text
-//!   file   |DDDDDDDD|FFFF|........|DDDD|      D data   F fresh (allocated, reads zeros)   . hole
+//!   file   |DDDDDDDD|FFFF|........|SSSS|      D data   S shared data   F fresh (allocated, reads zeros)   . hole
 //!   LUN     500..508 508..512      90..94
 //! ```
 //! Pure functions over a window of a file's extents: the ones that touch the range in question and their neighbours.
@@ -18,6 +18,9 @@ pub enum State {
     Data,
     /// Zeros: allocated, but what the LUN holds there belonged to somebody else.
     Fresh,
+    /// The content of the LUN, which other files may have too: it is never written in place. The counts of references
+    /// tell whether somebody still has it.
+    Shared,
 }
 
 /// A run of blocks that is contiguous in the file and on the LUN. All numbers count blocks.
@@ -46,6 +49,11 @@ impl Extent {
         let (from, to) = (self.file.max(range.start), self.end().min(range.end));
         let skip = from.checked_sub(self.file)?;
         (from < to).then(|| Self { file: from, blocks: to - from, lun: self.lun + skip, state: self.state })
+    }
+
+    fn when_written(self) -> Self {
+        let state = if self.state == State::Fresh { State::Data } else { self.state };
+        Self { state, ..self }
     }
 
     fn continued_by(&self, next: &Self) -> bool {
@@ -107,19 +115,32 @@ pub fn written(window: &[Extent], range: &Range<u64>) -> Vec<Extent> {
     let mut next = Vec::with_capacity(window.len() + 2);
     for extent in window {
         next.extend(extent.part(&(0..range.start)));
-        next.extend(extent.part(range).map(|part| Extent { state: State::Data, ..part }));
+        next.extend(extent.part(range).map(Extent::when_written));
         next.extend(extent.part(&(range.end..u64::MAX)));
     }
     merged(next)
 }
 
-/// The window without the blocks of `range` whose state `gone` accepts, and the runs of the LUN that this frees.
+/// The window with the data of `range` marked as shared.
+#[must_use]
+pub fn shared(window: &[Extent], range: &Range<u64>) -> Vec<Extent> {
+    let mut next = Vec::with_capacity(window.len() + 2);
+    for extent in window {
+        let state = if extent.state == State::Data { State::Shared } else { extent.state };
+        next.extend(extent.part(&(0..range.start)));
+        next.extend(extent.part(range).map(|part| Extent { state, ..part }));
+        next.extend(extent.part(&(range.end..u64::MAX)));
+    }
+    merged(next)
+}
+
+/// The window without the blocks of `range` whose state `gone` accepts, and what the file no longer has.
 #[must_use]
 pub fn without(
     window: &[Extent],
     range: &Range<u64>,
     gone: impl Fn(State) -> bool,
-) -> (Vec<Extent>, Vec<Run>) {
+) -> (Vec<Extent>, Vec<Extent>) {
     let (mut kept, mut freed) = (Vec::with_capacity(window.len()), Vec::new());
     for extent in window {
         let Some(part) = extent.part(range).filter(|part| gone(part.state)) else {
@@ -128,7 +149,7 @@ pub fn without(
         };
         kept.extend(extent.part(&(0..range.start)));
         kept.extend(extent.part(&(range.end..u64::MAX)));
-        freed.push(Run { start: part.lun, blocks: part.blocks });
+        freed.push(part);
     }
     (merged(kept), freed)
 }
@@ -194,6 +215,7 @@ mod tests {
     enum Step {
         Fill { from: u64, len: u64, pieces: Vec<u64> },
         Written { from: u64, len: u64 },
+        Share { from: u64, len: u64 },
         Truncate { from: u64 },
         TrimFresh { from: u64 },
     }
@@ -204,6 +226,7 @@ mod tests {
             3 => (at.clone(), len.clone(), prop::collection::vec(1..9_u64, 1..8))
                 .prop_map(|(from, len, pieces)| Step::Fill { from, len, pieces }),
             3 => (at.clone(), len).prop_map(|(from, len)| Step::Written { from, len }),
+            1 => (at.clone(), 1..20_u64).prop_map(|(from, len)| Step::Share { from, len }),
             1 => at.clone().prop_map(|from| Step::Truncate { from }),
             1 => at.prop_map(|from| Step::TrimFresh { from }),
         ]
@@ -237,9 +260,17 @@ mod tests {
             Step::Written { from, len } => {
                 let range = *from..(from + len).min(FILE_BLOCKS);
                 for slot in &mut model[range.start as usize..range.end as usize] {
-                    *slot = slot.map(|(lun, _)| (lun, State::Data));
+                    *slot = slot.map(|(lun, old)| (lun, if old == State::Fresh { State::Data } else { old }));
                 }
                 written(extents, &range)
+            }
+            Step::Share { from, len } => {
+                let range = *from..(from + len).min(FILE_BLOCKS);
+                for slot in &mut model[range.start as usize..range.end as usize] {
+                    *slot =
+                        slot.map(|(lun, old)| (lun, if old == State::Data { State::Shared } else { old }));
+                }
+                shared(extents, &range)
             }
             Step::Truncate { from } => cut(extents, model, *from, |_| true),
             Step::TrimFresh { from } => cut(extents, model, *from, |state| state == State::Fresh),
@@ -254,7 +285,7 @@ mod tests {
             }
         }
         let (kept, freed) = without(extents, &(from..u64::MAX), gone);
-        let freed: Vec<u64> = freed.iter().flat_map(|r| r.start..r.start + r.blocks).collect();
+        let freed: Vec<u64> = freed.iter().flat_map(|e| e.lun..e.lun + e.blocks).collect();
         assert_eq!(freed, expected, "exactly what was cut is freed");
         kept
     }

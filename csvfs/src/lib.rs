@@ -24,6 +24,7 @@ mod namespace;
 pub mod node;
 pub mod probe;
 pub mod proto;
+mod refcounts;
 mod refusal;
 pub mod volume;
 mod xattrs;

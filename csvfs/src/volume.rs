@@ -271,6 +271,16 @@ pub(crate) fn add_ro_compat(device: &dyn BlockDevice, bits: u64) -> Result<(), V
     write_superblocks(device, &Superblock { ro_compat, generation, ..block })
 }
 
+/// Marks the volume as using a feature without which no program may open it. Only the coordinator may do this.
+pub(crate) fn add_incompat(device: &dyn BlockDevice, bits: u64) -> Result<(), VolumeError> {
+    let block = Superblock::read(device)?;
+    if block.incompat & bits == bits {
+        return Ok(());
+    }
+    let (incompat, generation) = (block.incompat | bits, block.generation + 1);
+    write_superblocks(device, &Superblock { incompat, generation, ..block })
+}
+
 type Copy = Result<Superblock, Damaged>;
 
 pub(crate) fn read_copies(device: &dyn BlockDevice) -> Result<[Copy; 2], VolumeError> {

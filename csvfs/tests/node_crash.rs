@@ -1,4 +1,4 @@
-//! Power cuts while nodes work: data, pools, the intent log, merges, recalls and moves of the coordinator, cut at sampled
+//! Power cuts while nodes work: data, pools, the intent log, merges, clones, recalls and moves of the coordinator, cut at sampled
 //! points of the recorded writes, with every kind of loss of what was not flushed.
 //!
 //! ```text
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use blockio::{BlockDevice, MemoryDevice, Recorder, Unflushed};
 use csvfs::node::{File, Node, ROOT_INO};
 use lockmgr::{Epoch, NodeId, VolumeId};
-use world::{Dice, World, create, fsync, open, read, write};
+use world::{Dice, PLAIN, World, create, fsync, open, read, write};
 
 const LUN_BYTES: u64 = 96 << 20;
 const SECTOR: u64 = 512;
@@ -36,10 +36,20 @@ struct Step {
 
 #[derive(Clone, Copy)]
 enum What {
-    Write { sector: u64, sectors: u64, tag: u8 },
+    Write {
+        sector: u64,
+        sectors: u64,
+        tag: u8,
+    },
     Sync,
-    Cut { sectors: u64 },
+    Cut {
+        sectors: u64,
+    },
     Remove,
+    /// The file is a clone of another one from now on.
+    CloneOf {
+        from: usize,
+    },
 }
 
 /// What a file may look like.
@@ -66,7 +76,20 @@ impl Promise {
                 self.may_be_gone = true;
                 self.gone = acknowledged;
             }
+            What::CloneOf { .. } => unreachable!("it concerns two files"),
         }
+    }
+
+    /// A clone of this file, which has its name when it is whole.
+    fn cloned(&mut self, acknowledged: bool) -> Self {
+        let mut clone = self.clone();
+        clone.sync();
+        (clone.gone, clone.may_be_gone) = (false, !acknowledged);
+        if acknowledged {
+            // Cloning brings all of the source to the coordinator first.
+            self.sync();
+        }
+        clone
     }
 
     fn write(&mut self, range: std::ops::Range<u64>, tag: u8) {
@@ -157,7 +180,7 @@ impl Workload {
     fn random(&mut self) {
         let file = self.dice.size(FILES);
         let Some(handle) = self.files[file].clone() else { return };
-        match self.dice.roll(24) {
+        match self.dice.roll(28) {
             0..=10 => self.write(file, &handle),
             11..=17 => self.step(file, What::Sync, |_| fsync(&handle).expect("an fsync")),
             18 => self.cut(file, &handle),
@@ -168,6 +191,7 @@ impl Workload {
             20 => self.elsewhere(file),
             21 => self.new_coordinator(),
             22 => self.churn(),
+            23..=26 => self.clone_over(file, &handle),
             _ => self.remove(file),
         }
     }
@@ -198,6 +222,23 @@ impl Workload {
     fn elsewhere(&mut self, file: usize) {
         self.files[file] = None;
         let node = self.nodes[self.dice.size(2)].clone();
+        self.files[file] = Some(open(&node, &name(file)));
+    }
+
+    /// Another file becomes a clone of this one.
+    fn clone_over(&mut self, from: usize, handle: &Arc<File>) {
+        let file = (from + 1 + self.dice.size(FILES - 1)) % FILES;
+        let node = self.nodes[self.dice.size(2)].clone();
+        if self.files[file].take().is_some() {
+            let act = |_: &mut Self| node.unlink(ROOT_INO, name(file).as_bytes()).expect("an unlink");
+            self.step(file, What::Remove, act);
+        }
+        // Who clones has the source open: it takes it over from the node that writes to it.
+        let source = node.open(handle.ino()).expect("it is there");
+        self.step(file, What::CloneOf { from }, |_| {
+            node.clone_file(&source, ROOT_INO, name(file).as_bytes(), &PLAIN).expect("a clone");
+        });
+        self.sizes[file] = self.sizes[from];
         self.files[file] = Some(open(&node, &name(file)));
     }
 
@@ -261,7 +302,10 @@ impl Recorded {
     fn promises(&self, cut: usize) -> Vec<Promise> {
         let mut promises = vec![Promise::default(); FILES];
         for step in self.steps.iter().filter(|step| step.begun < cut) {
-            promises[step.file].apply(step.what, step.done <= cut);
+            match step.what {
+                What::CloneOf { from } => promises[step.file] = promises[from].cloned(step.done <= cut),
+                what => promises[step.file].apply(what, step.done <= cut),
+            }
         }
         promises
     }

@@ -12,6 +12,7 @@
 //! **Invariant:** a check changes nothing, and ends on any input: cycles and nonsense are found, not followed.
 
 mod overlay;
+mod shared;
 mod space;
 mod tree;
 mod xattrs;

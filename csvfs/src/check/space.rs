@@ -1,14 +1,14 @@
 //! Who owns each block.
 //!
 //! **Invariant (D7):** every block of the data area has exactly one owner: a file, the metadata store, the pool
-//! of a client, or nobody (free).
+//! of a client, or nobody (free). What clones share counts as one owner, and its references are counted.
 
 use std::collections::BTreeSet;
 
 use lockmgr::ClientId;
 
-use super::Findings;
 use super::tree::Nodes;
+use super::{Findings, shared};
 use crate::extents::{Extent, State, fault};
 use crate::format::layout::{BLOCK_BYTES, FIRST_CHUNK_OFFSET};
 use crate::format::log_record::LANES;
@@ -26,6 +26,7 @@ struct Owned {
 #[derive(Clone, Copy, PartialEq)]
 enum Owner {
     File(u64),
+    Clones,
     Metadata,
     Pool(u64),
     Free,
@@ -35,6 +36,7 @@ impl std::fmt::Display for Owner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::File(ino) => write!(f, "inode {ino}"),
+            Self::Clones => f.write_str("files that share it"),
             Self::Metadata => f.write_str("the metadata store"),
             Self::Pool(log) => write!(f, "the pool with log {log}"),
             Self::Free => f.write_str("free space"),
@@ -50,7 +52,10 @@ pub(super) fn check(
     findings: &mut Findings,
 ) -> Result<(), StoreError> {
     let area = FIRST_CHUNK_OFFSET / BLOCK_BYTES..lun_bytes / BLOCK_BYTES;
-    let mut owned = files(snapshot, &area, nodes, findings)?;
+    let (mut owned, references) = files(snapshot, &area, nodes, findings)?;
+    for (start, blocks) in shared::check(snapshot, &references, findings)? {
+        owned.push(Owned { start, blocks, owner: Owner::Clones });
+    }
     let metadata = snapshot.chunks()?;
     for chunk in chunks {
         let run = (chunk.offset / BLOCK_BYTES, chunk.bytes / BLOCK_BYTES);
@@ -94,13 +99,14 @@ fn pools(snapshot: &Snapshot, owned: &mut Vec<Owned>, findings: &mut Findings) -
     Ok(())
 }
 
+/// What files have, and apart from that the runs that are marked as shared.
 fn files(
     snapshot: &Snapshot,
     area: &std::ops::Range<u64>,
     mut nodes: Nodes,
     findings: &mut Findings,
-) -> Result<Vec<Owned>, StoreError> {
-    let mut owned = Vec::new();
+) -> Result<(Vec<Owned>, Vec<(u64, u64)>), StoreError> {
+    let (mut owned, mut references) = (Vec::new(), Vec::new());
     let mut file: (u64, Vec<Extent>) = (0, Vec::new());
     snapshot.each_extent(|ino, extent| {
         if file.0 != ino {
@@ -111,8 +117,11 @@ fn files(
         match extent.state {
             State::Data => findings.report.data_blocks += extent.blocks,
             State::Fresh => findings.report.fresh_blocks += extent.blocks,
+            State::Shared => references.push((extent.lun, extent.blocks)),
         }
-        owned.push(Owned { start: extent.lun, blocks: extent.blocks, owner: Owner::File(ino) });
+        if extent.state != State::Shared {
+            owned.push(Owned { start: extent.lun, blocks: extent.blocks, owner: Owner::File(ino) });
+        }
         file.1.push(extent);
         Ok(())
     })?;
@@ -120,7 +129,7 @@ fn files(
     for (ino, node) in nodes.iter().filter(|(_, node)| node.blocks != 0) {
         findings.problem(*ino, format!("{} blocks too many are counted", node.blocks));
     }
-    Ok(owned)
+    Ok((owned, references))
 }
 
 /// Checks one file's map; takes its blocks off what its inode counts.

@@ -265,6 +265,7 @@ fn kept(op: Option<&Op>) -> bool {
             | Op::TakePool(_)
             | Op::ReturnPool(_)
             | Op::Merge(_)
+            | Op::Clone(_)
             | Op::Extend(_),
         ) => true,
         _ => false,

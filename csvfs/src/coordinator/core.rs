@@ -31,6 +31,8 @@ pub(super) struct Core {
     pub(super) lun_bytes: u64,
     /// Features of the superblock that a program must know to write.
     pub(super) ro_compat: u64,
+    /// Features that a program must know to do anything.
+    pub(super) incompat: u64,
     pub(super) device: Arc<dyn BlockDevice>,
     pub(super) pushes: Arc<dyn PushTarget>,
     pub(super) clock: Arc<dyn Clock>,

@@ -43,6 +43,8 @@ impl Core {
             Op::RemoveXattr(op) => self.remove_xattr(tables, op),
             Op::Punch(op) => self.punch(tables, client, op),
             Op::Access(op) => Self::access(tables, op),
+            Op::Clone(op) => self.clone_range(tables, client, op),
+            Op::Unshare(op) => self.unshare(tables, work, op),
             Op::Unlock(op) => self.unlock(client, op),
             Op::QueryLock(op) => self.query_lock(client, op),
             Op::CancelLock(op) => self.cancel_lock(client, op.request_id),

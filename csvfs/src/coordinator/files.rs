@@ -9,15 +9,15 @@
 
 use lockmgr::{ClientId, Mode, ResourceId};
 
+use super::clones::blocks_of;
 use super::core::{Core, Errand, stand_in};
-use crate::extents::Run;
-use crate::extents::without;
+use crate::extents::{Extent, Run, State, without};
 use crate::meta::{StoreError, Tables};
 use crate::namespace::existing;
 use crate::proto::{Done, reply};
 use crate::refusal::OpError;
 
-/// Most extents that are freed in one transaction.
+/// Most extents, and counts of references, that are given up in one transaction.
 const RECLAIM_EXTENTS: usize = 2048;
 
 impl Core {
@@ -121,13 +121,13 @@ impl Core {
     /// Frees up to `budget` extents of one orphan; gives what is left of the budget.
     fn reclaim(&mut self, tables: &mut Tables<'_>, ino: u64, budget: usize) -> Result<usize, StoreError> {
         let extents = tables.extents(ino, 0, u64::MAX, budget)?;
-        let (kept, freed) = without(&extents, &(0..u64::MAX), |_| true);
+        let (end, cost) = affordable(tables, &extents, budget)?;
+        let (kept, gone) = without(&extents, &(0..end), |_| true);
         tables.replace_extents(ino, &extents, &kept)?;
-        self.free_runs(&freed);
-        if extents.len() == budget {
-            let blocks: u64 = freed.iter().map(|run| run.blocks).sum();
+        self.release_blocks(tables, &gone)?;
+        if !kept.is_empty() || extents.len() == budget {
             if let Some(mut inode) = tables.inode(ino)? {
-                inode.blocks = inode.blocks.saturating_sub(blocks);
+                inode.blocks = inode.blocks.saturating_sub(blocks_of(&gone));
                 tables.put_inode(ino, &inode)?;
             }
             return Ok(0);
@@ -141,7 +141,7 @@ impl Core {
         if let Some(id) = self.reclaimer(ino) {
             self.release(id);
         }
-        Ok(budget - extents.len() - 1)
+        Ok(budget.saturating_sub(cost + 1))
     }
 
     pub(super) fn free_runs(&mut self, runs: &[Run]) {
@@ -149,4 +149,26 @@ impl Core {
             self.alloc.free(*run);
         }
     }
+}
+
+/// Up to which block of the file `extents` may be given up with `budget` changes of the tables, and how many that takes: a
+/// shared extent may have many counts.
+fn affordable(tables: &Tables<'_>, extents: &[Extent], budget: usize) -> Result<(u64, usize), StoreError> {
+    let mut cost = 0;
+    for extent in extents {
+        cost += 1;
+        if extent.state != State::Shared {
+            continue;
+        }
+        let most = budget.saturating_sub(cost).max(1);
+        let rows = tables.shared_runs(&(extent.lun..extent.lun + extent.blocks), most + 1)?;
+        cost += rows.len();
+        if let Some(beyond) = rows.get(most).filter(|row| row.start > extent.lun) {
+            return Ok((extent.file + (beyond.start - extent.lun).min(extent.blocks), cost));
+        }
+        if cost >= budget {
+            return Ok((extent.end(), cost));
+        }
+    }
+    Ok((u64::MAX, cost))
 }

@@ -14,6 +14,7 @@
 mod admit;
 mod batch;
 mod chores;
+mod clones;
 mod core;
 mod execute;
 mod extend;

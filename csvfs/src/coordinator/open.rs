@@ -86,6 +86,7 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         term: params.term,
         lun_bytes: block.lun_bytes,
         ro_compat: block.ro_compat,
+        incompat: block.incompat,
         device: params.device,
         pushes: params.pushes,
         clock: params.clock.clone(),

@@ -17,6 +17,7 @@ use super::core::{Core, Work};
 use crate::extents::Run;
 use crate::format::layout::BLOCK_BYTES;
 use crate::format::log_record::LANES;
+use crate::format::superblock::INCOMPAT_CLONES;
 use crate::meta::{LogRow, PoolRun, StoreError, Tables};
 use crate::proto::{self as pb, Done, FailureKind, Pool as PoolReply, ReturnPool, TakePool, reply};
 use crate::refusal::{OpError, errno, refused};
@@ -25,6 +26,8 @@ use crate::refusal::{OpError, errno, refused};
 const AHEAD_PART: u64 = 8;
 /// Blocks in pools for which one more block is kept free: what the metadata needs when each of them becomes an extent.
 const BLOCKS_PER_METADATA_BLOCK: u64 = 32;
+/// The same when there are clones: a block that replaces a shared one cuts an extent and a count in three.
+const COPIES_PER_METADATA_BLOCK: u64 = 8;
 
 /// What a client may place.
 #[derive(Debug)]
@@ -77,8 +80,9 @@ impl Pools {
     }
 
     /// Free blocks that the metadata may need for what is in pools.
-    pub(super) fn metadata_blocks(&self) -> u64 {
-        self.blocks.div_ceil(BLOCKS_PER_METADATA_BLOCK)
+    pub(super) fn metadata_blocks(&self, clones: bool) -> u64 {
+        let each = if clones { COPIES_PER_METADATA_BLOCK } else { BLOCKS_PER_METADATA_BLOCK };
+        self.blocks.div_ceil(each)
     }
 
     /// Who has blocks, beside `but`.
@@ -250,7 +254,8 @@ impl Core {
 
     /// Keeps back from files what the metadata may need.
     pub(super) fn hold_back(&mut self) {
-        self.alloc.hold_back(self.held_back + self.pools.metadata_blocks());
+        let clones = self.incompat & INCOMPAT_CLONES != 0;
+        self.alloc.hold_back(self.held_back + self.pools.metadata_blocks(clones));
     }
 }
 

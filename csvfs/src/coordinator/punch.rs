@@ -4,6 +4,7 @@
 
 use lockmgr::{ClientId, Mode};
 
+use super::clones::blocks_of;
 use super::core::Core;
 use super::space::block_range;
 use crate::extents::without;
@@ -31,13 +32,12 @@ impl Core {
         let range = block_range(op.offset, op.length)?;
         let window =
             tables.extents(op.ino, range.start.saturating_sub(1), range.end.saturating_add(1), usize::MAX)?;
-        let (kept, freed) = without(&window, &range, |_| true);
+        let (kept, gone) = without(&window, &range, |_| true);
         tables.replace_extents(op.ino, &window, &kept)?;
-        let blocks: u64 = freed.iter().map(|run| run.blocks).sum();
-        inode.blocks = inode.blocks.saturating_sub(blocks);
+        inode.blocks = inode.blocks.saturating_sub(blocks_of(&gone));
         (inode.mtime, inode.ctime) = (self.wall, self.wall);
         tables.put_inode(op.ino, &inode)?;
-        self.free_runs(&freed);
+        self.release_blocks(tables, &gone)?;
         Ok(reply::Result::Attr(inode.attr(op.ino)))
     }
 }

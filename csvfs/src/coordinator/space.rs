@@ -6,16 +6,18 @@
 //!    ^                   |                                                                          |
 //!    +---- trim, truncate, unlink: reusable after the transaction (C7) <----------------------------+
 //! ```
+//! What files share is in [`super::clones`].
 //! **Invariant:** a commit is one atomic snapshot of ranges, size and times (C4).
 
 use std::ops::Range;
 
 use lockmgr::{ClientId, Mode};
 
+use super::clones::blocks_of;
 use super::core::{Core, Work};
 use crate::extents::{Extent, Run, State, fill, holes, merged, without, written};
 use crate::format::layout::BLOCK_BYTES;
-use crate::meta::{InodeRecord, Tables};
+use crate::meta::{InodeRecord, StoreError, Tables};
 use crate::namespace::existing;
 use crate::proto::{self as pb, Allocate, ByteRange, Commit, Done, ExtentState, GetMap, Map, Merge, reply};
 use crate::refusal::{OpError, errno};
@@ -32,7 +34,8 @@ impl Core {
         regular(tables, op.ino)?;
         let wanted = usize::try_from(op.max_extents).unwrap_or(MAP_EXTENTS_MAX);
         let max = if wanted == 0 { MAP_EXTENTS_MAX } else { wanted.min(MAP_EXTENTS_MAX) };
-        let mut extents = tables.extents(op.ino, op.offset / BLOCK_BYTES, u64::MAX, max + 1)?;
+        let extents = tables.extents(op.ino, op.offset / BLOCK_BYTES, u64::MAX, max + 1)?;
+        let mut extents = as_shared_now(tables, extents, max + 1)?;
         let end = extents.len() <= max;
         extents.truncate(max);
         Ok(map(&extents, end))
@@ -67,8 +70,15 @@ impl Core {
     }
 
     /// The map from `from` on, as far as was asked for.
-    fn map_after(&self, tables: &Tables<'_>, ino: u64, from: u64, to: u64) -> Result<reply::Result, OpError> {
-        let mut extents = tables.extents(ino, from, to, MAP_EXTENTS_MAX + 1)?;
+    pub(super) fn map_after(
+        &self,
+        tables: &Tables<'_>,
+        ino: u64,
+        from: u64,
+        to: u64,
+    ) -> Result<reply::Result, OpError> {
+        let extents = tables.extents(ino, from, to, MAP_EXTENTS_MAX + 1)?;
+        let mut extents = as_shared_now(tables, extents, MAP_EXTENTS_MAX + 1)?;
         let cut = extents.len() > MAP_EXTENTS_MAX;
         extents.truncate(MAP_EXTENTS_MAX);
         let last = extents.last().map_or(from, Extent::end);
@@ -139,8 +149,8 @@ impl Core {
             mark_written(tables, op.ino, range)?;
         }
         for extent in placed {
-            self.place(tables, client, op.ino, extent)?;
-            inode.blocks += extent.blocks;
+            let replaced = self.place(tables, client, op.ino, extent)?;
+            inode.blocks = inode.blocks.saturating_sub(replaced) + extent.blocks;
         }
         // Another writer may be using the blocks ahead; only who is alone may give them back.
         if let Some(from) = op.trim_from.filter(|_| alone) {
@@ -156,8 +166,8 @@ impl Core {
         Ok(reply::Result::Attr(inode.attr(op.ino)))
     }
 
-    /// What is placed, each checked to fill a hole with blocks of the client's pool. What is there already is left out:
-    /// a record that was merged may come again (D3).
+    /// What is placed, each checked to fill a hole, or to replace shared blocks, with blocks of the client's pool. What is
+    /// there already is left out: a record that was merged may come again (D3).
     fn checked_placed(
         &self,
         tables: &Tables<'_>,
@@ -173,9 +183,12 @@ impl Core {
             }
             let run = Run { start: extent.lun, blocks: extent.blocks };
             let twice = placed.iter().any(|p| p.file < extent.end() && extent.file < p.end());
-            if !window.is_empty() || twice || !self.pools.holds(client, run) {
+            let taken = window.iter().any(|there| there.state != State::Shared);
+            if taken || twice || !self.pools.holds(client, run) {
                 let (at, lun) = (extent.file, extent.lun);
-                let what = format!("block {at} cannot be placed at {lun}: it is no hole, or not of the pool");
+                let what = format!(
+                    "block {at} cannot be placed at {lun}: something is there, or it is not of the pool"
+                );
                 return Err(errno(libc::EINVAL, what));
             }
             placed.push(extent);
@@ -183,18 +196,21 @@ impl Core {
         Ok(placed)
     }
 
+    /// Puts an extent into the file; gives how many blocks it replaces.
     fn place(
         &mut self,
         tables: &mut Tables<'_>,
         client: ClientId,
         ino: u64,
         extent: Extent,
-    ) -> Result<(), OpError> {
+    ) -> Result<u64, OpError> {
         self.pools.cut(tables, client, Run { start: extent.lun, blocks: extent.blocks })?;
         let window = tables.extents(ino, extent.file.saturating_sub(1), extent.end() + 1, usize::MAX)?;
-        let mut next = window.clone();
+        let (mut next, gone) = without(&window, &(extent.file..extent.end()), |_| true);
         next.push(extent);
-        Ok(tables.replace_extents(ino, &window, &merged(next))?)
+        tables.replace_extents(ino, &window, &merged(next))?;
+        self.release_blocks(tables, &gone)?;
+        Ok(blocks_of(&gone))
     }
 
     fn trim(
@@ -240,16 +256,14 @@ impl Core {
         gone: impl Fn(State) -> bool,
     ) -> Result<(), OpError> {
         let window = tables.extents(ino, from.saturating_sub(1), u64::MAX, usize::MAX)?;
-        let (kept, freed) = without(&window, &(from..u64::MAX), gone);
+        let (kept, gone) = without(&window, &(from..u64::MAX), gone);
         tables.replace_extents(ino, &window, &kept)?;
-        let blocks: u64 = freed.iter().map(|run| run.blocks).sum();
-        inode.blocks = inode.blocks.saturating_sub(blocks);
-        self.free_runs(&freed);
-        Ok(())
+        inode.blocks = inode.blocks.saturating_sub(blocks_of(&gone));
+        Ok(self.release_blocks(tables, &gone)?)
     }
 }
 
-fn regular(tables: &Tables<'_>, ino: u64) -> Result<InodeRecord, OpError> {
+pub(super) fn regular(tables: &Tables<'_>, ino: u64) -> Result<InodeRecord, OpError> {
     let inode = existing(tables, ino)?;
     if inode.is_regular() { Ok(inode) } else { Err(errno(libc::EINVAL, "only a regular file has blocks")) }
 }
@@ -318,6 +332,43 @@ fn mark_written(tables: &mut Tables<'_>, ino: u64, range: &Range<u64>) -> Result
     Ok(tables.replace_extents(ino, &window, &written(&window, range))?)
 }
 
+/// Extents that are marked as shared, told apart by what is shared still: the mark stays when the others have gone. Up to
+/// `max` of them.
+fn as_shared_now(tables: &Tables<'_>, extents: Vec<Extent>, max: usize) -> Result<Vec<Extent>, StoreError> {
+    if extents.iter().all(|extent| extent.state != State::Shared) {
+        return Ok(extents);
+    }
+    let mut told = Vec::with_capacity(extents.len());
+    for extent in extents {
+        if told.len() >= max {
+            break;
+        }
+        if extent.state != State::Shared {
+            told.push(extent);
+            continue;
+        }
+        let mut at = extent.lun;
+        for row in tables.shared_runs(&(at..extent.lun + extent.blocks), max)? {
+            let (from, to) = (row.start.max(extent.lun), row.end().min(extent.lun + extent.blocks));
+            if from < to {
+                told.extend(lun_part(&extent, at, from, State::Data));
+                told.extend(lun_part(&extent, from, to, State::Shared));
+                at = to;
+            }
+        }
+        // With more counts than fit, the rest is told as it is marked.
+        let rest = if told.len() >= max { State::Shared } else { State::Data };
+        told.extend(lun_part(&extent, at, extent.lun + extent.blocks, rest));
+    }
+    Ok(told)
+}
+
+/// The part of an extent that lies at `from..to` on the LUN.
+fn lun_part(extent: &Extent, from: u64, to: u64, state: State) -> Option<Extent> {
+    let file = extent.file + (from - extent.lun);
+    (from < to).then_some(Extent { file, blocks: to - from, lun: from, state })
+}
+
 fn map(extents: &[Extent], end: bool) -> reply::Result {
     let extents = extents
         .iter()
@@ -328,6 +379,7 @@ fn map(extents: &[Extent], end: bool) -> reply::Result {
             state: match e.state {
                 State::Data => ExtentState::Data.into(),
                 State::Fresh => ExtentState::Fresh.into(),
+                State::Shared => ExtentState::Shared.into(),
             },
         })
         .collect();

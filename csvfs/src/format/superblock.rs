@@ -27,12 +27,15 @@ pub const RO_COMPAT_KNOWN: u64 = RO_COMPAT_XATTRS;
 /// See [`RO_COMPAT_KNOWN`].
 pub const RO_COMPAT_XATTRS: u64 = 1;
 /// Features that a program must know to do anything. Bit 0: the metadata store is redb, file format 3, at the chunks of
-/// the metadata slot. Bit 1: pools and intent logs: blocks and records that an older program would take for lost ones.
-pub const INCOMPAT_KNOWN: u64 = INCOMPAT_REDB3 | INCOMPAT_POOLS;
+/// the metadata slot. Bit 1: pools and intent logs: blocks and records that an older program would take for lost ones. Bit 2:
+/// clones: blocks that several files have, with counts of references.
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_REDB3 | INCOMPAT_POOLS | INCOMPAT_CLONES;
 /// See [`INCOMPAT_KNOWN`].
 pub const INCOMPAT_REDB3: u64 = 1;
 /// See [`INCOMPAT_KNOWN`].
 pub const INCOMPAT_POOLS: u64 = 2;
+/// See [`INCOMPAT_KNOWN`].
+pub const INCOMPAT_CLONES: u64 = 4;
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

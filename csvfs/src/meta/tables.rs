@@ -15,12 +15,12 @@
 //! | pools | LUN block | blocks, number of the log that goes with the pool |
 //! | logs | client | `LogRow` |
 //! | xattrs | inode, name | bytes of the attribute |
-//!
-//! Reserved for later versions: `refcounts`.
+//! | refcounts | LUN block | blocks, number of extents that have them: two or more |
 //!
 //! **Invariant:** a value that does not decode is `Damaged`, never a default.
 
-use std::ops::{Bound, RangeBounds};
+use std::collections::BTreeSet;
+use std::ops::{Bound, Range, RangeBounds};
 
 use bytes::Bytes;
 use lockmgr::ClientId;
@@ -31,6 +31,7 @@ use super::store::engine;
 use super::{ClientRecord, InodeRecord, LogRow, StoreError, StoredReply, keys};
 use crate::extents::{Extent, State};
 use crate::proto::FileKind;
+use crate::refcounts::SharedRun;
 
 type Raw = &'static [u8];
 pub(crate) type ReadTable = ReadOnlyTable<Raw, Raw>;
@@ -56,6 +57,7 @@ pub(crate) struct View<T> {
     pools: T,
     logs: T,
     xattrs: T,
+    refcounts: T,
     changed: bool,
 }
 
@@ -78,6 +80,7 @@ macro_rules! open_all {
             pools: open("pools")?,
             logs: open("logs")?,
             xattrs: open("xattrs")?,
+            refcounts: open("refcounts")?,
             changed: false,
         })
     }};
@@ -167,6 +170,7 @@ fn extent_value(e: &Extent) -> [u8; 17] {
     value[16] = match e.state {
         State::Data => 1,
         State::Fresh => 2,
+        State::Shared => 3,
     };
     value
 }
@@ -177,6 +181,7 @@ fn read_extent(key: &[u8], value: &[u8]) -> Option<(u64, Extent)> {
     let state = match value.get(16)? {
         1 => State::Data,
         2 => State::Fresh,
+        3 => State::Shared,
         _ => return None,
     };
     let sane = blocks > 0 && file.checked_add(blocks).is_some() && lun.checked_add(blocks).is_some();
@@ -202,6 +207,13 @@ fn read_pool_run(key: &[u8], value: &[u8]) -> Result<PoolRun, StoreError> {
     let (start, blocks) = run_of(key, value)?;
     let log = value.get(8..).and_then(read_u64).ok_or_else(|| damaged("a run of a pool"))?;
     Ok(PoolRun { start, blocks, log })
+}
+
+fn read_shared_run(key: &[u8], value: &[u8]) -> Result<SharedRun, StoreError> {
+    let (start, blocks) = run_of(key, value)?;
+    let count = value.get(8..).and_then(read_u64).filter(|count| *count >= 2);
+    let count = count.ok_or_else(|| damaged(format!("the count of references to block {start}")))?;
+    Ok(SharedRun { start, blocks, count })
 }
 
 /// One entry as a directory listing gives it.
@@ -350,6 +362,34 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
             Ok(true)
         })?;
         Ok(runs)
+    }
+
+    /// Up to `max` runs with counts that touch the blocks `range`, in order.
+    pub(crate) fn shared_runs(&self, range: &Range<u64>, max: usize) -> Result<Vec<SharedRun>, StoreError> {
+        let mut runs = Vec::new();
+        let (low, high) = (keys::number(range.start), keys::number(range.end.saturating_add(1)));
+        let before = self.refcounts.range::<&[u8]>(..&low[..]).map_err(engine(READ))?.next_back();
+        if let Some(row) = before {
+            let (key, value) = row.map_err(engine(READ))?;
+            let run = read_shared_run(key.value(), value.value())?;
+            runs.extend(Some(run).filter(|run| run.end() >= range.start));
+        }
+        scan(&self.refcounts, &low[..]..&high[..], |key, value| {
+            if runs.len() >= max {
+                return Ok(false);
+            }
+            runs.push(read_shared_run(key, value)?);
+            Ok(true)
+        })?;
+        Ok(runs)
+    }
+
+    /// Visits all runs with counts.
+    pub(crate) fn each_shared_run(
+        &self,
+        mut visit: impl FnMut(SharedRun) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        scan(&self.refcounts, .., |key, value| visit(read_shared_run(key, value)?).map(|()| true))
     }
 
     /// The intent logs in use, and whose they are.
@@ -519,6 +559,27 @@ impl Tables<'_> {
                 self.changed = true;
                 put(&mut self.extents, &keys::pair(ino, extent.file), &extent_value(extent))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Stores the difference between two windows of the counts of references.
+    pub(crate) fn replace_shared_runs(
+        &mut self,
+        old: &[SharedRun],
+        new: &[SharedRun],
+    ) -> Result<(), StoreError> {
+        let starts: BTreeSet<u64> = new.iter().map(|run| run.start).collect();
+        for run in old.iter().filter(|run| !starts.contains(&run.start)) {
+            self.changed = true;
+            remove(&mut self.refcounts, &keys::number(run.start))?;
+        }
+        let known: BTreeSet<SharedRun> = old.iter().copied().collect();
+        for run in new.iter().filter(|run| !known.contains(run)) {
+            self.changed = true;
+            let mut value = run.blocks.to_le_bytes().to_vec();
+            value.extend_from_slice(&run.count.to_le_bytes());
+            put(&mut self.refcounts, &keys::number(run.start), &value)?;
         }
         Ok(())
     }

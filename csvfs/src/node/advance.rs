@@ -94,6 +94,8 @@ struct Needs {
     mode: Option<Mode>,
     map: Option<u64>,
     space: Option<(u64, u64, bool)>,
+    /// Where shared blocks are to be written, and how many bytes of them.
+    copies: Option<(u64, u64)>,
 }
 
 impl Needs {
@@ -107,6 +109,9 @@ impl Needs {
         match need {
             Need::Turn => {}
             Need::Map(at) => self.map = Some(self.map.map_or(at, |have| have.min(at))),
+            Need::Copies { from, bytes } => {
+                self.copies.get_or_insert((from, bytes));
+            }
             Need::Space { from, to, beyond_end } => {
                 self.space = Some(match self.space {
                     // Requests that follow each other, as of a copy with several writes in flight.
@@ -159,7 +164,13 @@ impl Inode {
                 (Some(at), _) => self.get_map(state, at, out),
                 (None, Some(space)) if self.core.space.may_come() => self.want_space(state, space, out),
                 (None, Some((from, to, beyond_end))) => self.allocate(state, from, to, beyond_end, out),
-                (None, None) => {}
+                (None, None) => match needs.copies {
+                    Some((from, bytes)) if self.core.space.may_come() => {
+                        self.want_space(state, (from, from + bytes, false), out);
+                    }
+                    Some(copies) => self.unshare(state, copies, out),
+                    None => {}
+                },
             }
         }
         self.start_sync(state, out);

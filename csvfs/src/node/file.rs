@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp, IoRequest};
+use lockmgr::Mode;
 
 use super::core::Pin;
 use super::inode::Inode;
@@ -18,6 +19,8 @@ pub enum ExtentState {
     Data,
     /// Allocated and never written: reads give zeros.
     Fresh,
+    /// As `Data`, and other files may have the same blocks: a write goes to new ones.
+    Shared,
 }
 
 /// A run of a file on the LUN. Numbers in bytes.
@@ -61,6 +64,16 @@ impl std::fmt::Debug for File {
 impl File {
     pub(super) fn new(node: Arc<Node>, pin: Pin) -> Arc<Self> {
         Arc::new(Self { pin, node })
+    }
+
+    pub(super) fn inode(&self) -> &Arc<Inode> {
+        &self.pin.inode
+    }
+
+    /// Brings all that only this node knows of the file to the coordinator.
+    pub(super) fn settle(&self) -> Result<(), FsError> {
+        let _hold = self.pin.inode.hold(Mode::Exclusive, true)?;
+        self.pin.inode.settle()
     }
 
     /// Inode number.

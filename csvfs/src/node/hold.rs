@@ -11,6 +11,7 @@ use pb::request::Op;
 
 use super::grants::Seq;
 use super::inode::{Inode, State, Waiter};
+use super::io::CopyRun;
 use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, block_ceil, block_floor};
 use super::space::EXTENTS_MAX;
 use super::{Attr, Extent, FsError, SeekFrom, SetAttr, attr, names};
@@ -208,16 +209,55 @@ impl Inode {
             return Ok(());
         }
         let block = block_floor(size);
-        let Place::Data(lun) = self.place(block)? else { return Ok(()) };
+        let (from, lun) = match self.place(block)? {
+            Place::Data(lun) => (lun, lun),
+            Place::Shared(lun) => match self.block_of_pool() {
+                Err(_) if !self.core.space.may_come() => {
+                    let own = self.unshare_blocking(block)?;
+                    (own, own)
+                }
+                new => (lun, new?),
+            },
+            _ => return Ok(()),
+        };
         let device = &*self.core.device;
         let buf = IoBuf::zeroed(usize::try_from(BLOCK_BYTES).unwrap_or_default());
-        device.run(IoOp::Read { offset: lun, buf: buf.clone() })?;
+        device.run(IoOp::Read { offset: from, buf: buf.clone() })?;
         let keep = usize::try_from(size - block).unwrap_or_default();
         buf.slice(keep..buf.len()).fill_zero();
         device.run(IoOp::Write { offset: lun, buf, fua: false })?;
+        if from != lun {
+            self.lock().took_copies(&[CopyRun { file: block, len: BLOCK_BYTES, lun }]);
+            return self.settle();
+        }
         let (tell, told) = mpsc::sync_channel(1);
         self.core.flush(Box::new(move |outcome| drop(tell.send(outcome))));
         told.recv().unwrap_or(Err(FsError::Detached))
+    }
+
+    /// A free block of this client's pool, waiting for one.
+    fn block_of_pool(&self) -> Result<u64, FsError> {
+        loop {
+            if let Some((lun, _)) =
+                self.core.space.take(None, BLOCK_BYTES, BLOCK_BYTES).and_then(|r| r.first().copied())
+            {
+                return Ok(lun);
+            }
+            let (tell, told) = mpsc::sync_channel(1);
+            self.core.want_space(BLOCK_BYTES, Box::new(move |outcome| drop(tell.send(outcome))));
+            told.recv().unwrap_or(Err(FsError::Detached))?;
+        }
+    }
+
+    /// Has the coordinator copy a shared block: gives where it lies then.
+    fn unshare_blocking(&self, block: u64) -> Result<u64, FsError> {
+        let op = pb::Unshare { ino: self.ino, offset: block, length: BLOCK_BYTES };
+        let answer = self.core.session.call_blocking(Op::Unshare(op)).map(|answered| answered.result);
+        self.learn_copies(&mut self.lock(), block, answer)?;
+        match self.place(block)? {
+            Place::Data(lun) => Ok(lun),
+            _ => Err(FsError::Protocol(format!("block {block} of inode {} was copied nowhere", self.ino))),
+        }
     }
 
     /// Where a block is, asking if it is not known. Under a hold.
@@ -283,7 +323,7 @@ impl Inode {
             drop(state);
             match part.place {
                 Place::Unknown => drop(self.learn_from(at)?),
-                Place::Data(_) if want_data => return Ok(at),
+                Place::Data(_) | Place::Shared(_) if want_data => return Ok(at),
                 Place::Hole | Place::Fresh(_) if !want_data => return Ok(at),
                 _ => at = part.start + part.len,
             }

@@ -23,7 +23,7 @@ use super::advance::HoldDone;
 use super::core::Core;
 use super::grants::{Grant, Seq};
 use super::growth::Growth;
-use super::io::{DataOp, Done, Effect, Plan, What, Writes};
+use super::io::{CopyRun, DataOp, Done, Effect, Plan, What, Writes};
 use super::map::{BLOCK_BYTES, ExtentMap, FILE_BYTES_MAX, block_ceil, block_floor};
 use super::pages::Pages;
 use super::ranges::RangeSet;
@@ -75,6 +75,8 @@ pub(super) struct State {
     /// The last record of the intent log that is about this file.
     pub(super) logged: u64,
     pub(super) writes: Writes,
+    /// Reads in flight of blocks that other files have too.
+    pub(super) shared_reads: Writes,
     /// Blocks that one write has for itself.
     pub(super) alone: BTreeSet<u64>,
     pub(super) append_end: u64,
@@ -169,6 +171,15 @@ impl State {
         others || (self.in_flight == 0 && (self.grant.recall.is_some() || self.users == 0 || self.leaving))
     }
 
+    /// Shared blocks were written elsewhere: the file has its own from now on.
+    pub(super) fn took_copies(&mut self, copies: &[CopyRun]) {
+        for CopyRun { file, len, lun } in copies {
+            self.map.copied(*file, *len, *lun);
+            self.own.add(*file..*file + *len);
+            self.pending.written.add(*file..*file + *len);
+        }
+    }
+
     fn written(&mut self, range: &std::ops::Range<u64>) {
         let blocks = block_floor(range.start)..block_ceil(range.end);
         for fresh in self.map.written(blocks) {
@@ -247,16 +258,26 @@ impl Inode {
     /// A transfer has ended, on the device's I/O thread. Its effect is recorded before anybody hears of it.
     pub(super) fn ended(self: &Arc<Self>, effect: Effect, outcome: Result<u64, FsError>, done: Done) {
         let mut state = self.lock();
-        if let Effect::Write { range, slot, alone_on, append, zero } = effect {
-            state.writes.remove(slot);
-            for block in alone_on {
-                state.alone.remove(&block);
+        match effect {
+            Effect::Read { shared } => {
+                if let Some(slot) = shared {
+                    state.shared_reads.remove(slot);
+                }
             }
-            if append {
-                state.appends -= 1;
-            }
-            if outcome.is_ok() {
-                if zero { state.touched() } else { state.written(&range) }
+            Effect::Write { range, slot, alone_on, append, zero, copies } => {
+                state.writes.remove(slot);
+                for block in alone_on {
+                    state.alone.remove(&block);
+                }
+                if append {
+                    state.appends -= 1;
+                }
+                if outcome.is_ok() {
+                    state.took_copies(&copies);
+                    if zero { state.touched() } else { state.written(&range) }
+                } else {
+                    self.core.space.put(copies.iter().map(|copy| (copy.lun, copy.len)));
+                }
             }
         }
         let kick = state.leaves() && !std::mem::replace(&mut state.advance_queued, true);

@@ -4,7 +4,11 @@
 //! |---|---|---|---|
 //! | Data | LUN | LUN | LUN if it can address that part, else read, change, write (alone on that block) |
 //! | Fresh | zeros | LUN | the rest is filled with zeros (alone on that block) |
+//! | Shared | LUN | a block of the pool, alone on it | same, with the rest read from the shared block |
 //! | hole | zeros | allocate first, then Fresh | same |
+//!
+//! A shared block is let go when it was replaced, and may be somebody else's then: so no read of it is in flight while it
+//! is replaced, and none begins (C7).
 //!
 //! **Invariant:** a block of the LUN is read only if it was written (C2), and becomes readable only as a whole (C3).
 
@@ -15,6 +19,7 @@ use blockio::{AlignedBuf, IoBuf, IoError};
 use super::FsError;
 use super::inode::State;
 use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, block_ceil, block_floor};
+use super::pool::LunRun;
 
 /// Called with the number of bytes done; for an append, with the offset.
 pub(super) type Done = Box<dyn FnOnce(Result<u64, FsError>) + Send>;
@@ -59,8 +64,9 @@ pub(super) enum Piece {
         lun: u64,
         buf: IoBuf,
     },
-    /// Reads a block into `block`, puts `part` at `skip`, writes it.
+    /// Reads a block at `from` into `block`, puts `part` at `skip`, writes it at `lun`.
     Change {
+        from: u64,
         lun: u64,
         block: IoBuf,
         skip: usize,
@@ -71,7 +77,10 @@ pub(super) enum Piece {
 /// What is to be recorded when a request has ended.
 #[derive(Debug)]
 pub(super) enum Effect {
-    Read,
+    Read {
+        /// In the list of reads of shared blocks.
+        shared: Option<usize>,
+    },
     Write {
         range: Range<u64>,
         /// In the list of writes in flight.
@@ -80,7 +89,17 @@ pub(super) enum Effect {
         alone_on: Vec<u64>,
         append: bool,
         zero: bool,
+        /// Shared blocks that it replaces, by the blocks of the pool that it has written instead.
+        copies: Vec<CopyRun>,
     },
+}
+
+/// A part of a file that moves to blocks of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct CopyRun {
+    pub(super) file: u64,
+    pub(super) len: u64,
+    pub(super) lun: u64,
 }
 
 /// What a request needs before it can go on.
@@ -90,7 +109,9 @@ pub(super) enum Need {
     Map(u64),
     /// Space in `from..to`.
     Space { from: u64, to: u64, beyond_end: bool },
-    /// Another write to end.
+    /// Blocks to copy `bytes` to that are shared, the first of them at `from`.
+    Copies { from: u64, bytes: u64 },
+    /// Another request to end.
     Turn,
 }
 
@@ -125,10 +146,19 @@ fn index(len: u64) -> usize {
 impl State {
     /// Resolves `op`. `lun_unit`: what the LUN can address, in bytes.
     pub(super) fn plan(&mut self, op: &mut DataOp, lun_unit: u64) -> Plan {
-        if op.what == What::Read { self.plan_read(op, lun_unit) } else { self.plan_write(op, lun_unit) }
+        if op.what == What::Read {
+            self.plan_read(op, lun_unit)
+        } else {
+            self.plan_write(op, lun_unit, &mut Vec::new())
+        }
     }
 
-    fn plan_read(&self, op: &DataOp, lun_unit: u64) -> Plan {
+    /// Resolves a write that needs copies, of which `targets` are to take the bytes. What it leaves there is not needed.
+    pub(super) fn plan_copies(&mut self, op: &mut DataOp, lun_unit: u64, targets: &mut Vec<LunRun>) -> Plan {
+        self.plan_write(op, lun_unit, targets)
+    }
+
+    fn plan_read(&mut self, op: &DataOp, lun_unit: u64) -> Plan {
         let size = self.size();
         let end = op.offset.saturating_add(op.buf.len() as u64);
         if op.exact && end > size {
@@ -139,21 +169,42 @@ impl State {
             return Plan::End(Ok(0));
         }
         let mut pieces = Vec::with_capacity(1);
+        let mut shares = false;
         for part in self.map.parts(op.offset..end) {
             match part.place {
                 Place::Unknown => return Plan::Wait(Need::Map(part.start)),
                 Place::Hole | Place::Fresh(_) => op.part(part.start..part.start + part.len).fill_zero(),
                 Place::Data(lun) => pieces.push(read_piece(op, part.start, part.len, lun, lun_unit)),
+                Place::Shared(lun) => {
+                    shares = true;
+                    pieces.push(read_piece(op, part.start, part.len, lun, lun_unit));
+                }
             }
         }
         let bytes = end - op.offset;
         if pieces.is_empty() {
             return Plan::End(Ok(bytes));
         }
-        Plan::Go { pieces, effect: Effect::Read, outcome: bytes }
+        let range = op.offset..end;
+        if shares && self.is_being_replaced(&range) {
+            return Plan::Wait(Need::Turn);
+        }
+        let shared = shares.then(|| self.shared_reads.add(range));
+        Plan::Go { pieces, effect: Effect::Read { shared }, outcome: bytes }
     }
 
-    fn plan_write(&mut self, op: &mut DataOp, lun_unit: u64) -> Plan {
+    /// Whether a write that may replace shared blocks of `range` is under way or waits for its turn: a read lets it go first,
+    /// or reads without end would hold it up.
+    fn is_being_replaced(&self, range: &Range<u64>) -> bool {
+        let blocks = block_floor(range.start)..block_ceil(range.end);
+        let overlaps = |op: &DataOp| {
+            let end = block_ceil(op.offset.saturating_add(op.buf.len() as u64));
+            !op.is_read() && block_floor(op.offset) < blocks.end && blocks.start < end
+        };
+        self.alone.range(blocks.clone()).next().is_some() || self.stalled.iter().any(overlaps)
+    }
+
+    fn plan_write(&mut self, op: &mut DataOp, lun_unit: u64, targets: &mut Vec<LunRun>) -> Plan {
         let len = op.buf.len() as u64;
         if op.what == What::Append {
             op.offset = self.append_at();
@@ -169,10 +220,10 @@ impl State {
             return Plan::End(Ok(0));
         }
         let range = op.offset..end;
-        match self.resolve_write(op, range.clone(), lun_unit) {
+        match self.resolve_write(op, range.clone(), lun_unit, targets) {
             Err(need) => Plan::Wait(need),
-            Ok((pieces, _)) if pieces.is_empty() => Plan::End(Ok(len)),
-            Ok((pieces, alone_on)) => {
+            Ok(draft) if draft.pieces.is_empty() => Plan::End(Ok(len)),
+            Ok(Resolved { pieces, alone_on, copies }) => {
                 let (append, zero) = (op.what == What::Append, op.what == What::Zero);
                 if append {
                     self.append_end = end;
@@ -181,7 +232,8 @@ impl State {
                 self.alone.extend(alone_on.iter().copied());
                 let slot = self.writes.add(range.clone());
                 let outcome = if append { op.offset } else { len };
-                Plan::Go { pieces, effect: Effect::Write { range, slot, alone_on, append, zero }, outcome }
+                let effect = Effect::Write { range, slot, alone_on, append, zero, copies };
+                Plan::Go { pieces, effect, outcome }
             }
         }
     }
@@ -191,12 +243,13 @@ impl State {
         op: &DataOp,
         range: Range<u64>,
         lun_unit: u64,
-    ) -> Result<(Vec<Piece>, Vec<u64>), Need> {
+        targets: &mut Vec<LunRun>,
+    ) -> Result<Resolved, Need> {
         let blocks = block_floor(range.start)..block_ceil(range.end);
         if self.alone.range(blocks.clone()).next().is_some() {
             return Err(Need::Turn);
         }
-        let mut draft = Draft { op, lun_unit, pieces: Vec::with_capacity(1), alone_on: Vec::new() };
+        let mut draft = Draft::new(op, lun_unit);
         for part in self.map.parts(blocks.clone()) {
             let here = part.start..part.start + part.len;
             let wanted = here.start.max(range.start)..here.end.min(range.end);
@@ -209,13 +262,22 @@ impl State {
                 }
                 Place::Data(lun) => draft.over_data(here.start, lun, wanted),
                 Place::Fresh(lun) => draft.over_fresh(here.start, lun, wanted),
+                Place::Shared(lun) => draft.shared.push((here, lun)),
             }
         }
-        let Draft { pieces, alone_on, .. } = draft;
-        if alone_on.iter().any(|block| self.writes.overlap(*block..*block + BLOCK_BYTES)) {
+        let shared = draft.shared_bytes();
+        draft.alone_on_shared();
+        let busy = |block: &u64| self.writes.overlap(*block..*block + BLOCK_BYTES);
+        let read = |(here, _): &(Range<u64>, u64)| self.shared_reads.overlap(here.clone());
+        if draft.alone_on.iter().any(busy) || draft.shared.iter().any(read) {
             return Err(Need::Turn);
         }
-        Ok((pieces, alone_on))
+        if shared > targets.iter().map(|(_, len)| *len).sum::<u64>() {
+            let from = draft.shared.first().map_or(range.start, |(here, _)| here.start);
+            return Err(Need::Copies { from, bytes: shared });
+        }
+        draft.over_shared(&range, targets);
+        Ok(Resolved { pieces: draft.pieces, alone_on: draft.alone_on, copies: draft.copies })
     }
 }
 
@@ -231,15 +293,82 @@ fn read_piece(op: &DataOp, start: u64, len: u64, lun: u64, unit: u64) -> Piece {
     Piece::ReadAround { lun: from, whole, skip: index(lun - from), buf: op.part(start..start + len) }
 }
 
+/// What a write comes to.
+struct Resolved {
+    pieces: Vec<Piece>,
+    alone_on: Vec<u64>,
+    copies: Vec<CopyRun>,
+}
+
 /// The pieces of a write as they are found.
 struct Draft<'a> {
     op: &'a DataOp,
     lun_unit: u64,
     pieces: Vec<Piece>,
     alone_on: Vec<u64>,
+    /// Whole blocks that are shared, and where they lie.
+    shared: Vec<(Range<u64>, u64)>,
+    copies: Vec<CopyRun>,
+}
+
+impl<'a> Draft<'a> {
+    fn new(op: &'a DataOp, lun_unit: u64) -> Self {
+        let (pieces, alone_on) = (Vec::with_capacity(1), Vec::new());
+        Self { op, lun_unit, pieces, alone_on, shared: Vec::new(), copies: Vec::new() }
+    }
 }
 
 impl Draft<'_> {
+    fn shared_bytes(&self) -> u64 {
+        self.shared.iter().map(|(here, _)| here.end - here.start).sum()
+    }
+
+    /// A shared block is replaced by one write at a time.
+    fn alone_on_shared(&mut self) {
+        for (here, _) in &self.shared {
+            self.alone_on.extend((here.start..here.end).step_by(index(BLOCK_BYTES)));
+        }
+    }
+
+    /// Writes what is shared to `targets` instead, of which it takes as much as it needs.
+    fn over_shared(&mut self, range: &Range<u64>, targets: &mut Vec<LunRun>) {
+        for (here, old) in std::mem::take(&mut self.shared) {
+            let mut at = here.start;
+            while at < here.end
+                && let Some((lun, len)) = targets.pop()
+            {
+                let step = len.min(here.end - at);
+                let wanted = at.max(range.start)..(at + step).min(range.end);
+                self.copy_to(at, old + (at - here.start), lun, wanted);
+                self.copies.push(CopyRun { file: at, len: step, lun });
+                at += step;
+                if step < len {
+                    targets.push((lun + step, len - step));
+                }
+            }
+        }
+    }
+
+    /// Blocks that start at `start` lie at `old`, and are to lie at `lun` with `wanted` written.
+    fn copy_to(&mut self, start: u64, old: u64, lun: u64, wanted: Range<u64>) {
+        let lun_of = |base: u64, at: u64| base + (at - start);
+        let mut from = wanted.start;
+        if !from.is_multiple_of(BLOCK_BYTES) {
+            let block = block_floor(from);
+            let head = from..wanted.end.min(block + BLOCK_BYTES);
+            self.change_to(lun_of(old, block), lun_of(lun, block), head.clone());
+            from = head.end;
+        }
+        let to = block_floor(wanted.end).max(from);
+        if from < to {
+            self.write(lun_of(lun, from), self.op.part(from..to));
+        }
+        if to < wanted.end {
+            let block = block_floor(to);
+            self.change_to(lun_of(old, block), lun_of(lun, block), to..wanted.end);
+        }
+    }
+
     /// A part that starts at block `start` and lies at `lun`, of which `wanted` is written.
     fn over_data(&mut self, start: u64, lun: u64, wanted: Range<u64>) {
         let unit = self.lun_unit;
@@ -283,11 +412,15 @@ impl Draft<'_> {
     }
 
     fn change(&mut self, lun: u64, part: Range<u64>) {
-        let block = block_floor(part.start);
-        self.alone_on.push(block);
-        let skip = index(part.start - block);
+        self.alone_on.push(block_floor(part.start));
+        self.change_to(lun, lun, part);
+    }
+
+    /// Puts `part` into the block that lies at `from`, and writes it at `lun`.
+    fn change_to(&mut self, from: u64, lun: u64, part: Range<u64>) {
+        let skip = index(part.start - block_floor(part.start));
         let block = IoBuf::zeroed(index(BLOCK_BYTES));
-        self.pieces.push(Piece::Change { lun, block, skip, part: self.op.part(part) });
+        self.pieces.push(Piece::Change { from, lun, block, skip, part: self.op.part(part) });
     }
 
     fn fill(&mut self, lun: u64, part: Range<u64>) {
@@ -301,7 +434,7 @@ impl Draft<'_> {
     }
 }
 
-/// Ranges of the writes in flight, by slot.
+/// Ranges of requests in flight, by slot.
 #[derive(Debug, Default)]
 pub(super) struct Writes {
     slots: Vec<Range<u64>>,

@@ -45,6 +45,8 @@ pub(super) enum Place {
     Data(u64),
     /// There too, but nothing was written yet.
     Fresh(u64),
+    /// There too, and not to be written: other files may have it.
+    Shared(u64),
     /// Nowhere.
     Hole,
     /// Not asked yet.
@@ -87,6 +89,7 @@ impl ExtentMap {
             let place = match run.state {
                 ExtentState::Data => Place::Data(lun),
                 ExtentState::Fresh => Place::Fresh(lun),
+                ExtentState::Shared => Place::Shared(lun),
             };
             return Part { start: at, len: end.min(start + run.len) - at, place };
         }
@@ -140,6 +143,7 @@ impl ExtentMap {
         let state = match extent.state() {
             pb::ExtentState::Data => ExtentState::Data,
             pb::ExtentState::Fresh => ExtentState::Fresh,
+            pb::ExtentState::Shared => ExtentState::Shared,
             pb::ExtentState::Hole => return 0,
         };
         let range = extent.file_offset..extent.file_offset + extent.length;
@@ -217,11 +221,55 @@ impl ExtentMap {
 
     /// Makes `range` a hole, known as one where it was known.
     pub(super) fn punch(&mut self, range: Range<u64>) {
-        let placed = |part: &Part| matches!(part.place, Place::Data(_) | Place::Fresh(_));
+        let placed = |part: &Part| matches!(part.place, Place::Data(_) | Place::Fresh(_) | Place::Shared(_));
         let gone: Vec<Part> = self.parts(range).filter(placed).collect();
         for part in gone {
             self.carve(part.start, part.len);
         }
+    }
+
+    /// The data of `range` is shared with another file from now on.
+    pub(super) fn share(&mut self, range: Range<u64>) {
+        let data = |part: &Part| matches!(part.place, Place::Data(_));
+        let parts: Vec<Part> = self.parts(range).filter(data).collect();
+        for part in parts {
+            let Place::Data(lun) = part.place else { continue };
+            self.carve(part.start, part.len);
+            self.put(part.start, Run { len: part.len, lun, state: ExtentState::Shared });
+        }
+    }
+
+    /// What is shared at `start` was copied to `lun`, where it is the file's own.
+    pub(super) fn copied(&mut self, start: u64, len: u64, lun: u64) {
+        let shared = |part: &Part| matches!(part.place, Place::Shared(_));
+        let parts: Vec<Part> = self.parts(start..start + len).filter(shared).collect();
+        for part in parts {
+            self.carve(part.start, part.len);
+            let lun = lun + (part.start - start);
+            self.put(part.start, Run { len: part.len, lun, state: ExtentState::Data });
+        }
+    }
+
+    /// Takes over an answer to `Unshare`: what is shared here and the file's own there was copied.
+    ///
+    /// # Errors
+    /// As [`ExtentMap::learn`].
+    pub(super) fn learn_copies(&mut self, answer: &pb::Map, lun_bytes: u64) -> Result<(), FsError> {
+        let mut last = 0;
+        for extent in &answer.extents {
+            check_extent(extent, last, lun_bytes)?;
+            last = extent.file_offset + extent.length;
+        }
+        for extent in answer.extents.iter().filter(|e| e.state() == pb::ExtentState::Data) {
+            self.copied(extent.file_offset, extent.length, extent.lun_offset);
+        }
+        Ok(())
+    }
+
+    /// Forgets what is known of `range`.
+    pub(super) fn forget(&mut self, range: Range<u64>) {
+        self.punch(range.clone());
+        self.known.remove(range);
     }
 
     /// Where on the LUN the run ends that ends at `at`: what is placed there continues it.
@@ -373,6 +421,23 @@ mod tests {
         map.cut_fresh(2 * B);
         let left: Vec<_> = map.extents().map(|e| (e.file_offset / B, e.length / B)).collect();
         assert_eq!(left, [(0, 2), (4, 1)]);
+    }
+
+    #[test]
+    fn what_is_shared_becomes_the_files_own_only_where_it_was_copied() {
+        let mut map = ExtentMap::default();
+        let extents =
+            vec![extent(0, 4, 100, pb::ExtentState::Data), extent(6, 2, 200, pb::ExtentState::Fresh)];
+        map.learn(0, &answer(extents, true), LUN).expect("a good map");
+        map.share(0..8 * B);
+        assert_eq!(map.part(0, 4 * B).place, Place::Shared(100 * B));
+        assert_eq!(map.part(6 * B, 8 * B).place, Place::Fresh(200 * B), "nothing was written there");
+        map.copied(B, 2 * B, 300 * B);
+        let parts: Vec<_> = map.parts(0..4 * B).map(|part| (part.start / B, part.place)).collect();
+        let expected = [(0, Place::Shared(100 * B)), (1, Place::Data(300 * B)), (3, Place::Shared(103 * B))];
+        assert_eq!(parts, expected);
+        map.forget(0..2 * B);
+        assert_eq!(map.part(0, 4 * B), Part { start: 0, len: 2 * B, place: Place::Unknown });
     }
 
     proptest! {

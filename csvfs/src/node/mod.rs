@@ -21,6 +21,7 @@
 mod access;
 mod advance;
 mod attr;
+mod clones;
 mod core;
 mod error;
 mod file;

@@ -13,7 +13,7 @@ use super::advance::Out;
 use super::core::Core;
 use super::inode::{Inode, State};
 use super::io::{DataOp, Need, Plan};
-use super::map::FILE_BYTES_MAX;
+use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place};
 use super::names::unexpected;
 use super::pool::LunRun;
 use super::session::Answered;
@@ -29,9 +29,43 @@ impl Inode {
             match state.plan(op, self.core.lun_unit) {
                 Plan::Wait(Need::Space { from, to, beyond_end })
                     if state.place(&self.core, (from, to), beyond_end) => {}
+                Plan::Wait(Need::Copies { from, bytes }) => {
+                    return self.plan_copies(state, op, (from, bytes));
+                }
                 plan => return plan,
             }
         }
+    }
+
+    /// Resolves a write over shared blocks, which goes to blocks of the pool.
+    fn plan_copies(&self, state: &mut State, op: &mut DataOp, (from, bytes): (u64, u64)) -> Plan {
+        let Some(mut targets) = self.core.space.take(state.map.goal(from), bytes, bytes) else {
+            return Plan::Wait(Need::Copies { from, bytes });
+        };
+        // The last is taken first.
+        targets.reverse();
+        let plan = state.plan_copies(op, self.core.lun_unit, &mut targets);
+        self.core.space.put(targets);
+        plan
+    }
+
+    /// Has the coordinator copy what is shared: this client has no pool.
+    pub(super) fn unshare(self: &Arc<Self>, state: &mut State, (from, bytes): (u64, u64), out: &mut Out) {
+        state.mapping = true;
+        let op = Op::Unshare(pb::Unshare { ino: self.ino, offset: from, length: bytes });
+        self.ask(op, out, move |inode, outcome| inode.unshared((from, from + bytes), outcome));
+    }
+
+    fn unshared(self: &Arc<Self>, (from, to): (u64, u64), outcome: Result<Answered, FsError>) {
+        let mut out = Out::default();
+        let mut state = self.lock();
+        state.mapping = false;
+        if let Err(why) = self.learn_copies(&mut state, from, outcome.map(|answered| answered.result)) {
+            state.fail_writes(&why, (from, to), &mut out);
+        }
+        self.step(&mut state, &mut out);
+        drop(state);
+        out.carry_out(self);
     }
 
     /// Waits for the pool to be filled.
@@ -110,6 +144,26 @@ impl Inode {
         self.step(&mut state, &mut out);
         drop(state);
         out.carry_out(self);
+    }
+
+    pub(super) fn learn_copies(
+        &self,
+        state: &mut State,
+        from: u64,
+        outcome: Result<pb::reply::Result, FsError>,
+    ) -> Result<(), FsError> {
+        let map = match outcome? {
+            pb::reply::Result::Map(map) => map,
+            other => return Err(unexpected("Unshare", &other)),
+        };
+        state.map.learn_copies(&map, self.core.lun_bytes(last_byte(&map.extents)))?;
+        match state.map.part(from, from + BLOCK_BYTES).place {
+            Place::Shared(_) => Err(FsError::Protocol(format!(
+                "what inode {} shares at {from} was to be copied, and was not",
+                self.ino
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Takes over an answer about the map from `at` on; gives the end of what is known then.

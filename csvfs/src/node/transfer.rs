@@ -91,15 +91,17 @@ fn submit(inode: &Arc<Inode>, device: &dyn BlockDevice, piece: Piece, done: Piec
             });
             device.submit(IoRequest { op: IoOp::Read { offset: lun, buf: whole }, done });
         }
-        Piece::Change { lun, block, skip, part } => change(inode, device, lun, (block, skip, part), done),
+        Piece::Change { from, lun, block, skip, part } => {
+            change(inode, device, (from, lun), (block, skip, part), done);
+        }
     }
 }
 
-/// Reads a block, puts the part into it, writes it back.
+/// Reads a block, puts the part into it, writes it back, or where it belongs from now on.
 fn change(
     inode: &Arc<Inode>,
     device: &dyn BlockDevice,
-    lun: u64,
+    (from, lun): (u64, u64),
     (block, skip, part): (IoBuf, usize, IoBuf),
     done: PieceDone,
 ) {
@@ -115,7 +117,7 @@ fn change(
             core.device.submit(IoRequest { op: IoOp::Write { offset: lun, buf: block, fua: false }, done });
         });
     });
-    device.submit(IoRequest { op: IoOp::Read { offset: lun, buf }, done: read });
+    device.submit(IoRequest { op: IoOp::Read { offset: from, buf }, done: read });
 }
 
 /// Copies `len` bytes from one buffer to another, through a small one on the stack: buffers that are shared with a device

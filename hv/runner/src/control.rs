@@ -94,6 +94,7 @@ fn carry_out(runner: &Arc<Runner>, op: control::Op) -> Result<control_reply::Res
             let limits = DiskLimits { iops: disk.iops, bytes_per_second: disk.bytes_per_second };
             runner.limit_disk(disk.slot, limits).map(done)
         }
+        Op::DiskClone(disk) => runner.clone_disk(disk.slot, &disk.path).map(done),
         Op::Stop(stop) => runner.stop(stop.force).map(done),
         Op::Ram(_) => runner.ram().map(control_reply::Result::Ram),
         Op::Track(track) => runner.track(track.on).map(done),

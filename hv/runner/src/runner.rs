@@ -214,6 +214,37 @@ impl Runner {
         Ok(())
     }
 
+    /// Makes `to`, on the disk's volume, a clone of a disk: as the guest has it at one moment, and clean, because the guest is
+    /// held still and all its disks are closed for it. The guest runs on afterwards, whatever became of the clone.
+    ///
+    /// # Errors
+    /// What failed.
+    pub fn clone_disk(&self, slot: u32, to: &str) -> Result<(), Failure> {
+        let mut disks = self.work_in("cloned", &[Phase::Live])?;
+        let spec = disks.iter().find(|disk| disk.slot() == slot).map(|disk| disk.spec().clone());
+        let spec = spec.ok_or_else(|| {
+            Failure::new(format!("there is no disk in slot {slot}"), "`csvctl vm show` lists the disks")
+        })?;
+        let ran = self.vm.run_state() == RunState::Running;
+        let outcome = self.clone_held_still(&mut disks, ran, (&spec, to));
+        self.go_on(&mut disks, ran)?;
+        outcome
+    }
+
+    fn clone_held_still(
+        &self,
+        disks: &mut [RunnerDisk],
+        ran: bool,
+        (spec, to): (&DiskSpec, &str),
+    ) -> Result<(), Failure> {
+        if ran {
+            self.vm.pause().map_err(|error| not_now(&error))?;
+        }
+        self.close_disks(disks)?;
+        let from = VolumePath { volume: spec.volume.clone(), path: spec.path.clone() };
+        self.volumes.clone_file(&from, to)
+    }
+
     /// Opens what is closed, and runs the VM if it ran.
     pub(crate) fn go_on(&self, disks: &mut [RunnerDisk], run: bool) -> Result<(), Failure> {
         for disk in disks.iter_mut() {

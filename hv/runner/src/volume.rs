@@ -109,6 +109,17 @@ impl Volumes {
         ))
     }
 
+    /// Makes the new file `to` a clone of one on the same volume.
+    pub(crate) fn clone_file(&self, from: &VolumePath, to: &str) -> Result<(), Failure> {
+        let node = self.node(&from.volume)?;
+        let at = VolumePath { volume: from.volume.clone(), path: to.to_owned() };
+        let cloned = || {
+            let attr = node.resolve(&from.path)?;
+            node.clone_as(&*node.open(attr.ino)?, to)
+        };
+        cloned().map(drop).map_err(|error: FsError| not_created(&at, &error))
+    }
+
     /// Leaves all volumes; what was buffered becomes durable.
     pub(crate) fn detach(&self) {
         for (name, volume) in &self.volumes {

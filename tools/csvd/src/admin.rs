@@ -7,6 +7,7 @@
 mod cluster;
 mod events;
 mod file;
+mod file_clone;
 mod health;
 mod image;
 mod members;
@@ -227,6 +228,10 @@ impl pb::admin_server::Admin for Admin {
 
     async fn file_map(&self, request: Request<pb::FileRequest>) -> Answer<pb::FileExtents> {
         answer(file::map(&self.core, request.into_inner().path).await)
+    }
+
+    async fn file_clone(&self, request: Request<pb::FileCloneRequest>) -> Answer<pb::FileCloned> {
+        answer(file_clone::clone(&self.core, request.into_inner()).await)
     }
 
     async fn file_grants(&self, request: Request<pb::FileRequest>) -> Answer<pb::FileGrantList> {

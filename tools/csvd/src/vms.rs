@@ -165,7 +165,7 @@ fn described(core: &Core, name: &str) -> Result<pb::Vm, Error> {
 }
 
 /// What the VM is made of.
-fn spec_of(record: &VmRecord) -> Result<pb::VmSpec, Error> {
+pub(crate) fn spec_of(record: &VmRecord) -> Result<pb::VmSpec, Error> {
     pb::VmSpec::decode(record.spec.clone()).map_err(|error| {
         Error::failed(format!("the configuration of VM {} cannot be read: {error}", record.name))
             .hint("it may have been written by a newer version")

@@ -8,7 +8,9 @@ use super::{Ops, creation};
 use crate::attr::{errno, to_kernel};
 use crate::data::{self, BAD_HANDLE};
 use crate::shared::Shared;
-use crate::wire::abi::{CreateIn, FallocateIn, FsyncIn, LseekIn, OpenIn, ReadIn, WriteIn, fopen};
+use crate::wire::abi::{
+    CopyFileRangeIn, CreateIn, FallocateIn, FsyncIn, LseekIn, OpenIn, ReadIn, WriteIn, fopen,
+};
 use crate::wire::reply::Reply;
 use crate::wire::request::Header;
 
@@ -104,6 +106,19 @@ impl Ops {
         };
         self.wait(move |_| match open.file.seek(from) {
             Ok(found) => reply.offset(found),
+            Err(error) => reply.error(errno(&error)),
+        });
+    }
+
+    /// Shares blocks where it can, see [`csvfs::node::File::copy_range`].
+    pub(super) fn copy_file_range(&self, args: CopyFileRangeIn, reply: Reply) {
+        let (Some(from), Some(to)) = (self.shared.files.get(args.fh), self.shared.files.get(args.to_fh))
+        else {
+            return reply.error(BAD_HANDLE);
+        };
+        let CopyFileRangeIn { offset, to_offset, len, .. } = args;
+        self.wait(move |_| match from.file.copy_range(&to.file, offset, to_offset, len) {
+            Ok(done) => reply.written(u32::try_from(done).unwrap_or(u32::MAX)),
             Err(error) => reply.error(errno(&error)),
         });
     }

@@ -5,7 +5,8 @@
 //!             +-- what may wait for the coordinator: a worker of the pool, which answers
 //! ```
 //! Permissions are checked by the kernel (`default_permissions`), with supplementary groups and access control lists. Not
-//! offered, so that the kernel does it by itself or refuses: ioctl, poll, bmap, `copy_file_range` (the kernel copies).
+//! offered, so that the kernel does it by itself or refuses: ioctl (and with it `FICLONE`, which the kernel passes to no
+//! mount), poll, bmap.
 
 mod attributes;
 mod directories;
@@ -77,6 +78,7 @@ impl Filesystem for Ops {
             Op::Release(args) => self.release(header, args, reply),
             Op::Fallocate(args) => self.fallocate(args, reply),
             Op::Lseek(args) => self.lseek(args, reply),
+            Op::CopyFileRange(args) => self.copy_file_range(args, reply),
             Op::SyncFs => self.syncfs(reply),
             Op::GetLock(args) => self.getlk(header, &args, reply),
             Op::SetLock { args, wait } => self.setlk(header, &args, wait, reply),

@@ -54,6 +54,7 @@ pub(crate) mod opcode {
     pub(crate) const READDIRPLUS: u32 = 44;
     pub(crate) const RENAME2: u32 = 45;
     pub(crate) const LSEEK: u32 = 46;
+    pub(crate) const COPY_FILE_RANGE: u32 = 47;
     pub(crate) const SYNCFS: u32 = 50;
     pub(crate) const TMPFILE: u32 = 51;
     pub(crate) const STATX: u32 = 52;
@@ -183,6 +184,7 @@ wire!(InterruptIn, 8 { unique: u64 });
 wire!(FallocateIn, 32 { fh: u64, offset: u64, length: u64, mode: u32, _pad: u32 });
 wire!(LseekIn, 24 { fh: u64, offset: u64, whence: u32, _pad: u32 });
 wire!(LseekOut, 8 { offset: u64 });
+wire!(CopyFileRangeIn, 56 { fh: u64, offset: u64, to_node: u64, to_fh: u64, to_offset: u64, len: u64, flags: u64 });
 wire!(Kstatfs, 80 {
     blocks: u64, bfree: u64, bavail: u64, files: u64, ffree: u64, bsize: u32, namelen: u32, frsize: u32, _pad: u32,
     _spare: [u32; 6],

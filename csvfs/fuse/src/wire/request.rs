@@ -9,9 +9,9 @@
 use zerocopy::FromBytes;
 
 use super::abi::{
-    CreateIn, FallocateIn, FlushIn, FsyncIn, GetxattrIn, InHeader, InitIn, InterruptIn, LinkIn, LkIn,
-    LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn, SetxattrIn,
-    StatxIn, WriteIn, opcode,
+    CopyFileRangeIn, CreateIn, FallocateIn, FlushIn, FsyncIn, GetxattrIn, InHeader, InitIn, InterruptIn,
+    LinkIn, LkIn, LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn,
+    SetxattrIn, StatxIn, WriteIn, opcode,
 };
 
 /// Who asks, about which inode.
@@ -81,6 +81,7 @@ pub(crate) enum Op<'a> {
     Fsync(FsyncIn),
     Fallocate(FallocateIn),
     Lseek(LseekIn),
+    CopyFileRange(CopyFileRangeIn),
     OpenDir,
     ReadDir(ReadIn),
     ReadDirPlus(ReadIn),
@@ -218,6 +219,7 @@ fn opened(code: u32, mut args: Args<'_>) -> Option<Op<'_>> {
         opcode::FSYNC => Op::Fsync(args.take()?),
         opcode::FALLOCATE => Op::Fallocate(args.take()?),
         opcode::LSEEK => Op::Lseek(args.take()?),
+        opcode::COPY_FILE_RANGE => Op::CopyFileRange(args.take()?),
         opcode::OPENDIR => Op::OpenDir,
         opcode::READDIR => Op::ReadDir(args.take()?),
         opcode::READDIRPLUS => Op::ReadDirPlus(args.take()?),

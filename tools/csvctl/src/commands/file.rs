@@ -1,5 +1,6 @@
 //! `csvctl file`.
 
+mod clone;
 mod grants;
 mod map;
 mod stat;
@@ -7,7 +8,7 @@ mod stat;
 use std::path::{Path, PathBuf};
 
 use api::Error;
-use api::pb::FileRequest;
+use api::pb::{FileCloneRequest, FileRequest};
 use clap::{Args, Subcommand};
 
 use crate::context::Context;
@@ -20,6 +21,11 @@ pub(crate) enum FileCommand {
     Map(FilePath),
     /// Show who holds or waits for a file, and for how long
     Grants(FilePath),
+    /// Make a copy at once that shares all blocks with the file until either is written
+    ///
+    /// The copy is the file at one moment. When a VM runs from the file, its guest is held still for that moment and the
+    /// copy is a clean image.
+    Clone(ClonePaths),
 }
 
 impl FileCommand {
@@ -28,6 +34,7 @@ impl FileCommand {
             Self::Stat(path) => stat::run(path.request()?, context).await,
             Self::Map(path) => map::run(path.request()?, context).await,
             Self::Grants(path) => grants::run(path.request()?, context).await,
+            Self::Clone(paths) => clone::run(paths.request()?, context).await,
         }
     }
 }
@@ -41,6 +48,20 @@ pub(crate) struct FilePath {
 impl FilePath {
     fn request(self) -> Result<FileRequest, Error> {
         Ok(FileRequest { path: on_volume(&self.path)? })
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ClonePaths {
+    /// The file: a path below a mount of the volume, or VOLUME:/PATH
+    from: String,
+    /// The new file, on the same volume
+    to: String,
+}
+
+impl ClonePaths {
+    fn request(self) -> Result<FileCloneRequest, Error> {
+        Ok(FileCloneRequest { from: on_volume(&self.from)?, to: on_volume(&self.to)? })
     }
 }
 

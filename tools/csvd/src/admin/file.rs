@@ -92,6 +92,7 @@ pub(super) async fn map(core: &Arc<Core>, path: String) -> Result<pb::FileExtent
         let state = match extent.state {
             ExtentState::Data => "data",
             ExtentState::Fresh => "fresh",
+            ExtentState::Shared => "shared",
         };
         pb::FileExtent {
             file_offset_bytes: extent.file_offset,

@@ -3,6 +3,7 @@
 //! ```text
 //!   add:     record (the disk is the VM's: no other may take it) -> process opens and inserts it; refused: record back
 //!   remove:  process ejects and closes it -> record
+//!   clone:   process holds the guest still, closes its disks, clones the file, runs on
 //! ```
 //! **Invariant (E6):** a disk is in the record as long as a process may have it open for writing.
 
@@ -10,7 +11,7 @@ use std::sync::Arc;
 
 use api::{Error, pb};
 use hv::control::control::Op;
-use hv::control::{DiskAdd, DiskLimit, DiskRemove, DiskResize};
+use hv::control::{DiskAdd, DiskClone, DiskLimit, DiskRemove, DiskResize};
 use lockmgr::cluster::{VmRecord, VmState};
 use prost::Message;
 
@@ -32,6 +33,7 @@ pub(crate) async fn change_disk(core: &Arc<Core>, request: pb::VmDiskRequest) ->
         "remove" => change.remove(&disk).await,
         "resize" => change.resize(&disk, request.size_bytes).await,
         "limit" => change.limit(&disk).await,
+        "clone" => change.clone_to(&disk, request.clone_to).await,
         other => {
             Err(Error::usage(format!("`{other}` is no change of a disk")).hint("is csvctl newer than csvd?"))
         }
@@ -119,6 +121,15 @@ impl<'a> Change<'a> {
         let slot = kept.slot.unwrap_or_default();
         self.tell(Op::DiskLimit(DiskLimit { slot, iops, bytes_per_second })).await?;
         self.write(&self.spec).await
+    }
+
+    /// Only of a VM with a process: without one nobody has the disk open.
+    async fn clone_to(self, disk: &pb::VmDisk, path: String) -> Result<(), Error> {
+        let slot = self.spec.disks[self.place_of(disk)?].slot.unwrap_or_default();
+        if self.runner.is_none() {
+            return Err(Error::conflict("it does not run any more").hint("clone the file once more"));
+        }
+        self.tell(Op::DiskClone(DiskClone { slot, path })).await
     }
 
     fn free_slot(&self) -> Result<u32, Error> {
