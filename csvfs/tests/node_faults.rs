@@ -213,3 +213,55 @@ fn concurrent_fsyncs_share_flushes() {
     }
     assert_eq!(node.stats().flushes, 2);
 }
+
+// Invariant D2, D6: what the metadata store cannot read is named, and ends the coordinator instead of being guessed.
+#[test]
+fn a_bad_sector_in_the_metadata_is_found_and_named() {
+    let (device, _) = faulty();
+    let world = World::on(device.clone());
+    let node = world.node(1);
+    for n in 0..50 {
+        drop(create(&node, &format!("f{n}")));
+    }
+    node.detach().expect("an orderly leave");
+    world.stop_coordinator();
+    // The first metadata chunk: superblocks, owner blocks and logs are elsewhere.
+    device.break_range((21 << 20) + 4096..29 << 20);
+    let plain: Arc<dyn BlockDevice> = device.clone();
+    let error = csvfs::check::check_device(&plain).expect_err("it cannot be opened").to_string();
+    assert!(error.contains("metadata"), "{error}");
+    device.heal();
+    assert_eq!(csvfs::check::check_device(&plain).expect("it can be checked").problems, Vec::new());
+}
+
+// Invariant D4: what a client held whose log cannot be read stays its own, until somebody gives the log up by name.
+#[test]
+fn a_log_that_cannot_be_read_locks_what_its_client_held_and_can_be_given_up() {
+    use lockmgr::{Epoch, NodeId};
+    let (device, _) = faulty();
+    let world = World::on(device.clone());
+    let (node, other) = (world.node(1), world.node(2));
+    let file = create(&node, "f");
+    write(&file, 0, &[1; 8192]).expect("a write");
+    fsync(&file).expect("an fsync");
+    assert!(node.stats().log_writes > 0, "it has a log");
+    // The ring of logs; the superblocks and the metadata lie elsewhere.
+    device.break_range(4 << 20..20 << 20);
+    let coordinator = world.link.coordinator().expect("there");
+    coordinator.node_gone(NodeId(1), Epoch(1));
+    let problems = world.problems(&other);
+    let named = problems.iter().find(|what| what.contains("give-up-log")).expect("it is named").clone();
+    assert!(coordinator.stats().stopped.is_none(), "the others are served");
+    drop(create(&other, "another"));
+    let client =
+        coordinator.clients().into_iter().find(|client| client.id.node == NodeId(1)).expect("it is kept").id;
+    assert!(named.contains(&client.to_string()), "{named}");
+    assert_eq!(other.give_up_log(world.client(7)).expect_err("no such client").errno(), libc::ENOENT);
+    other.give_up_log(client).expect("it is given up");
+    device.heal();
+    assert!(coordinator.clients().iter().all(|client| client.id.node != NodeId(1)));
+    let file = open(&other, "f");
+    write(&file, 0, &[2; 4096]).expect("nobody holds it any more");
+    drop(file);
+    assert_eq!(world.problems(&other), Vec::<String>::new());
+}

@@ -136,29 +136,3 @@ fn a_disk_is_added_and_removed_while_the_vm_runs_and_belongs_to_it_meanwhile() {
     ctl.must(&["vm", "disk", "add", "two", extra]);
     ctl.must(&["vm", "stop", "one"]);
 }
-
-#[test]
-fn a_clone_of_a_running_vms_disk_is_clean_and_has_what_was_acknowledged() {
-    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
-        return;
-    }
-    let cluster = Cluster::start("1G");
-    let guest = start_vm(&cluster, "cloned");
-    let before = guest.progress(&cluster, 1, 0);
-    let (from, to) = (cluster.mount(2).join("cloned-scratch.vhdx"), cluster.mount(2).join("copy.vhdx"));
-    // Asked of a node on which the VM does not run.
-    let report = cluster.ctl(2).must(&["file", "clone", text(&from), text(&to)]);
-    assert_eq!(report["vm"], "cloned", "{report}");
-    assert!(report["shared_bytes"].as_u64() > Some(0), "{report}");
-    let after = guest.progress(&cluster, 1, before.sequence);
-    let info = Ctl::local().must(&["vhdx", "info", text(&to)]);
-    assert_eq!(info["log_entries"], 0, "{info}");
-    let folder = TempDir::new().unwrap();
-    // The guest writes on; the clone stays at least where the last acknowledged write before it was.
-    guest.verify(&cluster, "copy.vhdx", before, folder.path());
-    cluster.ctl(3).must(&["vm", "stop", "cloned"]);
-    guest.verify(&cluster, "cloned-scratch.vhdx", after, folder.path());
-    let volume = cluster.info()["volume"].as_str().expect("a name").to_owned();
-    let report = cluster.ctl(1).must(&["volume", "check", &volume]);
-    assert_eq!(report["problems"], serde_json::json!([]), "{report}");
-}

@@ -9,6 +9,7 @@
 //! **Invariant:** nothing unflushed is on the inner device before `crash` has decided about it.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::crash::{Change, Survivors, Unflushed};
@@ -53,6 +54,8 @@ struct Faulty<D> {
 
 struct State<D> {
     faults: Vec<Fault>,
+    /// Bytes that cannot be read or written.
+    broken: Vec<Range<u64>>,
     unflushed: Vec<Change>,
     hold: Option<OpKind>,
     hold_all: bool,
@@ -82,6 +85,7 @@ impl<D: BlockDevice + 'static> FaultDevice<D> {
         let size_bytes = inner.geometry().size_bytes;
         let state = State {
             faults: Vec::new(),
+            broken: Vec::new(),
             unflushed: Vec::new(),
             hold: None,
             hold_all: false,
@@ -120,9 +124,16 @@ impl<D: BlockDevice + 'static> FaultDevice<D> {
         self.faulty.lock().faults.push(fault);
     }
 
+    /// Makes a range of bytes unreadable and unwritable: requests that touch it fail with `EIO`, others do not.
+    pub fn break_range(&self, range: Range<u64>) {
+        self.faulty.lock().broken.push(range);
+    }
+
     /// Ends all faults. A failed flush is not forgotten.
     pub fn heal(&self) {
-        self.faulty.lock().faults.clear();
+        let mut state = self.faulty.lock();
+        state.faults.clear();
+        state.broken.clear();
     }
 
     /// Holds requests of the kind, or all (`None`), until [`Self::release`].
@@ -198,7 +209,7 @@ impl<D: BlockDevice> Faulty<D> {
         if kind != OpKind::Read {
             self.poison.check()?;
         }
-        let outcome = match state.take_fault(kind) {
+        let outcome = match state.take_fault(kind).or_else(|| state.broken_under(op)) {
             Some(errno) => Err(injected(op, errno)),
             None => self.carry_out(state, op),
         };
@@ -286,6 +297,19 @@ impl<D: BlockDevice> Faulty<D> {
 }
 
 impl<D> State<D> {
+    /// What a request that touches a broken range gets.
+    fn broken_under(&self, op: &IoOp) -> Option<i32> {
+        let touched = match op {
+            IoOp::Read { offset, buf } | IoOp::Write { offset, buf, .. } => {
+                *offset..*offset + buf.len() as u64
+            }
+            IoOp::WriteZeroes { offset, len, .. } => *offset..offset.saturating_add(*len),
+            IoOp::Flush | IoOp::Discard { .. } => return None,
+        };
+        let overlaps = |range: &Range<u64>| range.start < touched.end && touched.start < range.end;
+        self.broken.iter().any(overlaps).then_some(libc::EIO)
+    }
+
     /// Counts a request; gives the error number when its turn to fail has come.
     fn take_fault(&mut self, kind: OpKind) -> Option<i32> {
         let mut hit = None;

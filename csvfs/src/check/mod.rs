@@ -12,6 +12,7 @@
 //! **Invariant:** a check changes nothing, and ends on any input: cycles and nonsense are found, not followed.
 
 mod overlay;
+pub(crate) mod repair;
 mod shared;
 mod space;
 mod tree;
@@ -68,7 +69,7 @@ pub fn check_device(device: &Arc<dyn BlockDevice>) -> Result<CheckReport, Volume
     let store = Store::open_verified(overlay, block.volume, block.lun_bytes)?;
     let report = guarded("a page that cannot be read", || {
         store.make_tables()?;
-        check_tables(&store.snapshot()?, block.lun_bytes, &store.chunks())
+        check_tables(&store.snapshot()?.passing_over_damage(), block.lun_bytes, &store.chunks())
     })??;
     Ok(with_fixed_areas(report, device.as_ref(), block.volume))
 }
@@ -80,9 +81,16 @@ pub(crate) fn check_tables(
     chunks: &[Chunk],
 ) -> Result<CheckReport, StoreError> {
     // An extension that was cut short is finished by the next coordinator; until then the tables know less than the LUN.
-    let lun_bytes =
-        snapshot.area_blocks()?.map_or(lun_bytes, |blocks| lun_bytes.min(blocks * layout::BLOCK_BYTES));
+    let lun_bytes = snapshot
+        .area_blocks()
+        .ok()
+        .flatten()
+        .map_or(lun_bytes, |blocks| lun_bytes.min(blocks * layout::BLOCK_BYTES));
     let mut findings = Findings::default();
+    for row in snapshot.damaged_rows(PROBLEMS_MAX)? {
+        findings.problem(0, format!("a row of {} cannot be read", row.table));
+    }
+    (findings.report.quarantined, _) = snapshot.set_aside("")?;
     let inodes = tree::check(snapshot, &mut findings)?;
     space::check(snapshot, lun_bytes, chunks, inodes, &mut findings)?;
     Ok(findings.finish())

@@ -23,6 +23,9 @@ struct Owned {
     owner: Owner,
 }
 
+/// Runs that marked extents have: first block and number.
+type References = Vec<(u64, u64)>;
+
 #[derive(Clone, Copy, PartialEq)]
 enum Owner {
     File(u64),
@@ -105,7 +108,7 @@ fn files(
     area: &std::ops::Range<u64>,
     mut nodes: Nodes,
     findings: &mut Findings,
-) -> Result<(Vec<Owned>, Vec<(u64, u64)>), StoreError> {
+) -> Result<(Vec<Owned>, References), StoreError> {
     let (mut owned, mut references) = (Vec::new(), Vec::new());
     let mut file: (u64, Vec<Extent>) = (0, Vec::new());
     snapshot.each_extent(|ino, extent| {
@@ -170,7 +173,17 @@ fn one_owner_each(mut owned: Vec<Owned>, area: &std::ops::Range<u64>, findings: 
             findings.problem(0, format!("blocks {at} to {} have no owner", run.start - 1));
         }
         if run.start < at {
-            findings.problem(0, format!("block {} belongs to {last} and to {}", run.start, run.owner));
+            let what = format!("block {} belongs to {last} and to {}", run.start, run.owner);
+            // A problem of each file: both are held still for its repair.
+            let files = [last, run.owner].into_iter().filter_map(|owner| match owner {
+                Owner::File(ino) => Some(ino),
+                _ => None,
+            });
+            let files: BTreeSet<u64> = files.collect();
+            if files.is_empty() {
+                findings.problem(0, what.clone());
+            }
+            files.into_iter().for_each(|ino| findings.problem(ino, what.clone()));
         }
         let end = run.start.saturating_add(run.blocks);
         if end > at {

@@ -44,7 +44,9 @@ impl Core {
         if matches!(work.request.op, Some(Op::Attach(_))) {
             return self.attach(tables, work);
         }
-        if let Some(grace) = &mut self.grace {
+        // What may end the grace time cannot wait for its end.
+        let ends_grace = matches!(work.request.op, Some(Op::GiveUpLog(_)));
+        if let Some(grace) = self.grace.as_mut().filter(|_| !ends_grace) {
             if grace.queue.len() < GRACE_QUEUE_MAX {
                 grace.queue.push(work);
             } else {

@@ -181,7 +181,7 @@ impl Core {
     }
 
     /// An older program would free blocks that others have.
-    fn announce_clones(&mut self) -> Result<(), StoreError> {
+    pub(super) fn announce_clones(&mut self) -> Result<(), StoreError> {
         if self.incompat & INCOMPAT_CLONES == 0 {
             volume::add_incompat(self.device.as_ref(), INCOMPAT_CLONES).map_err(|error| {
                 StoreError::Superseded { how: format!("no feature bit written: {error}") }

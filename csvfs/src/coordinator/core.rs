@@ -9,7 +9,7 @@ use std::sync::atomic::AtomicBool;
 
 use blockio::BlockDevice;
 use lockmgr::engine::{Action, Event, LockEngine};
-use lockmgr::range::RangeTable;
+use lockmgr::range::{Owner, RangeTable};
 use lockmgr::{ClientId, Epoch, Millis, Mode, NodeId, ResourceId, Term, VolumeId};
 
 use super::lend::Contended;
@@ -21,6 +21,7 @@ use super::sessions::Session;
 use super::{CoordinatorTiming, PushTarget};
 use crate::alloc::Allocator;
 use crate::clock::Clock;
+use crate::format::meta_slot::Chunk;
 use crate::meta::Globals;
 use crate::proto::{self as pb, Failure, Push, Request, Timestamp, push, reply};
 
@@ -56,6 +57,8 @@ pub(super) struct Core {
     pub(super) tickets: HashMap<u64, Ticket>,
     /// Locks of programs.
     pub(super) range_locks: RangeTable,
+    /// Since when somebody has locks on a file.
+    pub(super) lock_since: HashMap<(u64, Owner), Millis>,
     /// Requests that wait for one, by ticket.
     pub(super) lock_waits: BTreeMap<u64, LockWait>,
     /// What waits for others' grants to be lowered.
@@ -79,6 +82,12 @@ pub(super) struct Core {
     pub(super) tight: bool,
     /// The metadata store can list more chunks.
     pub(super) growable: bool,
+    /// What the metadata slot lists.
+    pub(super) chunks: Box<dyn Fn() -> Vec<Chunk> + Send>,
+    /// Clients that have ended and whose logs cannot be read, and why.
+    pub(super) unreadable: BTreeMap<ClientId, String>,
+    /// Clients whose logs are not looked at any more.
+    pub(super) given_up: BTreeSet<ClientId>,
     /// A check is under way.
     pub(super) checking: Arc<AtomicBool>,
     pub(super) requests: u64,

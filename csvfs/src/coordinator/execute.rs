@@ -45,6 +45,8 @@ impl Core {
             Op::Access(op) => Self::access(tables, op),
             Op::Clone(op) => self.clone_range(tables, client, op),
             Op::Unshare(op) => self.unshare(tables, work, op),
+            Op::Repair(_) => self.repair(tables),
+            Op::GiveUpLog(op) => self.give_up_log(tables, op),
             Op::Unlock(op) => self.unlock(client, op),
             Op::QueryLock(op) => self.query_lock(client, op),
             Op::CancelLock(op) => self.cancel_lock(client, op.request_id),

@@ -95,7 +95,41 @@ impl Core {
         let mut grants: Vec<GrantInfo> = holders.iter().map(|h| self.holder_info(h, &waiters)).collect();
         let waits_only = |w: &&Waiting| holders.iter().all(|h| h.client != w.client);
         grants.extend(waiters.iter().filter(waits_only).map(|w| self.waiting_info(w)));
-        reply::Result::GrantList(GrantList { grants })
+        for grant in &mut grants {
+            grant.next = self.next_for(grant, &holders, &waiters);
+        }
+        reply::Result::GrantList(GrantList { grants, locks: self.lock_infos(ino) })
+    }
+
+    /// What will become of a grant, held or waited for.
+    fn next_for(&self, grant: &GrantInfo, holders: &[Holder], waiters: &[Waiting]) -> String {
+        let who = grant.client.as_ref().and_then(pb::ClientId::checked);
+        let held = holders.iter().find(|holder| Some(holder.client) == who);
+        let turn = waiters.iter().position(|waiting| Some(waiting.client) == who);
+        match (held.and_then(|holder| holder.recalled), turn) {
+            (Some((to, until)), _) => format!(
+                "goes down to {to} when its I/O has drained; its node is fenced if that takes more than {} ms more",
+                until.since(self.now)
+            ),
+            (None, Some(turn)) => {
+                let mode = waiters[turn].mode;
+                let others = holders.iter().filter(|h| Some(h.client) != who && !h.mode.compatible(mode));
+                let names: Vec<String> = others.map(|holder| self.name_of(holder.client)).collect();
+                match (turn, names.is_empty()) {
+                    (0, true) => "gets it now".to_owned(),
+                    (0, false) => format!("gets it when {} has lowered its grant", names.join(", ")),
+                    (before, _) => format!("gets it after {before} who wait longer"),
+                }
+            }
+            (None, None) if waiters.is_empty() => "keeps it until somebody else needs the file".to_owned(),
+            (None, None) => "keeps it for its minimum time, and is asked to lower it then".to_owned(),
+        }
+    }
+
+    fn name_of(&self, client: ClientId) -> String {
+        self.sessions
+            .get(&client)
+            .map_or_else(|| "a request at the coordinator".to_owned(), |s| s.name.clone())
     }
 
     fn holder_info(&self, holder: &Holder, waiters: &[Waiting]) -> GrantInfo {
@@ -124,6 +158,7 @@ impl Core {
             since_ms: self.now.since(since),
             recalled,
             client_name: name.to_owned(),
+            next: String::new(),
         }
     }
 }

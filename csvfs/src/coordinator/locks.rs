@@ -8,13 +8,13 @@
 //! served. **Invariant:** whoever waits is answered: with the lock, with a refusal, or by being told to attach anew.
 
 use lockmgr::range::{Access, Family, Granted, Owner, RangeLock, Refusal, Span, Verdict};
-use lockmgr::{ClientId, ResourceId};
+use lockmgr::{ClientId, Millis, ResourceId};
 
 use super::core::{Core, Work};
 use super::mailbox::Asker;
 use crate::meta::{StoreError, Tables};
 use crate::namespace::existing;
-use crate::proto::{self as pb, Done, FailureKind, LockHolder, reply};
+use crate::proto::{self as pb, Done, FailureKind, LockHolder, LockInfo, reply};
 use crate::refusal::{OpError, errno, failure};
 
 /// A request that waits for a lock.
@@ -22,6 +22,9 @@ pub(super) struct LockWait {
     pub(super) client: ClientId,
     request_id: u64,
     done: Asker,
+    resource: ResourceId,
+    lock: RangeLock,
+    since: Millis,
 }
 
 /// A lock as a message has it, of `client`.
@@ -50,10 +53,14 @@ impl Core {
         let ticket = self.next_id();
         let (verdict, granted) = self.range_locks.request(ticket, resource, lock, op.wait);
         match verdict {
-            Verdict::Granted => self.answer(work.done, reply::Result::Done(Done {})),
+            Verdict::Granted => {
+                self.lock_since.entry((resource.0, lock.owner)).or_insert(self.now);
+                self.answer(work.done, reply::Result::Done(Done {}));
+            }
             Verdict::Waits => {
                 let Work { client, request, done, .. } = work;
-                let wait = LockWait { client, request_id: request.request_id, done };
+                let (request_id, since) = (request.request_id, self.now);
+                let wait = LockWait { client, request_id, done, resource, lock, since };
                 self.lock_waits.insert(ticket, wait);
             }
             Verdict::Refused(why) => self.refuse(work.done, refusal(why))?,
@@ -65,6 +72,7 @@ impl Core {
     fn locks_granted(&mut self, tickets: Granted) {
         for ticket in tickets {
             if let Some(wait) = self.lock_waits.remove(&ticket) {
+                self.lock_since.entry((wait.resource.0, wait.lock.owner)).or_insert(self.now);
                 self.answer(wait.done, reply::Result::Done(Done {}));
             }
         }
@@ -73,6 +81,9 @@ impl Core {
     pub(super) fn unlock(&mut self, client: ClientId, op: &pb::Unlock) -> Result<reply::Result, OpError> {
         let (resource, lock) = checked(client, op.lock.as_ref())?;
         let granted = self.range_locks.unlock(resource, lock.owner, lock.span);
+        if self.range_locks.held(resource).all(|held| held.owner != lock.owner) {
+            self.lock_since.remove(&(resource.0, lock.owner));
+        }
         self.locks_granted(granted);
         Ok(reply::Result::Done(Done {}))
     }
@@ -143,7 +154,44 @@ impl Core {
     /// A client has ended for certain.
     pub(super) fn forget_locks(&mut self, client: ClientId) {
         let granted = self.range_locks.client_gone(client);
+        self.lock_since.retain(|(_, owner), _| owner.client != client);
         self.locks_granted(granted);
+    }
+
+    /// Who has locks on a file and who waits for one, for people.
+    pub(super) fn lock_infos(&self, ino: u64) -> Vec<LockInfo> {
+        let resource = ResourceId(ino);
+        let held = self.range_locks.held(resource).map(|lock| {
+            let since = self.lock_since.get(&(ino, lock.owner)).copied();
+            let waiters = self.lock_waits.values().filter(|wait| wait.resource == resource);
+            let next = match waiters.count() {
+                0 => "keeps it until it unlocks or ends".to_owned(),
+                count => format!("keeps it until it unlocks or ends; {count} wait for locks of the file"),
+            };
+            self.lock_info(lock, false, since, next)
+        });
+        let waits = self.lock_waits.values().filter(|wait| wait.resource == resource).map(|wait| {
+            let next = match self.range_locks.conflict(resource, &wait.lock) {
+                Some(other) => {
+                    format!("gets it when process {} of {} unlocks", other.pid, other.owner.client)
+                }
+                None => "is next".to_owned(),
+            };
+            self.lock_info(&wait.lock, true, Some(wait.since), next)
+        });
+        held.chain(waits).collect()
+    }
+
+    fn lock_info(&self, lock: &RangeLock, waits: bool, since: Option<Millis>, next: String) -> LockInfo {
+        let client = lock.owner.client;
+        LockInfo {
+            lock: Some(on_wire(ResourceId(0), lock)),
+            client: Some(client.into()),
+            client_name: self.sessions.get(&client).map(|session| session.name.clone()).unwrap_or_default(),
+            waits,
+            since_ms: since.map_or(0, |since| self.now.since(since)),
+            next,
+        }
     }
 
     /// Everybody who waits for a lock, taken out.
@@ -153,7 +201,11 @@ impl Core {
 }
 
 fn holder(resource: ResourceId, lock: &RangeLock) -> LockHolder {
-    let lock_on_wire = pb::RangeLock {
+    LockHolder { lock: Some(on_wire(resource, lock)), client: Some(lock.owner.client.into()) }
+}
+
+fn on_wire(resource: ResourceId, lock: &RangeLock) -> pb::RangeLock {
+    pb::RangeLock {
         ino: resource.0,
         owner: lock.owner.number,
         start: lock.span.start,
@@ -161,8 +213,7 @@ fn holder(resource: ResourceId, lock: &RangeLock) -> LockHolder {
         write: lock.access == Access::Write,
         flock: lock.owner.family == Family::Flock,
         pid: lock.pid,
-    };
-    LockHolder { lock: Some(lock_on_wire), client: Some(lock.owner.client.into()) }
+    }
 }
 
 fn refusal(why: Refusal) -> OpError {

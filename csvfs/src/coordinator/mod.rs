@@ -28,6 +28,7 @@ mod open;
 mod pools;
 mod punch;
 mod quiesce;
+mod repair;
 mod replay;
 mod scarcity;
 mod sessions;

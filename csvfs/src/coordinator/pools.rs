@@ -70,6 +70,11 @@ impl Pools {
         Ok(pools)
     }
 
+    /// Takes over what was loaded anew; numbers of logs are not given twice.
+    pub(super) fn replace(&mut self, loaded: Self) {
+        *self = Self { given: self.given, ..loaded };
+    }
+
     pub(super) fn of(&self, client: ClientId) -> Option<&Pool> {
         self.by_client.get(&client)
     }

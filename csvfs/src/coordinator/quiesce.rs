@@ -31,6 +31,8 @@ struct Wishes {
     change: Vec<u64>,
     /// Whether the requester must itself hold EX on what changes, or nothing.
     alone: bool,
+    /// Whether the requester too must hold nothing on what changes.
+    everybody: bool,
 }
 
 impl Core {
@@ -68,9 +70,10 @@ impl Core {
         }
         for ino in wishes.change {
             let resource = ResourceId(ino);
-            let covered = self.engine.held(work.client, resource) == Mode::Exclusive;
+            let covered = !wishes.everybody && self.engine.held(work.client, resource) == Mode::Exclusive;
             let disturbed = self.disturbed(ino, work.client, own, |_| true);
-            let itself = wishes.alone && self.engine.held(work.client, resource) != Mode::Null;
+            let itself =
+                (wishes.alone || wishes.everybody) && self.engine.held(work.client, resource) != Mode::Null;
             let quiet = own.is_some_and(|own| self.engine.held(own, resource) == Mode::Exclusive);
             if !covered && !quiet && (disturbed || itself) {
                 needs.insert(ino, Mode::Exclusive);
@@ -146,8 +149,9 @@ fn wishes(tables: &Tables<'_>, op: &Op) -> Result<Wishes, OpError> {
         Op::Create(op) if op.unnamed => Wishes::default(),
         Op::Create(op) => {
             let found = child(op.parent, &op.name)?;
-            Wishes { read: found.into_iter().collect(), change: vec![op.parent], alone: false }
+            Wishes { read: found.into_iter().collect(), change: vec![op.parent], ..Wishes::default() }
         }
+        Op::Repair(op) => Wishes { change: op.inos.clone(), everybody: true, ..Wishes::default() },
         Op::Link(op) => changes(vec![op.ino, op.parent]),
         Op::Unlink(op) => {
             let found = child(op.parent, &op.name)?;

@@ -7,7 +7,7 @@
 //! the pool and the end of the grants are one transaction: after a crash in between it is done again, from the same log (D3).
 //!
 //! **Invariant:** nobody gets what the client held before its log is replayed (D4); when the log cannot be read, nobody
-//! gets it at all.
+//! gets it until somebody gives the log up in so many words.
 
 use blockio::BlockDevice;
 use lockmgr::ClientId;
@@ -21,13 +21,19 @@ use crate::refusal::OpError;
 
 impl Core {
     /// Applies what the log of `client` has beyond what was merged.
-    pub(super) fn replay_log(&mut self, tables: &mut Tables<'_>, client: ClientId) -> Result<(), StoreError> {
-        let Some(pool) = self.pools.of(client) else { return Ok(()) };
+    /// Gives, within, the error of a log that cannot be read: nothing has changed then.
+    pub(super) fn replay_log(
+        &mut self,
+        tables: &mut Tables<'_>,
+        client: ClientId,
+    ) -> Result<Result<(), StoreError>, StoreError> {
+        let Some(pool) = self.pools.of(client) else { return Ok(Ok(())) };
         let id = LogId { volume: self.volume, lane: pool.lane, log: pool.log };
-        let records = read_log(self.device.as_ref(), &id, pool.merged_lsn)?;
-        if records.is_empty() {
-            return Ok(());
-        }
+        let records = match read_log(self.device.as_ref(), &id, pool.merged_lsn) {
+            Ok(records) if records.is_empty() => return Ok(Ok(())),
+            Ok(records) => records,
+            Err(error) => return Ok(Err(error)),
+        };
         let commits: Vec<Commit> = records.iter().flat_map(|record| commits_of(&record.entries)).collect();
         let count = records.len();
         tracing::info!(%client, records = count, commits = commits.len(), "replaying an intent log");
@@ -39,7 +45,7 @@ impl Core {
                 Err(error) => tracing::error!(%client, ino = commit.ino, ?error, "a record does not apply"),
             }
         }
-        Ok(())
+        Ok(Ok(()))
     }
 
     /// The pool of a client that has ended becomes free space.

@@ -215,7 +215,13 @@ impl Core {
         client: ClientId,
     ) -> Result<(), StoreError> {
         // What it had acknowledged comes before anybody may have what it held (D4).
-        self.replay_log(tables, client)?;
+        if !self.given_up.contains(&client)
+            && let Err(error) = self.replay_log(tables, client)?
+        {
+            self.log_unreadable(client, &error);
+            return Ok(());
+        }
+        self.unreadable.remove(&client);
         self.dissolve_pool(tables, client)?;
         let Some(session) = self.sessions.get(&client) else { return Ok(()) };
         for id in session.stored.clone() {

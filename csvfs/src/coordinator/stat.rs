@@ -12,7 +12,7 @@ use super::pools::Pool;
 use crate::check;
 use crate::format::layout::BLOCK_BYTES;
 use crate::meta::{Store, guarded};
-use crate::proto::{Failure, FailureKind, VolumeStat, reply};
+use crate::proto::{CheckProblem, Failure, FailureKind, VolumeStat, reply};
 use crate::refusal::failure;
 
 impl Core {
@@ -37,7 +37,7 @@ impl Core {
             return done.answer(reply::Result::Failure(busy));
         }
         let snapshot = match store.snapshot() {
-            Ok(snapshot) => snapshot,
+            Ok(snapshot) => snapshot.passing_over_damage(),
             Err(error) => {
                 self.checking.store(false, Ordering::SeqCst);
                 let refusal = failure(FailureKind::Stopped, error.to_string());
@@ -46,13 +46,28 @@ impl Core {
         };
         let (device, volume, lun_bytes) = (self.device.clone(), self.volume, self.lun_bytes);
         let chunks = store.chunks();
+        let unreadable: Vec<CheckProblem> = self
+            .unreadable
+            .iter()
+            .map(|(client, why)| CheckProblem {
+                what: format!(
+                    "client {client} has ended and its intent log cannot be read ({why}): what it held stays locked; \
+                     csvctl volume give-up-log gives the log up"
+                ),
+                ino: 0,
+            })
+            .collect();
         let checking = self.checking.clone();
         let job = move || {
             let tables =
                 guarded("a page that cannot be read", || check::check_tables(&snapshot, lun_bytes, &chunks));
             let report = tables
                 .and_then(|report| report)
-                .map(|report| check::with_fixed_areas(report, device.as_ref(), volume));
+                .map(|report| check::with_fixed_areas(report, device.as_ref(), volume))
+                .map(|mut report| {
+                    report.problems.extend(unreadable);
+                    report
+                });
             drop(snapshot);
             checking.store(false, Ordering::SeqCst);
             done.answer(match report {

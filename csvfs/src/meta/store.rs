@@ -173,6 +173,12 @@ impl Store {
         self.region.chunks()
     }
 
+    /// As `chunks`, for somebody who does not own the store.
+    pub(crate) fn chunk_lister(&self) -> Box<dyn Fn() -> Vec<Chunk> + Send> {
+        let region = self.region.clone();
+        Box::new(move || region.chunks())
+    }
+
     /// Blocks that should be added, so that the next growth of the database finds its room.
     pub(crate) fn blocks_wanted(&self) -> u64 {
         (self.next_len() + READY_BYTES).saturating_sub(self.region.capacity()).div_ceil(BLOCK_BYTES)

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use lockmgr::ClientId;
 use pb::reply::Result as Answer;
 use pb::request::Op;
 
@@ -289,13 +290,13 @@ impl Node {
         }
     }
 
-    /// Who holds or waits for what on an inode.
+    /// Who holds or waits for what on an inode, grants and locks of programs.
     ///
     /// # Errors
     /// When the coordinator refuses.
-    pub fn grants(&self, ino: u64) -> Result<Vec<pb::GrantInfo>, FsError> {
+    pub fn grants(&self, ino: u64) -> Result<pb::GrantList, FsError> {
         match self.ask(Op::ListGrants(pb::ListGrants { ino }))? {
-            Answer::GrantList(list) => Ok(list.grants),
+            Answer::GrantList(list) => Ok(list),
             other => Err(unexpected("ListGrants", &other)),
         }
     }
@@ -320,6 +321,28 @@ impl Node {
             Answer::CheckReport(report) => Ok(report),
             other => Err(unexpected("Check", &other)),
         }
+    }
+
+    /// Has the coordinator repair what a check has found; gives what it did, and what it could not do.
+    ///
+    /// # Errors
+    /// When the coordinator refuses.
+    pub fn repair(&self, found: &pb::CheckReport) -> Result<Vec<pb::Repaired>, FsError> {
+        let inos: std::collections::BTreeSet<u64> =
+            found.problems.iter().map(|problem| problem.ino).collect();
+        let inos = inos.into_iter().filter(|ino| *ino != 0).collect();
+        match self.ask(Op::Repair(pb::Repair { inos }))? {
+            Answer::RepairReport(report) => Ok(report.actions),
+            other => Err(unexpected("Repair", &other)),
+        }
+    }
+
+    /// Ends a client that is gone and whose intent log cannot be read: what it had flushed last may be lost.
+    ///
+    /// # Errors
+    /// `ENOENT` when there is no such client.
+    pub fn give_up_log(&self, client: ClientId) -> Result<(), FsError> {
+        self.ask_done(Op::GiveUpLog(pb::GiveUpLog { client: Some(client.into()) }))
     }
 
     /// Attributes in wire form, for a file or anything else.

@@ -14,6 +14,7 @@ mod members;
 mod path;
 mod vm;
 pub(crate) mod volume;
+mod volume_check;
 
 use std::os::unix::fs::MetadataExt;
 use std::pin::Pin;
@@ -215,11 +216,18 @@ impl pb::admin_server::Admin for Admin {
     }
 
     async fn volume_check(&self, request: Request<pb::VolumeCheckRequest>) -> Answer<pb::CheckReport> {
-        answer(volume::check(&self.core, request.into_inner()).await)
+        answer(volume_check::check(&self.core, request.into_inner()).await)
     }
 
     async fn volume_extend(&self, request: Request<pb::VolumeExtendRequest>) -> Answer<pb::VolumeExtended> {
         answer(volume::extend(&self.core, request.into_inner()).await)
+    }
+
+    async fn volume_give_up_log(
+        &self,
+        request: Request<pb::VolumeGiveUpLogRequest>,
+    ) -> Answer<pb::VolumeLogGivenUp> {
+        answer(volume_check::give_up_log(&self.core, request.into_inner()).await)
     }
 
     async fn file_stat(&self, request: Request<pb::FileRequest>) -> Answer<pb::FileStatus> {

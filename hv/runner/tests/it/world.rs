@@ -191,7 +191,7 @@ impl World {
     }
 
     pub(crate) fn grants(&self, name: &str) -> Vec<pb::GrantInfo> {
-        self.node.grants(self.node.resolve(name).unwrap().ino).unwrap()
+        self.node.grants(self.node.resolve(name).unwrap().ino).unwrap().grants
     }
 
     pub(crate) fn config(&self, serial: u64) -> RunnerConfig {

@@ -3,6 +3,7 @@
 mod check;
 mod create;
 mod extend;
+mod give_up_log;
 mod io_mode;
 mod list;
 mod move_;
@@ -32,6 +33,8 @@ pub(crate) enum VolumeCommand {
     IoMode(io_mode::IoMode),
     /// Check the whole structure of a volume; exit code 4 when there are problems
     Check(check::Check),
+    /// End a lost client whose intent log cannot be read, without what the log may say
+    GiveUpLog(give_up_log::GiveUpLog),
     /// Use all of a LUN that has grown, while the volume is used
     Extend(extend::Extend),
 }
@@ -47,6 +50,7 @@ impl VolumeCommand {
             Self::IoMode(command) => command.run(context).await,
             Self::Check(command) => command.run(context).await,
             Self::Extend(command) => command.run(context).await,
+            Self::GiveUpLog(command) => command.run(context).await,
         }
     }
 }

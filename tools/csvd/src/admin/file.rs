@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use api::{Error, pb};
 use csvfs::node::{Attr, ExtentState, FileKind, FsError, Node};
-use csvfs::proto::{GrantInfo, GrantMode, Timestamp};
+use csvfs::proto::{ClientId, GrantInfo, GrantMode, LockInfo, Timestamp};
 use lockmgr::NodeId;
 
 use super::path::{OnVolume, resolve};
@@ -113,18 +113,35 @@ pub(super) async fn map(core: &Arc<Core>, path: String) -> Result<pb::FileExtent
 
 pub(super) async fn grants(core: &Arc<Core>, path: String) -> Result<pb::FileGrantList, Error> {
     let shown = path.clone();
-    let (place, (ino, grants)) = with_node(core, path, "file grants", |node, below| {
+    let (place, (ino, list)) = with_node(core, path, "file grants", |node, below| {
         let ino = node.resolve(below)?.ino;
         Ok((ino, node.grants(ino)?))
     })
     .await?;
     let state = core.state();
-    let grants = grants.into_iter().map(|grant| {
-        let node = grant.client.and_then(|client| u16::try_from(client.node).ok()).map(NodeId);
-        let node = node.map(|node| view::node_name(&state, node)).unwrap_or_default();
-        self::grant(node, &grant)
-    });
-    Ok(pb::FileGrantList { path: shown, volume: place.volume.name, ino, grants: grants.collect() })
+    let name_of = |client: Option<ClientId>| {
+        let node = client.and_then(|client| u16::try_from(client.node).ok()).map(NodeId);
+        node.map(|node| view::node_name(&state, node)).unwrap_or_default()
+    };
+    let grants = list.grants.iter().map(|grant| self::grant(name_of(grant.client), grant)).collect();
+    let locks = list.locks.iter().map(|lock| self::lock(name_of(lock.client), lock)).collect();
+    Ok(pb::FileGrantList { path: shown, volume: place.volume.name, ino, grants, locks })
+}
+
+fn lock(node: String, info: &LockInfo) -> pb::FileLock {
+    let lock = info.lock.unwrap_or_default();
+    pb::FileLock {
+        client: info.client_name.clone(),
+        node,
+        family: if lock.flock { "flock" } else { "range" }.to_owned(),
+        mode: if lock.write { "write" } else { "read" }.to_owned(),
+        start: lock.start,
+        end: lock.end,
+        pid: lock.pid,
+        waits: info.waits,
+        for_ms: info.since_ms,
+        next: info.next.clone(),
+    }
 }
 
 fn grant(node: String, grant: &GrantInfo) -> pb::FileGrant {
@@ -135,6 +152,7 @@ fn grant(node: String, grant: &GrantInfo) -> pb::FileGrant {
         wanted: mode(grant.wanted()).to_owned(),
         for_ms: grant.since_ms,
         recalled: grant.recalled,
+        next: grant.next.clone(),
     }
 }
 

@@ -251,41 +251,6 @@ async fn await_record(core: &Arc<Core>, moved: &pb::VolumeMoved) {
     drop(tokio::time::timeout(RECORD_WITHIN, shown).await);
 }
 
-pub(super) async fn check(
-    core: &Arc<Core>,
-    request: pb::VolumeCheckRequest,
-) -> Result<pb::CheckReport, Error> {
-    let state = core.state();
-    let record = view::volume(&state, &request.name)?;
-    if request.repair {
-        return Err(Error::usage("volume check --repair is not there yet")
-            .hint("check without it; save the LUN before anything else when problems are found"));
-    }
-    let volume = core
-        .volumes
-        .get(record.id)
-        .ok_or_else(|| Error::conflict(format!("volume {} is not open yet", record.name)))?;
-    let node = volume.node_or_why()?;
-    let checked = tokio::task::spawn_blocking(move || node.check()).await.map_err(Error::failed)?;
-    let report = checked.map_err(|error| failed("volume check", &request.name, &error))?;
-    Ok(pb::CheckReport {
-        volume: request.name,
-        problems: report
-            .problems
-            .into_iter()
-            .map(|problem| pb::CheckProblem { what: problem.what, ino: problem.ino })
-            .collect(),
-        inodes: report.inodes,
-        directories: report.directories,
-        extents: report.extents,
-        data_blocks: report.data_blocks,
-        fresh_blocks: report.fresh_blocks,
-        free_blocks: report.free_blocks,
-        metadata_blocks: report.metadata_blocks,
-        orphans: report.orphans,
-    })
-}
-
 /// Has the volume use all of a LUN that has grown.
 pub(super) async fn extend(
     core: &Arc<Core>,

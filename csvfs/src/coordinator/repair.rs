@@ -1,0 +1,90 @@
+//! Repair of the volume while it is used, and intent logs that are given up.
+//!
+//! ```text
+//!   Repair: grants on the inodes in question lowered -> alone in its transaction -> tables repaired -> memory loaded anew
+//! ```
+//! **Invariant:** a repair shares its transaction with nothing, so that what is kept in memory of the tables is what they
+//! had before it, and is read from them after it.
+
+use std::collections::BTreeSet;
+
+use lockmgr::{ClientId, NodeId, ResourceId};
+
+use super::core::Core;
+use super::pools::Pools;
+use crate::alloc::Allocator;
+use crate::check::repair;
+use crate::format::layout::{BLOCK_BYTES, FIRST_CHUNK_OFFSET};
+use crate::meta::{StoreError, Tables};
+use crate::proto::{Done, GiveUpLog, RepairReport, reply};
+use crate::refusal::{OpError, errno};
+
+impl Core {
+    pub(super) fn repair(&mut self, tables: &mut Tables<'_>) -> Result<reply::Result, OpError> {
+        if tables.changed() || self.alloc.pending() > 0 {
+            return Err(OpError::Later);
+        }
+        let is_quiet = |ino: u64| {
+            // Those who only wait here hold it for nobody.
+            self.engine.holders(ResourceId(ino)).iter().all(|holder| holder.client.node == NodeId(0))
+        };
+        let params = repair::Params {
+            area: FIRST_CHUNK_OFFSET / BLOCK_BYTES..self.lun_bytes / BLOCK_BYTES,
+            chunks: (self.chunks)(),
+            now: self.wall,
+            is_quiet: &is_quiet,
+        };
+        let actions = repair::run(tables, params)?;
+        for action in &actions {
+            tracing::warn!(volume = %self.volume, ino = action.ino, done = action.done, "repair: {}", action.what);
+        }
+        if !tables.shared_runs(&(0..u64::MAX - 1), 1)?.is_empty() {
+            self.announce_clones()?;
+        }
+        self.load_again(tables)?;
+        Ok(reply::Result::RepairReport(RepairReport { actions }))
+    }
+
+    /// Reads what is kept in memory of the tables.
+    fn load_again(&mut self, tables: &Tables<'_>) -> Result<(), StoreError> {
+        let twice = |error: crate::alloc::FreeTwice| StoreError::Damaged { what: error.to_string() };
+        self.alloc = Allocator::new(tables.free()?).map_err(twice)?;
+        let pools = Pools::load(tables)?;
+        self.pools.replace(pools);
+        self.hold_back();
+        self.globals = tables.globals()?;
+        self.globals_changed = false;
+        self.orphans = tables.orphans()?.into_iter().collect();
+        let unused = self.orphans.iter().copied().filter(|ino| self.open_count(*ino) == 0);
+        self.reclaimable = if self.grace.is_none() { unused.collect() } else { BTreeSet::new() };
+        Ok(())
+    }
+
+    /// The log of a client that has ended cannot be read: the client keeps what it held, and nobody gets it (D4).
+    pub(super) fn log_unreadable(&mut self, client: ClientId, error: &StoreError) {
+        if self.unreadable.insert(client, error.to_string()).is_none() {
+            tracing::error!(
+                %client, %error,
+                "the intent log of a client that has ended cannot be read: what it held stays locked until the LUN can \
+                 be read there again, or the log is given up (csvctl volume give-up-log)"
+            );
+        }
+    }
+
+    /// Ends a client without what its log may say.
+    pub(super) fn give_up_log(
+        &mut self,
+        tables: &mut Tables<'_>,
+        op: &GiveUpLog,
+    ) -> Result<reply::Result, OpError> {
+        let client = op.client.as_ref().and_then(crate::pb::ClientId::checked);
+        let client = client.filter(|client| self.unreadable.contains_key(client)).ok_or_else(|| {
+            errno(libc::ENOENT, "no client of that name has ended with a log that cannot be read")
+        })?;
+        let why = self.unreadable.remove(&client).unwrap_or_default();
+        tracing::error!(%client, why, "an intent log is given up: what its client had flushed last may be lost");
+        self.given_up.insert(client);
+        self.client_gone(tables, client)?;
+        Ok(reply::Result::Done(Done {}))
+    }
+}
