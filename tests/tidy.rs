@@ -53,6 +53,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "csvfs/blockio/src/pool.rs",
         "system calls on buffers that a request keeps alive, where io_uring is refused",
     ),
+    (
+        "csvfs/blockio/src/reserve/kernel.rs",
+        "the kernel reads and fills the structures of reservation commands",
+    ),
     ("csvfs/fuse/src/wire/channel.rs", "one ioctl, which clones a FUSE connection for a further reader"),
     ("csvfs/blockio/src/uring.rs", "the kernel reads and writes buffers that a ring entry points to"),
     ("hv/runner/src/tap.rs", "a tap is configured by an ioctl"),

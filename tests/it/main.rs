@@ -8,6 +8,7 @@ mod coherence;
 mod cpu;
 mod drain;
 mod faults;
+mod fences;
 mod images;
 mod live;
 mod luns;

@@ -13,7 +13,7 @@ use crate::{device_present, text};
 const LIMIT: Duration = Duration::from_secs(90);
 
 /// Asks until the node is as wanted in the eyes of `host`.
-fn await_node(host: &Host, name: &str, wanted: impl Fn(&Value) -> bool) {
+pub(crate) fn await_node(host: &Host, name: &str, wanted: impl Fn(&Value) -> bool) {
     let started = Instant::now();
     loop {
         let nodes = host.ctl().must(&["node", "list"]);
@@ -46,7 +46,7 @@ pub(crate) fn with_volume(hosts: &[Host], lun: &TempDir) {
     let path = lun.path().join("lun");
     fs::File::create(&path).and_then(|file| file.set_len(1 << 30)).expect("a sparse file");
     let uri = format!("file:{}", text(&path));
-    hosts[0].ctl().must(&["volume", "create", "vol1", "--lun", &uri]);
+    hosts[0].ctl().must(&["volume", "create", "vol1", "--lun", &uri, "--fence", "agent"]);
     for host in hosts {
         host.ctl().must(&["cluster", "wait", "--volume", "vol1"]);
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::network::Network;
 use crate::serial::Serial;
-use crate::tool::{Doing, LabError, text};
+use crate::tool::{Doing, LabError, run, text};
 
 /// How long a machine may take from its start to the prompt of its init.
 const BOOT_WITHIN: Duration = Duration::from_secs(180);
@@ -53,6 +53,11 @@ impl Machine {
         let serial = Serial::connect(spec.name, &socket, &folder.join(format!("{}.log", spec.name)))?;
         serial.wait_for(READY, BOOT_WITHIN)?;
         Ok(Self { process: machine.0.take().expect("just started"), serial })
+    }
+
+    /// Stops or continues the whole machine.
+    pub(crate) fn signal(&self, signal: &str) -> Result<(), LabError> {
+        run("kill", &["-s", signal, &self.process.id().to_string()]).map(drop)
     }
 
     /// Runs a command in the machine.

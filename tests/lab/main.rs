@@ -9,11 +9,13 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a program for people at a terminal")]
 #![expect(clippy::disallowed_methods, reason = "a harness bounds its waits and reports how long things took")]
 
+mod cluster;
 mod drive;
 mod kernel;
 mod machine;
 mod network;
 mod node;
+mod san;
 mod scenarios;
 mod serial;
 mod tool;
@@ -27,7 +29,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let outcome = match arguments.as_slice() {
         [name] => scenarios::run(name),
-        _ => Err(LabError::new(format!("usage: cargo xtask lab {}", scenarios::NAMES.join("|")))),
+        _ => Err(LabError::new(format!("usage: cargo xtask lab {}|all", scenarios::names()))),
     };
     match outcome {
         Ok(()) => {

@@ -35,6 +35,11 @@ impl Network {
         Ok(tap)
     }
 
+    /// Takes a machine's tap away, once the machine is gone.
+    pub(crate) fn remove_tap(&self, number: u8) {
+        drop(self.ip(&["link", "delete", &tap_of(number)]));
+    }
+
     /// Plugs the cable of a machine in or out.
     pub(crate) fn set_link(&self, number: u8, up: bool) -> Result<(), LabError> {
         self.ip(&["link", "set", &tap_of(number), if up { "up" } else { "down" }])

@@ -18,21 +18,38 @@ const NET: &str = "10.77.0";
 /// The drive with room for the cluster's folder and for what the scenario brings along.
 const DATA_MIB: u64 = 4096;
 const MEMORY_MIB: u32 = 2560;
+const CPUS: u32 = 2;
 const MODULES: &[&str] =
     &["virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic", "fuse", "tun", "bridge", "kvm-amd"];
 const PROGRAMS: &[&str] = &["csvd", "csvctl", "hv"];
 /// `csvctl` in an emulated machine is slow.
 const CTL_LIMIT: Duration = Duration::from_secs(300);
 
-fn init() -> String {
+fn drive_of(folder: &Path, number: u8) -> PathBuf {
+    folder.join(format!("node{number}.drive"))
+}
+
+fn init(extra: &str) -> String {
     format!(
         "hostname node$(word number)
 ip link set lo up; ip link set eth0 up; ip addr add {NET}.$(word number)/24 dev eth0
+{extra}
 mkdir -p /data; mount -t ext4 /dev/vda /data
 echo {READY}
 exec setsid cttyhack sh
 "
     )
+}
+
+/// What a scenario's nodes have beside our programs.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Extra<'a> {
+    pub(crate) modules: &'a [&'a str],
+    pub(crate) programs: &'a [&'a str],
+    /// Path and content.
+    pub(crate) files: &'a [(&'a str, &'a str)],
+    /// Lines of the init, run once the network is up.
+    pub(crate) init: &'a str,
 }
 
 /// A running node, without a cluster yet.
@@ -50,25 +67,57 @@ impl Node {
         number: u8,
         content: &Path,
     ) -> Result<Self, LabError> {
-        let tree = Tree::new(&init())?;
-        tree.add_modules(kernel, MODULES)?;
+        let initrd = Self::pack(kernel, folder, &format!("node{number}"), &Extra::default())?;
+        Self::make_drive(folder, number, DATA_MIB, content)?;
+        Self::boot_from(kernel, network, folder, number, &initrd, (MEMORY_MIB, CPUS))
+    }
+
+    /// Packs the initial RAM disk of nodes.
+    pub(crate) fn pack(
+        kernel: &Kernel,
+        folder: &Path,
+        name: &str,
+        extra: &Extra<'_>,
+    ) -> Result<PathBuf, LabError> {
+        let tree = Tree::new(&init(extra.init))?;
+        tree.add_modules(kernel, &[MODULES, extra.modules].concat())?;
         for program in PROGRAMS {
             tree.add_program(&binary(program))?;
         }
-        let name = format!("node{number}");
+        for program in extra.programs {
+            tree.add_program(Path::new(program))?;
+        }
+        for (path, content) in extra.files {
+            tree.add_text(path, content, 0o644)?;
+        }
         let initrd = folder.join(format!("{name}.initrd"));
         tree.pack(&initrd)?;
-        let drives: [PathBuf; 1] = [folder.join(format!("{name}.drive"))];
-        drive::ext4(&drives[0], DATA_MIB, content)?;
+        Ok(initrd)
+    }
+
+    /// Makes the drive that is `/data` in node `number`.
+    pub(crate) fn make_drive(folder: &Path, number: u8, mib: u64, content: &Path) -> Result<(), LabError> {
+        drive::ext4(&drive_of(folder, number), mib, content)
+    }
+
+    /// Boots node `number` from what was made for it; also again after a power cut.
+    pub(crate) fn boot_from(
+        kernel: &Kernel,
+        network: &Network,
+        folder: &Path,
+        number: u8,
+        initrd: &Path,
+        (memory_mib, cpus): (u32, u32),
+    ) -> Result<Self, LabError> {
         let spec = MachineSpec {
-            name: &name,
+            name: &format!("node{number}"),
             number,
-            memory_mib: MEMORY_MIB,
-            cpus: 2,
+            memory_mib,
+            cpus,
             kernel: &kernel.image(),
-            initrd: &initrd,
+            initrd,
             words: "role=node",
-            drives: &drives,
+            drives: &[drive_of(folder, number)],
         };
         Ok(Self { machine: Machine::boot(&spec, network, folder)? })
     }

@@ -55,6 +55,8 @@ impl Tree {
     pub(crate) fn add_program(&self, program: &Path) -> Result<(), LabError> {
         let name = program.file_name().and_then(|name| name.to_str()).expect("a program has a name");
         self.add_file(program, &format!("bin/{name}"), 0o755)?;
+        // What only a debugger reads would take minutes to unpack in emulation, and most of the machine's memory.
+        run("strip", &["--strip-debug", text(&self.path().join("bin").join(name))])?;
         for library in libraries(program)? {
             let at = text(&library).trim_start_matches('/').to_owned();
             if !self.path().join(&at).exists() {

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -161,6 +162,37 @@ impl Host {
         token["token"].as_str().expect("a token").to_owned()
     }
 
+    /// Stops every process of the node in its tracks.
+    pub fn freeze(&self) {
+        self.signal("STOP");
+    }
+
+    /// Lets them go on.
+    pub fn thaw(&self) {
+        self.signal("CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        if let Some(daemon) = &self.daemon {
+            signal_group(signal, daemon.id());
+        }
+    }
+
+    /// Waits until the daemon has ended by itself.
+    ///
+    /// # Panics
+    /// When it has not within `limit`.
+    pub fn await_end(&mut self, limit: Duration) {
+        let mut daemon = self.daemon.take().expect("a daemon that runs");
+        let (tell, told) = std::sync::mpsc::channel();
+        let group = daemon.id();
+        std::thread::spawn(move || drop(tell.send(daemon.wait())));
+        let ended = told.recv_timeout(limit);
+        signal_group("KILL", group);
+        self.unmount();
+        assert!(ended.is_ok(), "{} has not ended within {limit:?}", self.name);
+    }
+
     /// A power cut: every process of the node ends at once.
     pub fn kill(&mut self) {
         self.end("KILL");
@@ -177,11 +209,21 @@ impl Host {
         let whom = if signal == "KILL" { format!("-{}", daemon.id()) } else { daemon.id().to_string() };
         drop(Command::new("kill").args(["-s", signal, "--", &whom]).stderr(Stdio::null()).status());
         drop(daemon.wait());
-        // What the daemon had no time for.
+        self.unmount();
+    }
+
+    /// What the daemon had no time for.
+    fn unmount(&self) {
         for mount in std::fs::read_dir(self.dir().join("mnt")).into_iter().flatten().flatten() {
             drop(Command::new("umount").arg("-l").arg(mount.path()).stderr(Stdio::null()).status());
         }
     }
+}
+
+/// The daemon leads a process group, which holds its VMs too.
+fn signal_group(signal: &str, group: u32) {
+    let group = format!("-{group}");
+    drop(Command::new("kill").args(["-s", signal, "--", &group]).stderr(Stdio::null()).status());
 }
 
 impl Drop for Host {

@@ -59,6 +59,7 @@ pub(crate) const LAB: &[Need] = &[
     need("depmod", "kmod"),
     need("ip", "iproute2"),
     need("mke2fs", "e2fsprogs"),
+    need("iscsid", "open-iscsi"),
 ];
 
 /// Installs what is missing when run by root on a system with apt, otherwise names the packages.

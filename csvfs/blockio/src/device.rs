@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use crate::{AlignedBuf, IoBuf, WriteRight};
+use crate::{AlignedBuf, IoBuf, Reservations, WriteRight};
 
 /// Size and granularity of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -194,6 +194,12 @@ pub trait BlockDevice: Send + Sync {
         self.geometry().size_bytes
     }
 
+    /// The persistent reservations of the device, by the way that leads to it now. Nothing where there are none by their
+    /// nature; that a device knows them is seen only by asking it.
+    fn reservations(&self) -> Option<Arc<dyn Reservations>> {
+        None
+    }
+
     /// Submits and waits.
     ///
     /// # Errors
@@ -268,6 +274,9 @@ impl<T: BlockDevice + ?Sized> BlockDevice for Arc<T> {
     }
     fn size_now(&self) -> u64 {
         (**self).size_now()
+    }
+    fn reservations(&self) -> Option<Arc<dyn Reservations>> {
+        (**self).reservations()
     }
 }
 

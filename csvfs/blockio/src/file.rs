@@ -21,8 +21,11 @@ use crate::held::Held;
 use crate::job::Job;
 use crate::poison::Poison;
 use crate::queue::Workers;
+use crate::reserve::KernelReservations;
 use crate::uring::Uring;
-use crate::{BlockDevice, Geometry, IO_ALIGN, ImageFile, IoError, IoOp, IoRequest, WriteRight, pool};
+use crate::{
+    BlockDevice, Geometry, IO_ALIGN, ImageFile, IoError, IoOp, IoRequest, Reservations, WriteRight, pool,
+};
 
 /// Threads of the engine without io_uring.
 const POOL_THREADS: usize = 8;
@@ -161,6 +164,14 @@ impl BlockDevice for FileDevice {
 
     fn size_now(&self) -> u64 {
         self.target.measure().unwrap_or_else(|_| self.target.size())
+    }
+
+    fn reservations(&self) -> Option<Arc<dyn Reservations>> {
+        if !self.target.is_block {
+            return None;
+        }
+        let handle = self.target.fd.try_clone().ok()?;
+        Some(Arc::new(KernelReservations::new(handle)))
     }
 
     fn submit(&self, request: IoRequest) {

@@ -16,7 +16,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::queue::Workers;
-use crate::{BlockDevice, Completion, Geometry, IoError, IoRequest};
+use crate::{BlockDevice, Completion, Geometry, IoError, IoRequest, Reservations};
 
 /// Whether I/O may start now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,6 +102,10 @@ impl<D: BlockDevice> BlockDevice for GatedDevice<D> {
 
     fn size_now(&self) -> u64 {
         self.inner.size_now()
+    }
+
+    fn reservations(&self) -> Option<Arc<dyn Reservations>> {
+        self.inner.reservations()
     }
 
     fn submit(&self, request: IoRequest) {

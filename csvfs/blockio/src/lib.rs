@@ -25,6 +25,7 @@ mod poison;
 mod pool;
 mod queue;
 mod record;
+mod reserve;
 mod uri;
 mod uring;
 
@@ -39,4 +40,8 @@ pub use memory::MemoryDevice;
 pub use nbd::{Allocation, NbdAddress, NbdDevice, NbdExport, NbdExports, NbdOptions, NbdServer, serve_nbd};
 pub use path::{CutDevice, Detour, PathDevice, PathStatus, Route, Switch, Ways};
 pub use record::{Record, Recorder, Timeline};
+pub use reserve::{
+    ConflictDevice, Keys, Nexus, ReservationType, Reservations, ReserveError, SharedLun, Tripwire,
+    despite_attentions, is_conflict,
+};
 pub use uri::open_uri;

@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use blockio::{
-    BlockDevice, CutDevice, Detour, GatedDevice, IoError, NbdDevice, NbdOptions, OpenOptions, PathDevice,
-    PathStatus, Switch, Ways, open_uri,
+    BlockDevice, ConflictDevice, CutDevice, Detour, GatedDevice, IoError, NbdDevice, NbdOptions, OpenOptions,
+    PathDevice, PathStatus, Switch, Tripwire, Ways, open_uri,
 };
 use csvfs::Superblock;
 use lockmgr::lease::LeaseReader;
@@ -75,6 +75,7 @@ impl Path {
         spec: &VolumeSpec,
         lease: &LeaseReader,
         gates: &Gates,
+        wire: &Arc<Tripwire>,
     ) -> Result<Arc<Self>, IoError> {
         let cut = Switch::default();
         let road = Road {
@@ -84,6 +85,7 @@ impl Path {
             lease: lease.clone(),
             gates: gates.clone(),
             cut: cut.clone(),
+            wire: Arc::clone(wire),
         };
         let device = Arc::new(PathDevice::open(Arc::new(road))?);
         Ok(Arc::new(Self { device, cut }))
@@ -108,6 +110,8 @@ struct Road {
     lease: LeaseReader,
     gates: Gates,
     cut: Switch,
+    /// Trips when the LUN refuses this node's writes: the VM ends (A2).
+    wire: Arc<Tripwire>,
 }
 
 impl Road {
@@ -129,7 +133,7 @@ impl Road {
 
     fn gate(&self, device: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
         let right = self.lease.clone().right_of(self.epoch);
-        let gate = Arc::new(GatedDevice::new(device, Arc::new(right)));
+        let gate = Arc::new(GatedDevice::new(device, self.wire.guard(Arc::new(right))));
         self.gates.add(&gate);
         gate
     }
@@ -156,6 +160,10 @@ impl Ways for Road {
         let options = OpenOptions { queue_depth: QUEUE_DEPTH, ..OpenOptions::default() };
         let device = CutDevice::new(open_uri(&self.spec.lun_uri, options)?, self.cut.clone());
         self.check(&device)?;
+        // The node's daemon has registered the node; processes of the same machine share its way.
+        if device.reservations().is_some() {
+            return Ok(self.gate(Arc::new(ConflictDevice::new(device, Arc::clone(&self.wire)))));
+        }
         Ok(self.gate(Arc::new(device)))
     }
 
@@ -167,6 +175,7 @@ impl Ways for Road {
             lease: self.lease.clone(),
             gates: self.gates.clone(),
             cut: self.cut.clone(),
+            wire: Arc::clone(&self.wire),
             ..*self
         };
         Ok(Box::new(ThroughDaemon { nbd, device, road }))

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blockio::BlockDevice;
+use blockio::{BlockDevice, Tripwire};
 use hv::control::{DiskPlace, SaveReply, StatusReply, VmRunState};
 use hv::{
     BootSource, DiskConfig, DiskLimits, Firmware, NetConfig, Processor, RunState, Vm, VmConfig, VmError,
@@ -91,9 +91,10 @@ impl Runner {
         let net = config.net.as_ref().map(|net| tap::card(net, config.vm_id)).transpose()?;
         privileges::drop_all()?;
         let lease = lease::open(&config.lease_page)?;
-        let volumes = Volumes::open(&config, &lease)?;
         let (ended, told) = channel();
-        let over = ended.clone();
+        let (over, cut) = (ended.clone(), ended.clone());
+        let wire = Tripwire::new(move |why| drop(cut.send(Ended::LeaseOver(why.to_owned()))));
+        let volumes = Volumes::open(&config, &lease, &wire)?;
         let epoch = Epoch(config.node_epoch);
         lease::watch(lease, epoch, volumes.gates(), move |why| drop(over.send(Ended::LeaseOver(why))))?;
         let mut disks = RunnerDisk::all(&config.disks);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use blockio::Tripwire;
 use csvfs::node::{Creation, File, FsError, Node, NodeParams, ROOT_INO};
 use lockmgr::lease::LeaseReader;
 use lockmgr::{ClientId, Epoch, NodeId, Term, VolumeId};
@@ -32,7 +33,12 @@ struct Volume {
 
 impl Volumes {
     /// Opens each LUN and attaches to each coordinator.
-    pub(crate) fn open(config: &RunnerConfig, lease: &LeaseReader) -> Result<Self, Failure> {
+    /// `wire` trips when a LUN refuses this node's writes.
+    pub(crate) fn open(
+        config: &RunnerConfig,
+        lease: &LeaseReader,
+        wire: &Arc<Tripwire>,
+    ) -> Result<Self, Failure> {
         let mut links: BTreeMap<_, Arc<NodeLink>> = BTreeMap::new();
         let mut volumes = BTreeMap::new();
         let gates = Gates::default();
@@ -45,7 +51,7 @@ impl Volumes {
                     link
                 }
             };
-            volumes.insert(spec.name.clone(), attach(config, spec, (lease, &gates), &link)?);
+            volumes.insert(spec.name.clone(), attach(config, spec, (lease, &gates, wire), &link)?);
         }
         Ok(Self { volumes, gates })
     }
@@ -146,10 +152,10 @@ fn local(config: &RunnerConfig) -> Local {
 fn attach(
     config: &RunnerConfig,
     spec: &VolumeSpec,
-    (lease, gates): (&LeaseReader, &Gates),
+    (lease, gates, wire): (&LeaseReader, &Gates, &Arc<Tripwire>),
     link: &Arc<NodeLink>,
 ) -> Result<Volume, Failure> {
-    let path = Path::open(config, spec, lease, gates).map_err(|error| {
+    let path = Path::open(config, spec, lease, gates, wire).map_err(|error| {
         Failure::new(
             format!("cannot open the LUN of volume {}: {error}", spec.name),
             "compare `csvctl volume show` with the LUN's path on this node",

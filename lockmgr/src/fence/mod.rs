@@ -9,29 +9,33 @@
 //! |---|---|---|
 //! | `agent` | a program that powers it off; on one machine, SIGKILL of its processes | [`AgentFence`], [`LocalKill`] |
 //! | (shown as `agent`) | nothing can but a person, who confirms it | [`OperatorFence`] |
-//! | `lease` | nothing can, so time does it | comes with a later release |
-//! | `reservation` | the LUN refuses its writes | comes with a later release |
+//! | `lease` | nothing can, so time does it | [`LeaseFence`] |
+//! | `reservation` | the LUN refuses its writes | [`ReservationFence`] |
 //!
 //! **Invariant:** a [`Confirmed`] is made only here, by a fence that has seen the end of the incarnation. Whoever reuses
 //! what a node held asks for one, so reuse without a fence does not compile.
 
 mod agent;
 mod group;
+mod lease;
 mod ledger;
 mod local;
 mod operator;
 mod process;
+mod reservation;
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
-use std::time::Duration;
 
 pub use agent::AgentFence;
 pub use group::{GroupError, ProcessGroup};
+pub use lease::{LeaseFence, refusals_needed};
 pub use ledger::{Ledger, Quarantined};
 pub use local::LocalKill;
 pub use operator::OperatorFence;
+pub use reservation::{
+    Cutter, EnrollError, OwnPath, ReservationFence, ReservationKey, Standing, enroll, reserve_again,
+    standing, withdraw,
+};
 
 pub use crate::cluster::FenceKind;
 use crate::{Epoch, NodeId};
@@ -103,12 +107,6 @@ impl fmt::Display for Confirmed {
 /// Why it is not certain that a node is cut off, or why a fence cannot be set up.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FenceError {
-    /// This build cannot do it.
-    #[error("fence kind {kind} comes with a later release; configure kind agent, or the built-in local kill")]
-    Unsupported {
-        /// The kind.
-        kind: FenceKind,
-    },
     /// The fence does not know this node.
     #[error("no fence is configured for node {node}; add it to the members in csvd.toml")]
     UnknownNode {
@@ -130,30 +128,38 @@ pub enum FenceError {
     },
 }
 
-/// How the `agent` kind does it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Agent {
-    /// Nodes share this machine: kill the process group that each node's pid file names.
-    LocalKill {
-        /// The pid files.
-        pid_files: BTreeMap<NodeId, PathBuf>,
-    },
-    /// Run a program, see PROTOCOL.md.
-    Program {
-        /// The program.
-        path: PathBuf,
-    },
+/// Several ways, all of which are gone: a node may have volumes with different kinds of fence.
+pub struct EveryFence(Vec<Box<dyn Fence>>);
+
+impl EveryFence {
+    /// Confirms only when all of `ways` do; they are gone in this order.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[must_use]
+    pub fn new(ways: Vec<Box<dyn Fence>>) -> Self {
+        assert!(!ways.is_empty(), "no fence confirms nothing");
+        Self(ways)
+    }
 }
 
-/// Sets up the fence that a volume or a cluster is configured with. `limit` bounds one attempt.
-///
-/// # Errors
-/// [`FenceError::Unsupported`] for the kinds of later releases.
-pub fn configure(kind: FenceKind, agent: Agent, limit: Duration) -> Result<Box<dyn Fence>, FenceError> {
-    match (kind, agent) {
-        (FenceKind::Agent, Agent::LocalKill { pid_files }) => Ok(Box::new(LocalKill::new(pid_files, limit))),
-        (FenceKind::Agent, Agent::Program { path }) => Ok(Box::new(AgentFence::new(path, limit))),
-        (FenceKind::Lease | FenceKind::Reservation, _) => Err(FenceError::Unsupported { kind }),
+impl fmt::Debug for EveryFence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|fence| fence.kind())).finish()
+    }
+}
+
+impl Fence for EveryFence {
+    fn kind(&self) -> FenceKind {
+        self.0[0].kind()
+    }
+
+    fn fence(&self, node: NodeId, epoch: Epoch) -> Result<Confirmed, FenceError> {
+        let mut said = Vec::new();
+        for way in &self.0 {
+            said.push(way.fence(node, epoch)?.how().to_owned());
+        }
+        Ok(Confirmed::new(node, epoch, said.join("; ")))
     }
 }
 
@@ -161,19 +167,33 @@ pub fn configure(kind: FenceKind, agent: Agent, limit: Duration) -> Result<Box<d
 mod tests {
     use super::*;
 
-    #[test]
-    fn kinds_of_later_releases_are_refused_when_they_are_configured() {
-        for kind in [FenceKind::Lease, FenceKind::Reservation] {
-            let agent = Agent::LocalKill { pid_files: BTreeMap::new() };
-            let Err(error) = configure(kind, agent, Duration::from_secs(1)) else {
-                panic!("{kind} was accepted")
-            };
-            let text = error.to_string();
-            assert!(
-                text.contains(&kind.to_string()) && text.contains("comes with a later release"),
-                "{text}"
-            );
+    /// Confirms, or not.
+    struct Fixed(bool);
+
+    impl Fence for Fixed {
+        fn kind(&self) -> FenceKind {
+            FenceKind::Agent
         }
+
+        fn fence(&self, node: NodeId, epoch: Epoch) -> Result<Confirmed, FenceError> {
+            let reason = "no answer".to_owned();
+            if self.0 {
+                Ok(Confirmed::new(node, epoch, "seen".to_owned()))
+            } else {
+                Err(FenceError::NotConfirmed { node, epoch, reason })
+            }
+        }
+    }
+
+    // Invariant A1: the node of volumes of several kinds is cut off only when it is on all of them.
+    #[test]
+    fn one_kind_of_fence_that_fails_leaves_the_node_unconfirmed() {
+        let fence = |outcomes: &[bool]| {
+            let ways = outcomes.iter().map(|outcome| Box::new(Fixed(*outcome)) as Box<dyn Fence>);
+            EveryFence::new(ways.collect()).fence(NodeId(2), Epoch(5))
+        };
+        fence(&[true, false]).expect_err("the second does not");
+        assert!(fence(&[true, true]).expect("both do").covers(NodeId(2), Epoch(5)));
     }
 
     // Invariant A1

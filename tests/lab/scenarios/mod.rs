@@ -1,24 +1,63 @@
-//! The scenarios, one file each.
+//! The scenarios, one family a file.
 
+mod fences;
 mod linux_guest;
+mod outages;
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use crate::tool::{Doing, LabError};
 
-/// What can be asked for.
-pub(crate) const NAMES: &[&str] = &["linux-guest"];
+type Scenario = fn() -> Result<(), LabError>;
 
-/// Runs one scenario.
+/// All scenarios, with what they do.
+const ALL: &[(&str, Scenario)] = &[
+    ("linux-guest", linux_guest::run),
+    ("reservation-hung", fences::hung),
+    ("reservation-cut", fences::cut),
+    ("san-power-cut", outages::san_power_cut),
+    ("coordinator-power-cut", outages::coordinator_power_cut),
+    ("path-loss", outages::path_loss),
+    ("cluster-power-cut", outages::cluster_power_cut),
+];
+
+/// What can be asked for.
+pub(crate) fn names() -> String {
+    let names: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
+    names.join("|")
+}
+
+/// Runs one scenario, or `all` of them.
 pub(crate) fn run(name: &str) -> Result<(), LabError> {
-    match name {
-        "linux-guest" => linux_guest::run(),
-        _ => Err(LabError::new(format!("no scenario {name}; there are {}", NAMES.join(", ")))),
+    if name == "all" {
+        return run_all();
+    }
+    match ALL.iter().find(|(known, _)| *known == name) {
+        Some((_, scenario)) => scenario(),
+        None => Err(LabError::new(format!("no scenario {name}; there are {}", names()))),
     }
 }
 
+/// Each by itself; one that fails does not keep the others from running.
+fn run_all() -> Result<(), LabError> {
+    let mut failed = Vec::new();
+    for (name, scenario) in ALL {
+        println!("lab: scenario {name}");
+        let begun = Instant::now();
+        match scenario() {
+            Ok(()) => println!("lab: {name} passed in {:.0} s", begun.elapsed().as_secs_f64()),
+            Err(error) => {
+                eprintln!("lab: {name} failed: {error}");
+                failed.push(*name);
+            }
+        }
+    }
+    if failed.is_empty() { Ok(()) } else { Err(LabError::new(format!("failed: {}", failed.join(", ")))) }
+}
+
 /// Where unpacked kernels are kept between runs: beside the programs.
-fn cache() -> Result<PathBuf, LabError> {
+pub(crate) fn cache() -> Result<PathBuf, LabError> {
     let me = std::env::current_exe().doing("finding this program")?;
     Ok(me.ancestors().nth(2).expect("programs lie two levels below the target folder").join("lab"))
 }

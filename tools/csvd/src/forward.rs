@@ -82,6 +82,14 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
             redirect::end_over(core, asked).await?;
             done
         }
+        NodeOp::CutOff(asked) => {
+            membership::cut_off(core, asked).await?;
+            done
+        }
+        NodeOp::Barred(asked) => {
+            membership::barred(core, asked).await?;
+            done
+        }
         NodeOp::Testify(verdict) => {
             let node = u16::try_from(verdict.node).map_err(|_| Error::usage("no such node"))?;
             membership::testify(core, NodeId(node), Epoch(verdict.epoch), verdict.reason);

@@ -9,12 +9,15 @@
 //!   lease.rs       the page that every writer of this node reads before each submit
 //!   judge.rs       detector: silence -> verdict; the leader has the node fenced
 //!   fencing.rs     Fencing -> fence -> Fenced, and only then anything of it is given to others (A1)
+//!   cutting.rs     which fence that is: reservations, leases, agents
+//!   place.rs       this node's key on a LUN with reservations
 //!   heirs.rs       pure: who owns what after that
 //! ```
 //!
 //! **Invariant:** a lease ends by itself; everything else here is only about ending it early and for certain.
 
 mod beats;
+mod cutting;
 mod desk;
 mod fencing;
 mod heirs;
@@ -23,6 +26,7 @@ mod judge;
 mod lease;
 mod lun_beats;
 mod peers;
+mod place;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -35,10 +39,12 @@ use lockmgr::{Epoch, NodeId};
 use tokio::sync::mpsc;
 
 pub(crate) use beats::answer as answer_beat;
+pub(crate) use cutting::{barred, cut_off};
 pub(crate) use desk::let_join;
 pub(crate) use fencing::confirm_dead;
 pub(crate) use join::begin as begin_epoch;
 pub(crate) use lun_beats::LunBeats;
+pub(crate) use place::Place;
 
 use crate::core::Core;
 use lease::LeaseKeeper;
@@ -55,6 +61,8 @@ pub(crate) struct Membership {
     docket: Mutex<Option<mpsc::UnboundedReceiver<Convict>>>,
     /// The epochs of the nodes that are heard over the network now. Rank: a leaf.
     heard: Mutex<BTreeMap<NodeId, Epoch>>,
+    /// The longest lease that each node has advertised on a LUN. Rank: a leaf.
+    advertised_ms: Mutex<BTreeMap<NodeId, u64>>,
     /// The incarnations that have said that they are about to leave. Rank: a leaf.
     leaving: Mutex<BTreeSet<(NodeId, Epoch)>>,
 }
@@ -80,6 +88,7 @@ impl Membership {
             convicts,
             docket: Mutex::new(Some(docket)),
             heard: Mutex::default(),
+            advertised_ms: Mutex::default(),
             leaving: Mutex::default(),
         }
     }
@@ -92,6 +101,19 @@ impl Membership {
     /// Whether this incarnation of a node is heard over the network.
     pub(crate) fn hears(&self, node: NodeId, epoch: Epoch) -> bool {
         self.heard().get(&node) == Some(&epoch)
+    }
+
+    /// A node's heartbeat on a LUN says how long its lease is.
+    fn note_lease(&self, node: NodeId, lease_ms: u64) {
+        let mut advertised = self.advertised_ms.lock().unwrap_or_else(PoisonError::into_inner);
+        let longest = advertised.entry(node).or_default();
+        *longest = lease_ms.max(*longest);
+    }
+
+    /// The longest lease that a node has advertised; 0 when it was never seen.
+    fn advertised_lease_ms(&self, node: NodeId) -> u64 {
+        let advertised = self.advertised_ms.lock().unwrap_or_else(PoisonError::into_inner);
+        advertised.get(&node).copied().unwrap_or_default()
     }
 
     fn note_leaving(&self, node: NodeId, epoch: Epoch, leaving: bool) {

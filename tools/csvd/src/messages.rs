@@ -24,6 +24,9 @@ pub(crate) struct BeatReply {
     /// The sender's incarnation is over: it was fenced, or has begun a later one.
     #[prost(bool, tag = "2")]
     pub(crate) over: bool,
+    /// The sender is being fenced: this answer does not prolong its lease.
+    #[prost(bool, tag = "3")]
+    pub(crate) barred: bool,
 }
 
 /// Service `CSVFS_PUSH`: a push from a coordinator to a client on the receiving node.
@@ -45,7 +48,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 70, 71, 72"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 70, 71, 72, 80, 81"
     )]
     pub(crate) op: Option<NodeOp>,
 }
@@ -113,6 +116,12 @@ pub(crate) enum NodeOp {
     /// To any node: what its coordinators have carried out.
     #[prost(message, tag = "60")]
     Loads(pb::Done),
+    /// To a node that reaches the LUN: take the key of a node that is being fenced off it.
+    #[prost(message, tag = "80")]
+    CutOff(CutOff),
+    /// To any node: done when it renews the lease of a node that is being fenced no more.
+    #[prost(message, tag = "81")]
+    Barred(Barred),
     #[prost(message, tag = "30")]
     VmDisk(pb::VmDiskRequest),
     /// To the owner: work on the image of a disk.
@@ -164,6 +173,32 @@ pub(crate) struct SessionOf {
 pub(crate) struct EndOver {
     /// The receiver's records must have come so far.
     #[prost(uint64, tag = "1")]
+    pub(crate) applied: u64,
+}
+
+/// See [`NodeOp::CutOff`].
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct CutOff {
+    #[prost(bytes = "vec", tag = "1")]
+    pub(crate) volume: Vec<u8>,
+    #[prost(uint32, tag = "2")]
+    pub(crate) node: u32,
+    #[prost(uint64, tag = "3")]
+    pub(crate) epoch: u64,
+    /// The receiver's records must have come so far.
+    #[prost(uint64, tag = "4")]
+    pub(crate) applied: u64,
+}
+
+/// See [`NodeOp::Barred`].
+#[derive(Clone, Copy, PartialEq, Eq, Message)]
+pub(crate) struct Barred {
+    #[prost(uint32, tag = "1")]
+    pub(crate) node: u32,
+    #[prost(uint64, tag = "2")]
+    pub(crate) epoch: u64,
+    /// The receiver's records must have come so far.
+    #[prost(uint64, tag = "3")]
     pub(crate) applied: u64,
 }
 

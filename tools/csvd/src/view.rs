@@ -57,6 +57,13 @@ pub(crate) fn is_certainly_off(state: &ClusterState, node: NodeId) -> bool {
     is_over(state, node, state.members.get(&node).map_or(Epoch(0), |member| member.epoch))
 }
 
+/// Whether this incarnation of a node is being fenced, or a fence of it has failed.
+pub(crate) fn is_being_cut_off(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool {
+    state.members.get(&node).is_some_and(|member| {
+        member.epoch == epoch && matches!(member.state, MemberState::Fencing | MemberState::FenceFailed)
+    })
+}
+
 /// Whether this incarnation of a node is a member in good standing.
 pub(crate) fn is_up(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool {
     state.members.get(&node).is_some_and(|member| member.epoch == epoch && member.state == MemberState::Up)

@@ -12,6 +12,7 @@
 mod balance;
 pub(crate) mod balancing;
 pub(crate) mod create;
+mod fence_choice;
 mod host;
 mod leave;
 mod local;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::queue::Workers;
-use crate::{BlockDevice, Completion, Geometry, IoError, IoOp, IoRequest, WriteRight};
+use crate::{BlockDevice, Completion, Geometry, IoError, IoOp, IoRequest, Reservations, WriteRight};
 
 /// Cuts and mends all devices that were given it.
 #[derive(Clone, Debug, Default)]
@@ -58,6 +58,11 @@ impl<D: BlockDevice> BlockDevice for CutDevice<D> {
 
     fn size_now(&self) -> u64 {
         self.inner.size_now()
+    }
+
+    /// None behind a cut path.
+    fn reservations(&self) -> Option<Arc<dyn Reservations>> {
+        if self.switch.is_cut() { None } else { self.inner.reservations() }
     }
 }
 

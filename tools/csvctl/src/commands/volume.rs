@@ -66,7 +66,7 @@ fn details(volume: &Volume) -> String {
         ("inodes", volume.inodes.to_string()),
         ("owner", volume.owner.clone()),
         ("term", volume.term.to_string()),
-        ("fence", volume.fence.clone()),
+        ("fence", format!("{}: {}", volume.fence, volume.fence_how)),
         ("cache", volume.cache.clone()),
         ("features", volume.features.join(", ")),
         ("state", volume.state.clone()),

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use api::config::FenceConfig;
 use api::{Error, pb};
 use blockio::Route;
-use lockmgr::cluster::{ClusterState, MemberState, VolumeRecord, VolumeState};
+use lockmgr::cluster::{ClusterState, FenceKind, MemberState, VolumeRecord, VolumeState};
 
 use super::file::failed;
 use super::health;
@@ -71,6 +72,11 @@ async fn describe(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord)
         owner: view::node_name(state, record.owner),
         term: record.term.0,
         fence: record.fence_kind.to_string(),
+        fence_wait_ms: match record.fence_kind {
+            FenceKind::Lease => core.timing.taker_start_ms(core.timing.lease_ms),
+            FenceKind::Agent | FenceKind::Reservation => 0,
+        },
+        fence_how: fence_how(core, record),
         cache: "none".to_owned(),
         features: Vec::new(),
         state: status.map(|status| status.state.word().to_owned()).unwrap_or_default(),
@@ -79,6 +85,26 @@ async fn describe(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord)
         } else {
             String::new()
         },
+    }
+}
+
+/// What happens to a node that dies, in words.
+fn fence_how(core: &Core, record: &VolumeRecord) -> String {
+    match (record.fence_kind, &core.config.fence) {
+        (FenceKind::Reservation, _) => {
+            "the LUN refuses the writes of a node whose key was taken off it".to_owned()
+        }
+        (FenceKind::Lease, _) => format!(
+            "nothing can cut a node off: others wait until its lease and its last I/O are over, {} ms",
+            core.timing.taker_start_ms(core.timing.lease_ms)
+        ),
+        (FenceKind::Agent, FenceConfig::Operator) => {
+            "no program can power a node off: an operator confirms that it is (node confirm-dead)".to_owned()
+        }
+        (FenceKind::Agent, FenceConfig::LocalKill) => "the processes of the node are killed".to_owned(),
+        (FenceKind::Agent, FenceConfig::Agent { program, .. }) => {
+            format!("{} powers the node off", program.display())
+        }
     }
 }
 
@@ -165,6 +191,12 @@ fn row(core: &Core, record: &VolumeRecord) -> pb::VolumeStateRow {
             row.code = "io_stopped".to_owned();
             row.reason = format!("{why}; restart the node when the cause is gone");
         }
+    }
+    if let Some(why) = core.volumes.get(record.id).and_then(|local| local.road()?.place().lost()) {
+        row.state = "paused".to_owned();
+        row.code = "cut_off".to_owned();
+        row.reason = format!("{why}; restart the node: it comes back as a new incarnation");
+        return row;
     }
     if row.state == "direct"
         && let Some(local) = core.volumes.get(record.id)

@@ -45,7 +45,10 @@ async fn beat(core: Arc<Core>, to: NodeId) {
         over(&core, to);
         return;
     }
-    core.membership.lease.answered(to, sent_at);
+    // A node that is being fenced must not hold out for ever: nobody renews its lease any more (B1).
+    if !reply.barred {
+        core.membership.lease.answered(to, sent_at);
+    }
     if reply.epoch > 0 {
         core.membership.observe(Event::NetworkBeat { node: to, epoch: Epoch(reply.epoch) });
     }
@@ -70,6 +73,7 @@ pub(crate) fn answer(core: &Arc<Core>, from: NodeId, body: Bytes) -> Result<Byte
         core.membership.observe(Event::NetworkBeat { node: from, epoch });
         core.membership.note_leaving(from, epoch, beat.leaving);
     }
+    let barred = view::is_being_cut_off(&core.state(), from, epoch);
     let own = core.epoch().map_or(0, |epoch| epoch.0);
-    Ok(BeatReply { epoch: own, over }.encode_to_vec().into())
+    Ok(BeatReply { epoch: own, over, barred }.encode_to_vec().into())
 }

@@ -12,15 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api::Error;
-use api::config::FenceConfig;
 use lockmgr::clock::boottime_ms;
 use lockmgr::cluster::{Command, MemberState};
-use lockmgr::fence::{AgentFence, Confirmed, Fence, FenceError, LocalKill, OperatorFence};
+use lockmgr::fence::{Confirmed, Fence, FenceError};
 use lockmgr::{Epoch, NodeId};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
-use super::{Convict, heirs};
+use super::{Convict, cutting, heirs};
 use crate::core::Core;
 use crate::messages::{self, NodeOp};
 use crate::view;
@@ -134,6 +133,7 @@ async fn execute(core: &Arc<Core>, convict: &Convict) {
         }
         Err(error) => {
             tracing::error!(%node, %epoch, %error, "fence failed: nothing of this node may be reused");
+            core.note("node.fence-failed", &name, error.to_string());
             MemberState::FenceFailed
         }
     };
@@ -145,7 +145,7 @@ async fn execute(core: &Arc<Core>, convict: &Convict) {
 
 /// Cuts the node off. Blocks for as long as the fence takes, on a thread of its own.
 async fn fence(core: &Arc<Core>, node: NodeId, epoch: Epoch) -> Result<Confirmed, FenceError> {
-    let fence = fence_of(core);
+    let fence = cutting::fence_of(core, node, epoch).await?;
     tokio::task::spawn_blocking(move || fence.fence(node, epoch)).await.unwrap_or_else(|error| {
         Err(FenceError::NotConfirmed { node, epoch, reason: format!("the fence was given up: {error}") })
     })
@@ -163,24 +163,6 @@ pub(crate) async fn confirm_dead(
     core.note("node.confirmed-dead", &view::node_name(&core.state(), node), confirmed.to_string());
     super::look_again(core);
     Ok(())
-}
-
-fn fence_of(core: &Core) -> Box<dyn Fence> {
-    let limit = Duration::from_millis(core.timing.fence_limit_ms);
-    match &core.config.fence {
-        FenceConfig::Operator => Box::new(OperatorFence),
-        FenceConfig::LocalKill => {
-            let files = core
-                .config
-                .members
-                .iter()
-                .filter_map(|member| member.pid_file.clone().map(|file| (NodeId(member.id), file)));
-            Box::new(LocalKill::new(files.collect(), limit))
-        }
-        FenceConfig::Agent { program, timeout_ms } => {
-            Box::new(AgentFence::new(program.clone(), Duration::from_millis(*timeout_ms)))
-        }
-    }
 }
 
 /// Another node leads: it shall see to it.

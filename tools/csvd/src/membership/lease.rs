@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use api::Error;
 use api::config::NodeConfig;
-use blockio::{BlockDevice, GatedDevice};
+use blockio::{BlockDevice, GatedDevice, Tripwire};
 use lockmgr::clock::boottime_ms;
 use lockmgr::lease::{LeasePage, LeaseReader, QuorumLease};
 use lockmgr::timing::Timing;
@@ -57,15 +57,16 @@ impl LeaseKeeper {
         Ok(())
     }
 
-    /// Puts the lease before a device.
+    /// Puts the lease before a device, and what ends the right to use its LUN.
     pub(crate) fn gate(
         &self,
         config: &NodeConfig,
         epoch: Epoch,
         device: Arc<dyn BlockDevice>,
+        wire: &Arc<Tripwire>,
     ) -> Result<Arc<Gate>, Error> {
         let reader = LeaseReader::open(&config.lease_page()).map_err(Error::failed)?;
-        let gate = Arc::new(GatedDevice::new(device, Arc::new(reader.right_of(epoch))));
+        let gate = Arc::new(GatedDevice::new(device, wire.guard(Arc::new(reader.right_of(epoch)))));
         let mut inner = self.lock();
         inner.gates.retain(|gate| gate.strong_count() > 0);
         inner.gates.push(Arc::downgrade(&gate));

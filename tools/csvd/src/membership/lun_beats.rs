@@ -22,18 +22,21 @@ pub(crate) struct LunBeats {
 }
 
 impl LunBeats {
-    /// Starts beating on a device of its own. `open` opens it, and again after a failure; `lost` is told of failures.
+    /// Starts beating on a device of its own. `open` opens it, and again after a failure; `stands` is asked after each beat
+    /// whether this node still has its place on the LUN; `lost` is told of failures.
     pub(crate) fn start(
         core: &Arc<Core>,
         epoch: Epoch,
         area: (u64, VolumeId),
         open: impl Fn() -> Result<Arc<dyn BlockDevice>, IoError> + Send + 'static,
+        stands: impl Fn(&dyn BlockDevice) -> Result<(), IoError> + Send + 'static,
         lost: impl Fn(&IoError) + Send + 'static,
     ) -> Result<Self, Error> {
         let (end, ended) = mpsc::channel();
-        let (open, lost) = (Box::new(open), Box::new(lost));
+        let (open, stands, lost) = (Box::new(open), Box::new(stands), Box::new(lost));
         let core = Arc::clone(core);
-        let beating = Beating { core, epoch, area, open, lost, slots: None, counter: 0, failing: false };
+        let beating =
+            Beating { core, epoch, area, open, stands, lost, slots: None, counter: 0, failing: false };
         let thread = std::thread::Builder::new()
             .name("lun-beat".to_owned())
             .stack_size(256 << 10)
@@ -52,14 +55,17 @@ impl Drop for LunBeats {
     }
 }
 
+type Stands = Box<dyn Fn(&dyn BlockDevice) -> Result<(), IoError> + Send>;
+
 struct Beating {
     core: Arc<Core>,
     epoch: Epoch,
     area: (u64, VolumeId),
     open: Box<dyn Fn() -> Result<Arc<dyn BlockDevice>, IoError> + Send>,
+    stands: Stands,
     lost: Box<dyn Fn(&IoError) + Send>,
     /// Nothing after a failure: a device that has failed once may go on failing although its path is whole again.
-    slots: Option<LunSlots>,
+    slots: Option<(LunSlots, Arc<dyn BlockDevice>)>,
     counter: u64,
     failing: bool,
 }
@@ -79,9 +85,12 @@ impl Beating {
 
     fn beat(&mut self) -> Result<(), IoError> {
         self.counter += 1;
-        let slots = match self.slots.take() {
-            Some(slots) => slots,
-            None => LunSlots::new((self.open)()?, self.area.0, self.area.1),
+        let (slots, device) = match self.slots.take() {
+            Some(open) => open,
+            None => {
+                let device = (self.open)()?;
+                (LunSlots::new(Arc::clone(&device), self.area.0, self.area.1), device)
+            }
         };
         slots.write(Beat {
             node: self.core.me,
@@ -89,9 +98,11 @@ impl Beating {
             counter: self.counter,
             lease_ms: self.core.timing.lease_ms,
         })?;
+        (self.stands)(&*device)?;
         for slot in slots.read_all()? {
             match slot.content {
                 SlotContent::Beat(beat) if slot.node != self.core.me => {
+                    self.core.membership.note_lease(beat.node, beat.lease_ms);
                     self.core.membership.observe(Event::LunBeat {
                         node: beat.node,
                         epoch: beat.epoch,
@@ -102,7 +113,7 @@ impl Beating {
             }
         }
         self.core.membership.observe(Event::LunScanned);
-        self.slots = Some(slots);
+        self.slots = Some((slots, device));
         Ok(())
     }
 

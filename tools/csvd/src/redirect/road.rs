@@ -5,15 +5,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use blockio::{
-    BlockDevice, CutDevice, Detour, IoError, NbdDevice, NbdOptions, OpenOptions, PathStatus, Route, Ways,
-    open_uri,
+    BlockDevice, ConflictDevice, CutDevice, Detour, IoError, NbdDevice, NbdOptions, OpenOptions, PathStatus,
+    Reservations, Route, Ways, open_uri,
 };
 use csvfs::format::superblock::Superblock;
 use lockmgr::clock::boottime_ms;
 use lockmgr::cluster::{ClusterState, Member, VolumeRecord};
+use lockmgr::fence::ReservationKey;
 use lockmgr::{Epoch, Millis, NodeId, VolumeId};
 
 use crate::core::Core;
+use crate::membership::Place;
 use crate::messages::{NodeOp, SessionOf};
 use crate::volumes::status::unix_ms;
 use crate::{forward, view};
@@ -30,6 +32,7 @@ pub(crate) struct Road {
     name: String,
     lun_uri: String,
     epoch: Epoch,
+    place: Place,
     /// Rank: a leaf.
     seen: Mutex<Seen>,
 }
@@ -55,18 +58,48 @@ impl Road {
             name: record.name.clone(),
             lun_uri: record.lun_uri.clone(),
             epoch,
+            place: Place::new(core, record, epoch),
             seen: Mutex::new(seen),
         })
     }
 
     /// The LUN without the gate of the lease, behind the switch that rehearses a lost path.
-    pub(crate) fn open_raw(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
+    fn open_raw(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
         let device = open_uri(&self.lun_uri, OpenOptions::default())?;
-        Ok(Arc::new(CutDevice::new(device, self.core.lun_cut.clone())))
+        let device = CutDevice::new(device, self.core.lun_cut.clone());
+        if self.place.is_reserved() {
+            return Ok(Arc::new(ConflictDevice::new(device, Arc::clone(self.place.wire()))));
+        }
+        Ok(Arc::new(device))
+    }
+
+    /// The same, once it has proven to be the right LUN, and this node has its place there: nothing is written before.
+    pub(crate) fn open_held(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
+        let raw = self.open_raw()?;
+        self.check(&*raw)?;
+        self.place.hold(&*raw)?;
+        Ok(raw)
+    }
+
+    /// This node's place on the LUN.
+    pub(crate) fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// The volume.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// This node's key and the LUN's reservations, by the direct way.
+    pub(crate) fn reservations(&self) -> Result<(ReservationKey, Arc<dyn Reservations>), String> {
+        let key = self.place.key().ok_or("the volume is not fenced by reservations")?;
+        let device = self.direct_for_peers()?;
+        Ok((key, device.reservations().ok_or("the way to the LUN has no reservations")?))
     }
 
     /// The direct way, proven to work now; an error when this node goes through a peer itself.
-    pub(super) fn direct_for_peers(&self) -> Result<Arc<dyn BlockDevice>, String> {
+    pub(crate) fn direct_for_peers(&self) -> Result<Arc<dyn BlockDevice>, String> {
         let direct = {
             let seen = self.seen();
             seen.direct.clone().filter(|_| seen.route == Route::Direct)
@@ -107,7 +140,7 @@ impl Road {
     }
 
     fn gate(&self, device: Arc<dyn BlockDevice>) -> Result<Arc<dyn BlockDevice>, IoError> {
-        let gate = self.core.membership.lease.gate(&self.core.config, self.epoch, device);
+        let gate = self.core.membership.lease.gate(&self.core.config, self.epoch, device, self.place.wire());
         gate.map(|gate| gate as Arc<dyn BlockDevice>).map_err(|error| self.not_opened(&error.message))
     }
 
@@ -166,9 +199,7 @@ impl std::fmt::Debug for Road {
 
 impl Ways for Road {
     fn direct(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
-        let raw = self.open_raw()?;
-        self.check(&*raw)?;
-        let device = self.gate(raw)?;
+        let device = self.gate(self.open_held()?)?;
         self.seen().direct = Some(Arc::clone(&device));
         Ok(device)
     }

@@ -9,7 +9,9 @@ use csvfs::Superblock;
 use csvfs::volume::{CreateParams, Volume, VolumeError};
 use lockmgr::VolumeId;
 use lockmgr::cluster::{ClusterState, Command, FenceKind};
+use lockmgr::fence::ReservationKey;
 
+use super::fence_choice::Choice;
 use crate::core::{Core, refused as refused_by_cluster};
 use crate::view;
 
@@ -32,15 +34,17 @@ pub(crate) async fn create(core: &Arc<Core>, request: VolumeCreateRequest) -> Re
         ))
         .hint("choose another name and LUN, or use the volume that is there"));
     }
-    let id = format(&request, cluster, Arc::clone(&state)).await?;
-    let Some(id) = id else { return Ok(()) };
+    let key = ReservationKey::new(cluster, core.me, epoch);
+    let choice = Choice::of(&request.fence, &core.config.fence, key)?;
+    let made = format(&request, cluster, Arc::clone(&state), choice).await?;
+    let Some((id, fence_kind)) = made else { return Ok(()) };
     core.propose(Command::CreateVolume {
         name: request.name.clone(),
         id,
         lun_uri: request.lun.clone(),
         owner: core.me,
         owner_epoch: epoch,
-        fence_kind: FenceKind::Agent,
+        fence_kind,
     })
     .await
     .map_err(|error| {
@@ -51,12 +55,13 @@ pub(crate) async fn create(core: &Arc<Core>, request: VolumeCreateRequest) -> Re
     Ok(())
 }
 
-/// Writes the volume's structure; `None` after a dry run.
+/// Writes the volume's structure, and says how its dead nodes are cut off; `None` after a dry run.
 async fn format(
     request: &VolumeCreateRequest,
     cluster: lockmgr::ClusterId,
     state: Arc<ClusterState>,
-) -> Result<Option<VolumeId>, Error> {
+    choice: Choice,
+) -> Result<Option<(VolumeId, FenceKind)>, Error> {
     let request = request.clone();
     let formatting = move || {
         let device = open_uri(&request.lun, OpenOptions::default()).map_err(|error| {
@@ -66,12 +71,20 @@ async fn format(
         })?;
         refuse_known(&request, device.as_ref(), &state)?;
         let params = CreateParams { name: request.name.clone(), cluster, force: request.force };
+        Volume::check_create(device.as_ref(), &params).map_err(|error| refused(&request, &error))?;
+        // Before the first write: where there is a reservation, only the registered write.
+        let kind = choice.settle(&request, device.as_ref())?;
         if request.dry_run {
-            Volume::check_create(device.as_ref(), &params).map_err(|error| refused(&request, &error))?;
+            choice.withdraw(kind, device.as_ref());
             return Ok(None);
         }
-        let superblock = Volume::create(device, params).map_err(|error| refused(&request, &error))?;
-        Ok(Some(superblock.volume))
+        match Volume::create(Arc::clone(&device), params) {
+            Ok(superblock) => Ok(Some((superblock.volume, kind))),
+            Err(error) => {
+                choice.withdraw(kind, device.as_ref());
+                Err(refused(&request, &error))
+            }
+        }
     };
     tokio::task::spawn_blocking(formatting).await.map_err(Error::failed)?
 }

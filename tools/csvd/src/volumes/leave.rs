@@ -53,10 +53,22 @@ pub(crate) async fn leave(core: &Arc<Core>) {
             }
         }
         volume.host.close("the daemon ends").await;
+        give_up_place(&volume).await;
     }
     if others_stay {
         call_down(core).await;
     }
+}
+
+/// Nothing of this node uses the LUN any more: its key goes, and so does the right to write there.
+async fn give_up_place(volume: &LocalVolume) {
+    let Some(road) = volume.road() else { return };
+    let giving = move || {
+        if let Ok(device) = road.direct_for_peers() {
+            road.place().give_up(&*device);
+        }
+    };
+    drop(tokio::task::spawn_blocking(giving).await);
 }
 
 fn somebody_stays(core: &Core) -> bool {

@@ -29,6 +29,10 @@ pub(crate) struct Create {
     /// Longest time that the program may take, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = AGENT_MS, requires = "fence_agent")]
     fence_timeout_ms: u64,
+    /// Base of all times of the cluster, in milliseconds: the interval of its heartbeats. More for networks or storage that
+    /// pause, so that nobody is held for dead by mistake
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=10_000))]
+    base_ms: Option<u64>,
 }
 
 /// What `--json` prints.
@@ -82,7 +86,7 @@ impl Create {
             listen: self.node.listen,
             socket: node_home::socket_of(&dir),
             bootstrap: true,
-            base_ms: None,
+            base_ms: self.base_ms,
             tls: node_home::tls_of(&dir),
             fence: self.fence()?,
             members: vec![me],

@@ -192,6 +192,8 @@ async fn make_volume(plan: &Plan, config: &NodeConfig, spinner: &ui::Spinner) ->
         lun: plan.lun.clone(),
         force: false,
         dry_run: false,
+        // All nodes are of one machine: a LUN could not tell them apart.
+        fence: "agent".to_owned(),
     };
     client.volume_create(request).await?;
     Ok(())

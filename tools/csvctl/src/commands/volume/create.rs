@@ -16,6 +16,10 @@ pub(crate) struct Create {
     /// Format also when something else is found on the LUN; what it holds is lost
     #[arg(long)]
     force: bool,
+    /// How dead nodes are cut off from the LUN: by its persistent reservations, by a program that powers them off (or an
+    /// operator), or by waiting until their lease is over
+    #[arg(long, value_name = "KIND", default_value = "auto", value_parser = ["auto", "reservation", "agent", "lease"])]
+    fence: String,
     /// Check everything, write nothing
     #[arg(long)]
     dry_run: bool,
@@ -29,8 +33,13 @@ impl Create {
                 .confirm(&format!("volume create --force destroys what {} holds", self.lun), &self.name)?;
         }
         let dry_run = self.dry_run;
-        let request =
-            VolumeCreateRequest { name: self.name, lun: self.lun, force: self.force, dry_run: self.dry_run };
+        let request = VolumeCreateRequest {
+            name: self.name,
+            lun: self.lun,
+            force: self.force,
+            dry_run: self.dry_run,
+            fence: if self.fence == "auto" { String::new() } else { self.fence },
+        };
         let spinner = context.ui.spinner(&format!("volume {}: formatting {}", request.name, request.lun));
         let volume = context.client().await?.volume_create(request).await?.into_inner();
         drop(spinner);

@@ -1,0 +1,48 @@
+//! A node that hangs or is cut off loses its right to write, on a real SAN, and comes back as a new incarnation.
+
+use crate::cluster::{BLOCKS, MOUNT, SanCluster, check};
+use crate::tool::LabError;
+
+const SLEEPER: &str = "sleeper";
+const HEIR: &str = "heir";
+
+/// A whole machine is stopped, fenced, and goes on: not one of its writes lands (A1, A2, B3).
+pub(super) fn hung() -> Result<(), LabError> {
+    taken_over(SanCluster::freeze, SanCluster::thaw)
+}
+
+/// A machine loses the network, to its peers and to the SAN alike (A1, A2, A7).
+pub(super) fn cut() -> Result<(), LabError> {
+    taken_over(|lab, node| lab.plug(node, false), |lab, node| lab.plug(node, true))
+}
+
+type Fault = fn(&mut SanCluster, u8) -> Result<(), LabError>;
+
+fn taken_over(fail: Fault, heal: Fault) -> Result<(), LabError> {
+    super::in_folder(|folder| {
+        let mut lab = SanCluster::start(folder, 3)?;
+        lab.write(1, SLEEPER)?;
+        // The coordinator itself.
+        lab.ctl(1, "volume move vol1 --to node3")?;
+        lab.write_for_ever(3, SLEEPER)?;
+        lab.until_rounds(3, 2)?;
+        fail(&mut lab, 3)?;
+        lab.until_node(1, 3, "fenced")?;
+        let events = lab.events(1)?;
+        check(events.contains("the LUNs refuse its writes"), "a fence by the LUN", &events.into())?;
+        lab.write(1, HEIR)?;
+        lab.check_lun(SLEEPER, 0)?;
+        lab.check_lun(HEIR, BLOCKS)?;
+        lab.say("another node has taken over and written");
+        heal(&mut lab, 3)?;
+        lab.await_daemon_end(3)?;
+        lab.check_refused_by_lun(3)?;
+        lab.check_lun(SLEEPER, 0)?;
+        lab.check_lun(HEIR, BLOCKS)?;
+        lab.say("no write of the node that was cut off has landed");
+        lab.start_daemon(3)?;
+        lab.until_whole(&[1, 2, 3])?;
+        lab.run(3, &format!("head -c 4 {MOUNT}/contested | grep -q {HEIR}"))?;
+        lab.check_volume(2)
+    })
+}
