@@ -23,6 +23,7 @@ mod refusals;
 mod trouble;
 mod vhdx;
 mod vm;
+mod witness;
 
 use std::path::Path;
 

@@ -43,10 +43,14 @@ pub(crate) fn three() -> [Host; 3] {
 }
 
 pub(crate) fn with_volume(hosts: &[Host], lun: &TempDir) {
+    with_fence(hosts, lun, "agent");
+}
+
+pub(crate) fn with_fence(hosts: &[Host], lun: &TempDir, fence: &str) {
     let path = lun.path().join("lun");
     fs::File::create(&path).and_then(|file| file.set_len(1 << 30)).expect("a sparse file");
     let uri = format!("file:{}", text(&path));
-    hosts[0].ctl().must(&["volume", "create", "vol1", "--lun", &uri, "--fence", "agent"]);
+    hosts[0].ctl().must(&["volume", "create", "vol1", "--lun", &uri, "--fence", fence]);
     for host in hosts {
         host.ctl().must(&["cluster", "wait", "--volume", "vol1"]);
     }

@@ -44,6 +44,15 @@ impl Host {
         Self::new(node).set_up(&["node", "join", "--token", token]).started()
     }
 
+    /// Joins a node with further options and starts it.
+    ///
+    /// # Panics
+    /// As [`Host::found`].
+    #[must_use]
+    pub fn join_as(node: &str, token: &str, options: &[&str]) -> Self {
+        Self::new(node).set_up(&[&["node", "join", "--token", token], options].concat()).started()
+    }
+
     /// A host without a node.
     ///
     /// # Panics

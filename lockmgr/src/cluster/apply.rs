@@ -39,7 +39,9 @@ impl ClusterState {
         let (given, line) = match command {
             Command::CreateCluster { cluster, name, members } => self.create_cluster(cluster, name, members),
             Command::AddTicket { digest, expires_ms } => self.add_ticket(digest, expires_ms, at),
-            Command::AddMember { digest, name, address } => self.add_member(digest, name, address, at),
+            Command::AddMember { digest, name, address, witness } => {
+                self.add_member(digest, (name, address), witness, at)
+            }
             Command::RemoveMember { node, expect } => self.remove_member(node, expect),
             Command::BeginEpoch { node, expect } => self.begin_epoch(node, expect, at),
             Command::MarkNode { node, epoch, state } => self.mark_node(node, epoch, state),
@@ -189,6 +191,7 @@ impl ClusterState {
         }
         self.check_up(owner, owner_epoch)?;
         self.check_may_coordinate(owner)?;
+        self.check_no_witness(owner)?;
         let line = Line {
             kind: "volume.created",
             subject: name.clone(),
@@ -221,7 +224,7 @@ impl ClusterState {
 
     fn move_volume(&mut self, name: String, expect_term: Term, to: NodeId, to_epoch: Epoch) -> Applied {
         self.volume_mut(&name, expect_term)?;
-        self.check_up(to, to_epoch)?;
+        self.check_serves(to, to_epoch)?;
         let from = self.volume_mut(&name, expect_term)?.owner;
         if to != from {
             self.check_may_coordinate(to)?;
@@ -261,6 +264,7 @@ impl ClusterState {
             return Err(invalid(format!("cannot add vm {}: the cluster has {VMS_MAX} already", vm.name)));
         }
         self.member(vm.owner)?;
+        self.check_no_witness(vm.owner)?;
         let text = format!("vm {} created on node {}", vm.name, vm.owner);
         let line = Line { kind: "vm.created", subject: vm.name.clone(), text };
         let given = Given::VmEpoch(vm.epoch);
@@ -341,6 +345,18 @@ impl ClusterState {
         Ok(volume)
     }
 
+    fn check_serves(&self, node: NodeId, epoch: Epoch) -> Result<(), Rejection> {
+        self.check_up(node, epoch)?;
+        self.check_no_witness(node)
+    }
+
+    fn check_no_witness(&self, node: NodeId) -> Result<(), Rejection> {
+        if self.witnesses.contains(&node) {
+            return Err(conflict(format!("role of node {node}"), "node", "witness"));
+        }
+        Ok(())
+    }
+
     fn check_up(&self, node: NodeId, epoch: Epoch) -> Result<(), Rejection> {
         let member = self.member(node)?;
         if member.state == MemberState::Up && member.epoch == epoch {
@@ -353,7 +369,7 @@ impl ClusterState {
     fn check_vm_owner(&self, node: NodeId) -> Result<(), Rejection> {
         let member = self.member(node)?;
         if member.state == MemberState::Up {
-            return Ok(());
+            return self.check_no_witness(node);
         }
         Err(conflict(format!("node {node}"), MemberState::Up, member.state))
     }

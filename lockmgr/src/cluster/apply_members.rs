@@ -23,8 +23,8 @@ impl ClusterState {
     pub(super) fn add_member(
         &mut self,
         digest: [u8; 32],
-        name: String,
-        address: String,
+        (name, address): (String, String),
+        witness: bool,
         at: Position,
     ) -> Applied {
         self.check_ticket(&digest, at)?;
@@ -42,10 +42,14 @@ impl ClusterState {
         // Only now: a join that was refused for its name may be tried again with the same token.
         self.tickets.remove(&digest);
         self.nodes_given = self.nodes_given.max(id.0);
-        let text = format!("node {name} at {address} is a member, number {id}");
+        let role = if witness { "a witness" } else { "a member" };
+        let text = format!("node {name} at {address} is {role}, number {id}");
         let line = Line { kind: "node.added", subject: name.clone(), text };
         let member = Member { id, name, address, epoch: Epoch(0), state: MemberState::Down, joined_ms: 0 };
         self.members.insert(id, member);
+        if witness {
+            self.witnesses.insert(id);
+        }
         Ok((Given::Node(id), line))
     }
 
@@ -85,12 +89,13 @@ impl ClusterState {
             return Err(conflict(format!("node of vm {}", vm.name), "another node", &member.name));
         }
         let subject = member.name.clone();
-        let up = self.members.values().find(|member| member.state == MemberState::Up).map(|member| member.id);
+        let up = self.serving().next().map(|member| member.id);
         let heir = self.open_members().next().map(|member| member.id).or(up);
         let heir = heir.ok_or_else(|| conflict("members", "one that is up", "none"))?;
         self.members.remove(&node);
         self.drains.remove(&node);
         self.processors.remove(&node);
+        self.witnesses.remove(&node);
         // What runs nowhere is kept for whoever starts it next.
         for vm in self.vms.values_mut().filter(|vm| vm.owner == node) {
             vm.owner = heir;
@@ -124,7 +129,12 @@ mod tests {
     }
 
     fn add(name: &str, secret: u8) -> Command {
-        Command::AddMember { digest: [secret; 32], name: name.to_owned(), address: format!("{name}:1") }
+        Command::AddMember {
+            digest: [secret; 32],
+            name: name.to_owned(),
+            address: format!("{name}:1"),
+            witness: name.starts_with('w'),
+        }
     }
 
     fn with_ticket(secret: u8) -> ClusterState {
@@ -183,5 +193,28 @@ mod tests {
         assert_eq!((state.vms["web"].owner, state.vms["web"].epoch), (NodeId(1), 2));
         state.apply(Command::AddTicket { digest: [8; 32], expires_ms: 100 }, at(1)).expect("ticket");
         assert_eq!(state.apply(add("n2", 8), at(1)), Ok(Given::Node(NodeId(3))));
+    }
+
+    // Invariant A7: a witness has a vote, and nothing that would have to be fenced off a LUN.
+    #[test]
+    fn a_witness_is_given_no_volume_and_no_vm() {
+        let mut state = founded();
+        state.apply(Command::AddTicket { digest: [7; 32], expires_ms: 9 }, at(1)).expect("a ticket");
+        let given = state.apply(add("w", 7), at(2)).expect("joined");
+        let Given::Node(witness) = given else { panic!("{given:?}") };
+        state.apply(Command::BeginEpoch { node: witness, expect: Epoch(0) }, at(3)).expect("up");
+        assert_eq!(state.serving().map(|member| member.id).collect::<Vec<_>>(), [NodeId(1)]);
+        let volume = Command::CreateVolume {
+            name: "vol1".into(),
+            id: crate::VolumeId(Uuid::nil()),
+            lun_uri: "file:/lun".into(),
+            owner: witness,
+            owner_epoch: Epoch(1),
+            fence_kind: crate::cluster::FenceKind::Lease,
+        };
+        assert!(matches!(state.apply(volume, at(4)), Err(Rejection::Conflict { .. })));
+        let vm =
+            Command::CreateVm { name: "vm".into(), id: Uuid::nil(), owner: witness, spec: Vec::new().into() };
+        assert!(matches!(state.apply(vm, at(5)), Err(Rejection::Conflict { .. })));
     }
 }

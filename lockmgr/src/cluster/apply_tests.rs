@@ -122,6 +122,7 @@ fn command() -> impl Strategy<Value = Command> {
         (0u8..3, name("n")).prop_map(|(secret, name)| Command::AddMember {
             digest: [secret; 32],
             address: format!("{name}:1"),
+            witness: secret == 2,
             name,
         }),
         (node(), number.clone()).prop_map(|(node, e)| Command::RemoveMember { node, expect: Epoch(e) }),

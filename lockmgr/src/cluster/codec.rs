@@ -313,9 +313,12 @@ impl From<&Command> for PbCommand {
             Command::AddTicket { digest, expires_ms } => {
                 Self::AddTicket(pb::AddTicket { digest: Bytes::copy_from_slice(&digest), expires_ms })
             }
-            Command::AddMember { digest, name, address } => {
-                Self::AddMember(pb::AddMember { digest: Bytes::copy_from_slice(&digest), name, address })
-            }
+            Command::AddMember { digest, name, address, witness } => Self::AddMember(pb::AddMember {
+                digest: Bytes::copy_from_slice(&digest),
+                name,
+                address,
+                witness,
+            }),
             Command::RemoveMember { node, expect } => {
                 Self::RemoveMember(pb::RemoveMember { node: node.0.into(), expect: expect.0 })
             }
@@ -395,9 +398,12 @@ impl TryFrom<PbCommand> for Command {
             PbCommand::AddTicket(add) => {
                 Self::AddTicket { digest: ticket_digest(&add.digest)?, expires_ms: add.expires_ms }
             }
-            PbCommand::AddMember(add) => {
-                Self::AddMember { digest: ticket_digest(&add.digest)?, name: add.name, address: add.address }
-            }
+            PbCommand::AddMember(add) => Self::AddMember {
+                digest: ticket_digest(&add.digest)?,
+                name: add.name,
+                address: add.address,
+                witness: add.witness,
+            },
             PbCommand::RemoveMember(remove) => {
                 Self::RemoveMember { node: node_id(remove.node)?, expect: Epoch(remove.expect) }
             }
@@ -532,6 +538,7 @@ pub(crate) fn state_to_pb(state: &ClusterState) -> pb::Snapshot {
             .map(|(node, (epoch, record))| processor_to_pb(*node, *epoch, record.clone()))
             .collect(),
         baselines: state.baselines.iter().map(|(version, it)| baseline_to_pb(*version, it)).collect(),
+        witnesses: state.witnesses.iter().map(|node| node.0.into()).collect(),
     }
 }
 
@@ -580,6 +587,7 @@ pub(crate) fn state_from_pb(snapshot: pb::Snapshot) -> Result<ClusterState, Code
     let mut state =
         ClusterState { cluster, name: snapshot.name, applied: snapshot.applied, ..Default::default() };
     state.nodes_given = node_id(snapshot.nodes_given)?.0;
+    state.witnesses = snapshot.witnesses.into_iter().map(node_id).collect::<Result<_, _>>()?;
     for ticket in snapshot.tickets {
         state.tickets.insert(ticket_digest(&ticket.digest)?, ticket.expires_ms);
     }

@@ -51,6 +51,8 @@ pub enum Command {
         name: String,
         /// Where it listens; no other member does.
         address: String,
+        /// It votes and does nothing else.
+        witness: bool,
     },
     /// Forgets a member that is certainly off, owns no volume, and has no VM. Its number is not given out again as long as
     /// there are others.

@@ -75,7 +75,7 @@ impl ClusterState {
 
     /// The members that are up and may be given something.
     pub fn open_members(&self) -> impl Iterator<Item = &super::Member> {
-        self.members.values().filter(|member| member.state == MemberState::Up && !self.is_closed(member.id))
+        self.serving().filter(|member| !self.is_closed(member.id))
     }
 
     /// Whether a VM is at home on a node in more than name: it runs there, or is about to.

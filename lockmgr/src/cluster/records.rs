@@ -3,7 +3,7 @@
 //! Every node holds a copy; the copies differ only in how far they have come. Records are small truths on which
 //! authority rests, so they change only by compare-and-swap ([`super::Command`]).
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 
@@ -26,6 +26,8 @@ pub struct ClusterState {
     pub name: String,
     /// Members by id.
     pub members: BTreeMap<NodeId, Member>,
+    /// Members that vote and do nothing else: they have no volumes and run no VMs.
+    pub witnesses: BTreeSet<NodeId>,
     /// Join tickets that are open: digest of the secret, and when it expires in ms since 1970.
     pub tickets: BTreeMap<[u8; 32], u64>,
     /// Highest node number that was ever given out.
@@ -63,6 +65,17 @@ impl ClusterState {
     pub fn newest_baseline(&self, vendor: &str) -> Option<(u32, &Baseline)> {
         let of_vendor = |(_, baseline): &(&u32, &Baseline)| baseline.vendor == vendor;
         self.baselines.iter().rev().find(of_vendor).map(|(version, baseline)| (*version, baseline))
+    }
+
+    /// The members that are up and can have volumes and VMs.
+    pub fn serving(&self) -> impl Iterator<Item = &Member> {
+        self.members.values().filter(|member| self.can_serve(member))
+    }
+
+    /// Whether a member is up and can have volumes and VMs.
+    #[must_use]
+    pub fn can_serve(&self, member: &Member) -> bool {
+        member.state == MemberState::Up && !self.witnesses.contains(&member.id)
     }
 }
 

@@ -128,6 +128,20 @@ pub enum FenceError {
     },
 }
 
+/// For a member that has nothing to write to: a witness. It holds no lock, no extent and no VM that others could reuse.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NothingToCut;
+
+impl Fence for NothingToCut {
+    fn kind(&self) -> FenceKind {
+        FenceKind::Agent
+    }
+
+    fn fence(&self, node: NodeId, epoch: Epoch) -> Result<Confirmed, FenceError> {
+        Ok(Confirmed::new(node, epoch, "it is a witness and reaches no LUN".to_owned()))
+    }
+}
+
 /// Several ways, all of which are gone: a node may have volumes with different kinds of fence.
 pub struct EveryFence(Vec<Box<dyn Fence>>);
 

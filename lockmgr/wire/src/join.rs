@@ -53,6 +53,9 @@ pub struct JoinRequest {
     /// A certificate signing request in DER; only its public key is used.
     #[prost(bytes = "bytes", tag = "4")]
     pub csr_der: Bytes,
+    /// It shall vote and do nothing else.
+    #[prost(bool, tag = "5")]
+    pub witness: bool,
 }
 
 /// What it gets.
@@ -111,13 +114,19 @@ struct Answer {
 ///
 /// # Errors
 /// When the member cannot be reached, does not belong to the token's cluster, or refuses.
-pub async fn join(token: &JoinToken, name: &str, address: &str) -> Result<(JoinReply, String), WireError> {
+pub async fn join(
+    token: &JoinToken,
+    name: &str,
+    address: &str,
+    witness: bool,
+) -> Result<(JoinReply, String), WireError> {
     let (csr_der, key_pem) = authority::request()?;
     let request = JoinRequest {
         secret: Bytes::copy_from_slice(&token.secret),
         name: name.to_owned(),
         address: address.to_owned(),
         csr_der: csr_der.into(),
+        witness,
     };
     let doing = format!("join by way of the member at {}", token.address);
     let stream = in_time(&doing, connect(token, &doing)).await?;

@@ -30,6 +30,9 @@ pub struct NodeConfig {
     /// Whether this node founds the cluster when it has no state yet. Exactly one node does.
     #[serde(default)]
     pub bootstrap: bool,
+    /// Whether this node only votes: it has no volumes and no VMs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub witness: bool,
     /// The base of all time limits, in milliseconds (the network heartbeat's period).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_ms: Option<u64>,

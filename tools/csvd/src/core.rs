@@ -84,6 +84,18 @@ impl Core {
         self.epoch.get().copied()
     }
 
+    /// A witness has no volumes and runs no VMs.
+    pub(crate) fn refuse_witness(&self, what: &str) -> Result<(), Error> {
+        if !self.config.witness {
+            return Ok(());
+        }
+        Err(Error::conflict(format!(
+            "{what}: {} is a witness, it has no volumes and no VMs",
+            self.config.name
+        ))
+        .hint("ask another node"))
+    }
+
     /// The quorum has given this node its epoch.
     pub(crate) fn begin_epoch(&self, epoch: Epoch) {
         self.epoch.set(epoch).expect("a daemon lives for one epoch");

@@ -91,6 +91,9 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
         () = core.stop.cancelled() => return Ok(()),
         joined = membership::begin_epoch(core) => joined?,
     }
+    if core.config.witness {
+        return vote_only(core).await;
+    }
     let processes = node_socket::serve(core)?;
     redirect::serve_processes(core)?;
     membership::start(core);
@@ -121,6 +124,14 @@ async fn tell_processor(core: Arc<Core>) {
     if let Err(error) = vms::publish_processor(&core).await {
         tracing::warn!(%error, "the cluster does not know what this node's processor can give");
     }
+}
+
+/// A witness takes part in the quorum and in judging the others, and has neither volumes nor VMs.
+async fn vote_only(core: &Arc<Core>) -> Result<(), Error> {
+    membership::start(core);
+    core.stop.cancelled().await;
+    volumes::leave(core).await;
+    Ok(())
 }
 
 /// Without a quorum the lease runs out, and what must still be written waits for it for ever: then the right is given up,

@@ -50,6 +50,9 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(name = "csvd", version)]
 struct Args {
+    /// `witness`: only vote, without volumes and VMs; the node must have joined as one (`csvctl node join --witness`)
+    #[arg(value_enum, value_name = "ROLE")]
+    role: Option<Role>,
     /// The node's configuration
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
@@ -59,6 +62,12 @@ struct Args {
     /// Listen on the socket that was passed as stdin, instead of binding the configured address
     #[arg(long)]
     inherit_listener: bool,
+}
+
+/// What a node can be asked to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Role {
+    Witness,
 }
 
 fn main() -> ExitCode {
@@ -75,6 +84,10 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<(), Error> {
     let config: NodeConfig = daemon::load(&args.config)?;
+    if args.role == Some(Role::Witness) && !config.witness {
+        return Err(Error::conflict(format!("{} is a node with volumes, not a witness", config.name))
+            .hint("a witness joins with `csvctl node join --witness`"));
+    }
     if args.new_session {
         rustix::process::setsid().map_err(|error| Error::failed(format!("making a session: {error}")))?;
     }

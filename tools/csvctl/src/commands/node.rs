@@ -77,11 +77,7 @@ pub(crate) fn state(node: &Node) -> String {
 }
 
 fn role(node: &Node) -> String {
-    match (node.leader, node.this_node) {
-        (true, true) => "leader, here",
-        (true, false) => "leader",
-        (false, true) => "here",
-        (false, false) => "",
-    }
-    .to_owned()
+    let words = [(node.role == "witness", "witness"), (node.leader, "leader"), (node.this_node, "here")];
+    let words: Vec<_> = words.into_iter().filter(|(holds, _)| *holds).map(|(_, word)| word).collect();
+    words.join(", ")
 }

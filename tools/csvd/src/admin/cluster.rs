@@ -46,6 +46,7 @@ pub(super) fn node(core: &Core, state: &ClusterState, member: &Member, raft: &Ra
         vms: u32::try_from(vms).unwrap_or(u32::MAX),
         voter: raft.voters.contains(&member.id),
         drain: state.drains.get(&member.id).map(|drain| drain.phase.to_string()).unwrap_or_default(),
+        role: if state.witnesses.contains(&member.id) { "witness" } else { "node" }.to_owned(),
     }
 }
 

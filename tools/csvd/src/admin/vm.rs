@@ -18,6 +18,7 @@ use crate::{forward, view, vms};
 const PROGRESS_EVERY: Duration = Duration::from_millis(250);
 
 pub(super) async fn create(core: &Arc<Core>, request: pb::VmCreateRequest) -> Result<pb::Vm, Error> {
+    core.refuse_witness("vm create")?;
     let state = core.state();
     let mut disks = Vec::new();
     for disk in &request.disks {
@@ -59,6 +60,7 @@ async fn at_owner(core: &Arc<Core>, name: &str, op: NodeOp) -> Result<pb::Vm, Er
 
 /// Starts the VM here: a stopped VM belongs to whoever starts it.
 pub(super) async fn start(core: &Arc<Core>, request: pb::VmRequest) -> Result<pb::Vm, Error> {
+    core.refuse_witness("vm start")?;
     vms::claim_stopped(core, &request.name).await?;
     at_owner(core, &request.name.clone(), NodeOp::VmStart(request)).await
 }

@@ -24,6 +24,7 @@ const ROWS_WITHIN: Duration = Duration::from_secs(2);
 const RECORD_WITHIN: Duration = Duration::from_secs(2);
 
 pub(super) async fn create(core: &Arc<Core>, request: pb::VolumeCreateRequest) -> Result<pb::Volume, Error> {
+    core.refuse_witness("volume create")?;
     let (name, lun, dry_run) = (request.name.clone(), request.lun.clone(), request.dry_run);
     create::create(core, request).await?;
     if dry_run {
@@ -118,7 +119,7 @@ pub(super) async fn states(
         view::volume(&state, &request.name)?;
     }
     let members: Vec<_> = if request.node.is_empty() {
-        state.members.values().collect()
+        state.members.values().filter(|member| !state.witnesses.contains(&member.id)).collect()
     } else {
         vec![view::member(&state, &request.node)?]
     };
@@ -237,7 +238,7 @@ pub(super) async fn io_mode(
     let state = core.state();
     let record = view::volume(&state, &request.name)?;
     let nodes: Vec<_> = if request.node.is_empty() {
-        state.members.values().filter(|member| view::is_up(&state, member.id, member.epoch)).collect()
+        state.serving().collect()
     } else {
         vec![view::member(&state, &request.node)?]
     };

@@ -6,6 +6,8 @@
 //! | `lease` | enough voters refuse to renew the lease from now on, then it is waited out |
 //! | `agent` | the program of the configuration, or the built-in kill |
 //!
+//! A witness has no volume, so nothing is done to it.
+//!
 //! **Invariant:** whoever takes a key off has seen in its own copy of the records that the node is being fenced (A7).
 
 use std::sync::Arc;
@@ -16,8 +18,8 @@ use api::config::FenceConfig;
 use lockmgr::clock::boottime_ms;
 use lockmgr::cluster::{ClusterState, FenceKind, VolumeRecord};
 use lockmgr::fence::{
-    AgentFence, Cutter, EveryFence, Fence, FenceError, LeaseFence, LocalKill, OperatorFence, OwnPath,
-    ReservationFence, refusals_needed,
+    AgentFence, Cutter, EveryFence, Fence, FenceError, LeaseFence, LocalKill, NothingToCut, OperatorFence,
+    OwnPath, ReservationFence, refusals_needed,
 };
 use lockmgr::{Epoch, Millis, NodeId, VolumeId};
 use uuid::Uuid;
@@ -36,6 +38,9 @@ const CUT_WITHIN_MS: u64 = 10_000;
 /// What cuts `node` in `epoch` off for certain, on every volume that it may have written to.
 pub(super) async fn fence_of(core: &Arc<Core>, node: NodeId, epoch: Epoch) -> Result<EveryFence, FenceError> {
     let state = core.state();
+    if state.witnesses.contains(&node) {
+        return Ok(EveryFence::new(vec![Box::new(NothingToCut)]));
+    }
     let of_kind = |kind| state.volumes.values().filter(move |record| record.fence_kind == kind);
     let mut ways: Vec<Box<dyn Fence>> = Vec::new();
     let devices: Vec<Box<dyn Cutter>> = of_kind(FenceKind::Reservation)

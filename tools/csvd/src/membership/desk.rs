@@ -22,6 +22,7 @@ pub(crate) async fn let_join(core: &Arc<Core>, request: JoinRequest) -> Result<J
         digest: sha256(&request.secret),
         name: request.name.clone(),
         address: request.address.clone(),
+        witness: request.witness,
     };
     let node = match core.cluster.propose(command).await.map(|outcome| outcome.given) {
         Ok(Given::Node(node)) => node,

@@ -43,8 +43,7 @@ pub(crate) fn appoint(state: &ClusterState, retry_failed: bool) -> Vec<Command> 
 /// The nodes that are up and open; if there is none, those that are up.
 fn may_coordinate(state: &ClusterState) -> impl Iterator<Item = &Member> {
     let none_is_open = state.open_members().next().is_none();
-    let up = state.members.values().filter(|member| member.state == MemberState::Up);
-    up.filter(move |member| none_is_open || !state.is_closed(member.id))
+    state.serving().filter(move |member| none_is_open || !state.is_closed(member.id))
 }
 
 /// Volumes per node that may have one.

@@ -52,6 +52,10 @@ pub(crate) fn check(state: &ClusterState, record: &VmRecord, to: &Member, kind: 
         return Err(Error::conflict(format!("vm migrate {name}: it is already on {}", to.name))
             .hint("name another node with --to"));
     }
+    if state.witnesses.contains(&to.id) {
+        return Err(Error::conflict(format!("vm migrate {name}: {} is a witness", to.name))
+            .hint("a witness runs no VMs; name another node"));
+    }
     if to.state != MemberState::Up {
         return Err(Error::conflict(format!("vm migrate {name}: node {} is {}", to.name, to.state))
             .hint("`csvctl node list` shows which nodes are up"));

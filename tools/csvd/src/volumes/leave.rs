@@ -72,11 +72,9 @@ async fn give_up_place(volume: &LocalVolume) {
 }
 
 fn somebody_stays(core: &Core) -> bool {
-    core.state().members.values().any(|member| {
-        member.id != core.me
-            && member.state == MemberState::Up
-            && core.membership.can_take(member.id, member.epoch)
-    })
+    core.state()
+        .serving()
+        .any(|member| member.id != core.me && core.membership.can_take(member.id, member.epoch))
 }
 
 async fn hand_over(core: &Arc<Core>, volume: &Arc<LocalVolume>) {

@@ -20,9 +20,7 @@ use std::time::{Duration, Instant};
 use api::Error;
 use api::pb;
 use lockmgr::Term;
-use lockmgr::cluster::{
-    ClusterState, Command, Given, Member, MemberState, Outcome, ProposeError, VolumeRecord,
-};
+use lockmgr::cluster::{ClusterState, Command, Given, Member, Outcome, ProposeError, VolumeRecord};
 
 use super::Host;
 use crate::core::{Core, refused};
@@ -52,9 +50,8 @@ pub(crate) async fn hand_over(
 
 /// Where to: the named node, or the one that is up with the fewest volumes. A node that is drained is given nothing.
 fn target(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord, to: &str) -> Result<Member, Error> {
-    let usable = |member: &Member| {
-        member.state == MemberState::Up && core.membership.can_take(member.id, member.epoch)
-    };
+    let usable =
+        |member: &Member| state.can_serve(member) && core.membership.can_take(member.id, member.epoch);
     if !to.is_empty() {
         let member = view::member(state, to)?;
         if member.id == record.owner {

@@ -86,6 +86,7 @@ impl Create {
             listen: self.node.listen,
             socket: node_home::socket_of(&dir),
             bootstrap: true,
+            witness: false,
             base_ms: self.base_ms,
             tls: node_home::tls_of(&dir),
             fence: self.fence()?,

@@ -127,6 +127,7 @@ impl Folder {
             dir,
             socket: None,
             bootstrap: node.id == 1,
+            witness: false,
             base_ms: None,
             tls,
             fence: FenceConfig::LocalKill,

@@ -21,6 +21,9 @@ pub(crate) struct Join {
     token: String,
     #[command(flatten)]
     node: NewNode,
+    /// Only vote: no volumes, no VMs. The third voter of a cluster of two nodes; it needs no access to any LUN
+    #[arg(long)]
+    witness: bool,
 }
 
 /// What `--json` prints.
@@ -41,8 +44,9 @@ impl Join {
             self.token.parse().map_err(|error: WireError| Error::usage(error.explain()))?;
         let spinner = context.ui.spinner(&format!("asking the member at {}", token.address));
         let address = self.node.listen.to_string();
-        let (reply, key) =
-            wire::join(&token, &self.node.node, &address).await.map_err(|error| refused(&error))?;
+        let (reply, key) = wire::join(&token, &self.node.node, &address, self.witness)
+            .await
+            .map_err(|error| refused(&error))?;
         let config = self.config(&reply, dir)?;
         let certificates = Certificates {
             ca_cert: &reply.ca_cert_pem,
@@ -83,6 +87,7 @@ impl Join {
             listen: self.node.listen,
             socket: node_home::socket_of(&dir),
             bootstrap: false,
+            witness: self.witness,
             base_ms: shared.base_ms,
             tls: node_home::tls_of(&dir),
             fence: shared.fence,
