@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use cluster_tests::Host;
 use tempfile::TempDir;
 
-use crate::members::{await_node, three};
+use crate::members::{await_node, three, with_fence};
 use crate::{device_present, text};
 
 const BLOCK: usize = 4096;
@@ -138,4 +138,26 @@ fn the_kind_of_fence_is_shown_with_what_it_means() {
     let made = host.ctl().must(&["volume", "create", "vol1", "--lun", &uri, "--fence", "agent"]);
     assert_eq!((&made["fence"], &made["fence_wait_ms"]), (&"agent".into(), &0.into()));
     assert!(made["fence_how"].as_str().is_some_and(|how| how.contains("operator")), "{made}");
+}
+
+/// What the cluster promises is tried out while it is in use, and what does not hold is named, with exit code 4.
+#[test]
+fn validation_names_what_does_not_hold() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let (mut hosts, folder) = (three(), TempDir::new().expect("a folder"));
+    with_fence(&hosts, &folder, "lease");
+    let report = hosts[0].ctl().must(&["cluster", "validate"]);
+    let checks = report["checks"].as_array().expect("checks");
+    let found = |what: &str| checks.iter().filter(|check| check["what"] == what).count();
+    assert_eq!(
+        (found("quorum"), found("voters"), found("clock"), found("flush"), found("fence")),
+        (1, 1, 3, 3, 3)
+    );
+    assert!(checks.iter().all(|check| check["result"] != "failed"), "{report}");
+    hosts[1].kill();
+    let refused = hosts[0].ctl().run(&["cluster", "validate"]).expect_err("a node is gone");
+    assert_eq!(refused.code, 4, "{refused}");
+    assert!(refused.message().contains('b'), "{refused}");
 }

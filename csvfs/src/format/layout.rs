@@ -10,6 +10,8 @@ pub const OWNER_OFFSETS: [u64; 2] = [2 * MIB, 2 * MIB + BLOCK_BYTES];
 pub const HEARTBEAT_OFFSET: u64 = 3 * MIB;
 /// Size of the heartbeat area.
 pub const HEARTBEAT_BYTES: u64 = MIB;
+/// Blocks that hold nothing: `cluster validate` writes here, a block for each node and one more.
+pub const TRIAL_OFFSET: u64 = HEARTBEAT_OFFSET + MIB / 2;
 /// Intent logs, one ring for each node.
 pub const INTENT_OFFSET: u64 = 4 * MIB;
 /// Size of one ring.
@@ -30,6 +32,7 @@ pub const LUN_BYTES_MIN: u64 = 64 * MIB;
 const MIB: u64 = 1 << 20;
 
 const _: () = assert!(INTENT_OFFSET + NODE_SLOTS * INTENT_RING_BYTES == META_SLOT_OFFSETS[0]);
-const _: () = assert!(NODE_SLOTS * BLOCK_BYTES <= HEARTBEAT_BYTES);
+const _: () = assert!(HEARTBEAT_OFFSET + NODE_SLOTS * BLOCK_BYTES <= TRIAL_OFFSET);
+const _: () = assert!(TRIAL_OFFSET + (NODE_SLOTS + 1) * BLOCK_BYTES <= HEARTBEAT_OFFSET + HEARTBEAT_BYTES);
 const _: () = assert!(META_SLOT_OFFSETS[1] + META_SLOT_BYTES as u64 <= FIRST_CHUNK_OFFSET);
 const _: () = assert!(FIRST_CHUNK_OFFSET + FIRST_CHUNK_BYTES < LUN_BYTES_MIN);

@@ -39,6 +39,13 @@ impl ReservationKey {
         self.0
     }
 
+    /// The key that stands in for this one while the fence is tried out: of an epoch that no node ever has, so that a fence
+    /// of this node in any epoch takes it off.
+    #[must_use]
+    pub fn for_trial(self) -> Self {
+        Self(self.0 >> 32 << 32)
+    }
+
     /// The node.
     #[must_use]
     pub fn node(self) -> NodeId {
@@ -478,6 +485,22 @@ mod tests {
             ReservationKey::new(ClusterId(Uuid::from_u128(78)), NodeId(1), Epoch(1)).expect("a key");
         assert_eq!(enroll(&*hand(&stranger), foreign), Err(EnrollError::Foreign { key: key(1, 5).raw() }));
         assert!(refused(stranger.write_at(0, &[9; 512])));
+    }
+
+    // Invariant A1: a fence that comes while a node tries its fence out takes the trial key off too.
+    #[test]
+    fn the_trial_key_of_a_node_falls_with_any_of_its_incarnations_and_takes_no_other_along() {
+        let lun = SharedLun::new(1 << 20);
+        let (first, second) = (enrolled(&lun, 1, 5), enrolled(&lun, 2, 3));
+        let third = enrolled(&lun, 3, 1);
+        hand(&second).register(key(2, 3).for_trial().raw()).expect("registered");
+        second.write_at(0, &[2; 512]).expect("a trial key is a key");
+        fence_of(&first, 1, 5).fence(NodeId(2), Epoch(0)).expect("the trial");
+        assert!(refused(second.write_at(0, &[9; 512])));
+        third.write_at(0, &[3; 512]).expect("the others stay");
+        hand(&second).register(key(2, 3).for_trial().raw()).expect("registered");
+        fence_of(&first, 1, 5).fence(NodeId(2), Epoch(3)).expect("a real fence in between");
+        assert!(refused(second.write_at(0, &[9; 512])));
     }
 
     // Invariant A3

@@ -3,6 +3,7 @@
 mod fences;
 mod linux_guest;
 mod outages;
+mod witness;
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -19,6 +20,7 @@ const ALL: &[(&str, Scenario)] = &[
     ("san-power-cut", outages::san_power_cut),
     ("coordinator-power-cut", outages::coordinator_power_cut),
     ("path-loss", outages::path_loss),
+    ("two-node-witness", witness::two_nodes),
     ("cluster-power-cut", outages::cluster_power_cut),
 ];
 

@@ -12,6 +12,7 @@ mod health;
 mod image;
 mod members;
 mod path;
+pub(crate) mod validate;
 mod vm;
 pub(crate) mod volume;
 mod volume_check;
@@ -121,6 +122,13 @@ impl pb::admin_server::Admin for Admin {
 
     async fn cluster_show(&self, _: Request<pb::ClusterShowRequest>) -> Answer<pb::Cluster> {
         answer(Ok(cluster::show(&self.core)))
+    }
+
+    async fn cluster_validate(&self, request: Request<pb::ValidateRequest>) -> Answer<pb::Validation> {
+        answer(
+            to_its_end(&self.core, |core| async move { validate::run(&core, request.into_inner()).await })
+                .await,
+        )
     }
 
     async fn cluster_token(&self, request: Request<pb::ClusterTokenRequest>) -> Answer<pb::ClusterToken> {

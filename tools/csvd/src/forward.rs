@@ -86,6 +86,11 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
             membership::cut_off(core, asked).await?;
             done
         }
+        NodeOp::Validate(request) => NodeAnswer::Validated(admin::validate::here(core, request).await),
+        NodeOp::CutTrial(asked) => {
+            admin::validate::cut(core, asked).await?;
+            done
+        }
         NodeOp::Barred(asked) => {
             membership::barred(core, asked).await?;
             done

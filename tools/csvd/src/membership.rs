@@ -39,7 +39,7 @@ use lockmgr::{Epoch, NodeId};
 use tokio::sync::mpsc;
 
 pub(crate) use beats::answer as answer_beat;
-pub(crate) use cutting::{barred, cut_off};
+pub(crate) use cutting::{barred, cut_off, own_path};
 pub(crate) use desk::let_join;
 pub(crate) use fencing::confirm_dead;
 pub(crate) use join::begin as begin_epoch;

@@ -48,7 +48,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 70, 71, 72, 80, 81"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 70, 71, 72, 80, 81, 82, 83"
     )]
     pub(crate) op: Option<NodeOp>,
 }
@@ -122,6 +122,12 @@ pub(crate) enum NodeOp {
     /// To any node: done when it renews the lease of a node that is being fenced no more.
     #[prost(message, tag = "81")]
     Barred(Barred),
+    /// To any node: try out what it promises.
+    #[prost(message, tag = "82")]
+    Validate(pb::ValidateRequest),
+    /// To a node that reaches the LUN: take the sender's trial key off it.
+    #[prost(message, tag = "83")]
+    CutTrial(CutOff),
     #[prost(message, tag = "30")]
     VmDisk(pb::VmDiskRequest),
     /// To the owner: work on the image of a disk.
@@ -216,7 +222,7 @@ pub(crate) struct Convict {
 /// Answer to a [`NodeRequest`].
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeReply {
-    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60, 70, 71")]
+    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60, 70, 71, 80")]
     pub(crate) answer: Option<NodeAnswer>,
 }
 
@@ -251,6 +257,8 @@ pub(crate) enum NodeAnswer {
     Image(pb::VmImageProgress),
     #[prost(message, tag = "71")]
     Checkpoints(pb::VmCheckpoints),
+    #[prost(message, tag = "80")]
+    Validated(pb::ValidationOfNode),
 }
 
 /// Answer to [`NodeOp::Loads`].

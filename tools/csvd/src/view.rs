@@ -1,7 +1,7 @@
 //! Questions about the cluster's records.
 
 use api::Error;
-use lockmgr::cluster::{ClusterState, Member, MemberState, VmRecord, VolumeRecord};
+use lockmgr::cluster::{ClusterState, Member, MemberState, VmRecord, VmState, VolumeRecord};
 use lockmgr::{Epoch, NodeId, VolumeId};
 
 /// What a node is called.
@@ -55,6 +55,11 @@ pub(crate) fn is_over(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool 
 /// Whether nothing of a node runs: its last incarnation is certainly over, and no other has begun.
 pub(crate) fn is_certainly_off(state: &ClusterState, node: NodeId) -> bool {
     is_over(state, node, state.members.get(&node).map_or(Epoch(0), |member| member.epoch))
+}
+
+/// Whether a VM has a process, or may have one at any moment.
+pub(crate) fn runs(vm: &VmRecord) -> bool {
+    !matches!(vm.state, VmState::Stopped | VmState::Saved | VmState::Failed)
 }
 
 /// Whether this incarnation of a node is being fenced, or a fence of it has failed.

@@ -5,6 +5,7 @@ mod set;
 mod settings;
 mod show;
 mod token;
+mod validate;
 mod wait;
 
 use api::Error;
@@ -18,6 +19,8 @@ pub(crate) enum ClusterCommand {
     Create(create::Create),
     /// Make a token with which one node may join, once
     Token(token::Token),
+    /// Try out what the cluster promises, while it is in use: quorum, clocks, paths, flushes, fences
+    Validate(validate::Validate),
     /// Wait until nodes are up and volumes are there
     Wait(wait::Wait),
     /// Change a setting of the whole cluster
@@ -33,6 +36,7 @@ impl ClusterCommand {
         match self {
             Self::Create(command) => command.run(context).await,
             Self::Wait(command) => command.run(context).await,
+            Self::Validate(command) => command.run(context).await,
             Self::Token(command) => command.run(context).await,
             Self::Set(command) => command.run(context).await,
             Self::Settings(command) => command.run(context).await,

@@ -132,7 +132,7 @@ fn node_id(number: u32) -> Result<NodeId, Error> {
 }
 
 /// The LUN as this node reaches it.
-fn own_path(core: &Arc<Core>, volume: VolumeId) -> Result<OwnPath, String> {
+pub(crate) fn own_path(core: &Arc<Core>, volume: VolumeId) -> Result<OwnPath, String> {
     let road = core.volumes.get(volume).and_then(|volume| volume.road());
     let road = road.ok_or("the volume is not open here")?;
     let (key, device) = road.reservations()?;

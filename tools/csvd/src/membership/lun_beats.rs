@@ -12,6 +12,7 @@ use lockmgr::heartbeat::{Beat, LunSlots, SlotContent};
 use lockmgr::{Epoch, VolumeId};
 
 use crate::core::Core;
+use crate::redirect::Road;
 
 /// The heartbeats of this node on one volume, until it is dropped.
 #[derive(Debug)]
@@ -22,21 +23,18 @@ pub(crate) struct LunBeats {
 }
 
 impl LunBeats {
-    /// Starts beating on a device of its own. `open` opens it, and again after a failure; `stands` is asked after each beat
-    /// whether this node still has its place on the LUN; `lost` is told of failures.
+    /// Starts beating on a device of its own, which is opened again after a failure; `lost` is told of failures.
     pub(crate) fn start(
         core: &Arc<Core>,
         epoch: Epoch,
         area: (u64, VolumeId),
-        open: impl Fn() -> Result<Arc<dyn BlockDevice>, IoError> + Send + 'static,
-        stands: impl Fn(&dyn BlockDevice) -> Result<(), IoError> + Send + 'static,
+        road: Arc<Road>,
         lost: impl Fn(&IoError) + Send + 'static,
     ) -> Result<Self, Error> {
         let (end, ended) = mpsc::channel();
-        let (open, stands, lost) = (Box::new(open), Box::new(stands), Box::new(lost));
+        let lost = Box::new(lost);
         let core = Arc::clone(core);
-        let beating =
-            Beating { core, epoch, area, open, stands, lost, slots: None, counter: 0, failing: false };
+        let beating = Beating { core, epoch, area, road, lost, slots: None, counter: 0, failing: false };
         let thread = std::thread::Builder::new()
             .name("lun-beat".to_owned())
             .stack_size(256 << 10)
@@ -55,14 +53,11 @@ impl Drop for LunBeats {
     }
 }
 
-type Stands = Box<dyn Fn(&dyn BlockDevice) -> Result<(), IoError> + Send>;
-
 struct Beating {
     core: Arc<Core>,
     epoch: Epoch,
     area: (u64, VolumeId),
-    open: Box<dyn Fn() -> Result<Arc<dyn BlockDevice>, IoError> + Send>,
-    stands: Stands,
+    road: Arc<Road>,
     lost: Box<dyn Fn(&IoError) + Send>,
     /// Nothing after a failure: a device that has failed once may go on failing although its path is whole again.
     slots: Option<(LunSlots, Arc<dyn BlockDevice>)>,
@@ -73,8 +68,11 @@ struct Beating {
 impl Beating {
     fn run(mut self, ended: &mpsc::Receiver<()>) {
         let interval = Duration::from_millis(self.core.timing.lun_beat_ms);
+        let road = Arc::clone(&self.road);
         loop {
+            let turn = road.place().take_turn();
             let outcome = self.beat();
+            drop(turn);
             self.report(outcome);
             match ended.recv_timeout(interval) {
                 Err(RecvTimeoutError::Timeout) => {}
@@ -88,7 +86,7 @@ impl Beating {
         let (slots, device) = match self.slots.take() {
             Some(open) => open,
             None => {
-                let device = (self.open)()?;
+                let device = self.road.open_held()?;
                 (LunSlots::new(Arc::clone(&device), self.area.0, self.area.1), device)
             }
         };
@@ -98,7 +96,7 @@ impl Beating {
             counter: self.counter,
             lease_ms: self.core.timing.lease_ms,
         })?;
-        (self.stands)(&*device)?;
+        self.road.place().look_again(&*device)?;
         for slot in slots.read_all()? {
             match slot.content {
                 SlotContent::Beat(beat) if slot.node != self.core.me => {

@@ -9,7 +9,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use blockio::{BlockDevice, IoError, Reservations, Tripwire};
+use blockio::{BlockDevice, IoError, Reservations, Tripwire, despite_attentions};
 use lockmgr::Epoch;
 use lockmgr::cluster::{FenceKind, VolumeRecord};
 use lockmgr::fence::{EnrollError, ReservationKey, Standing, enroll, reserve_again, standing, withdraw};
@@ -27,6 +27,9 @@ pub(crate) struct Place {
     wire: Arc<Tripwire>,
     /// Whether the quorum has confirmed this incarnation with its key on the LUN. Rank: a leaf, held over the LUN's answers.
     confirmed: Mutex<bool>,
+    /// Held over each heartbeat on the LUN, and over a trial of the fence: no heartbeat is sent while the key is another.
+    /// Rank: above `confirmed`.
+    turn: Mutex<()>,
 }
 
 impl Place {
@@ -47,6 +50,7 @@ impl Place {
             key,
             wire,
             confirmed: Mutex::new(false),
+            turn: Mutex::default(),
         }
     }
 
@@ -86,6 +90,30 @@ impl Place {
         *confirmed = true;
         tracing::info!(volume = self.volume, key = format!("{:#018x}", key.raw()), "registered on the LUN");
         Ok(())
+    }
+
+    /// For a heartbeat, or a trial.
+    pub(crate) fn take_turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets a trial key stand in for this node's own while `cut` has a peer take it off; then enrolls again, as at first:
+    /// the quorum has the last word (A3). The caller holds the turn, and no I/O takes the direct way.
+    pub(crate) fn try_out(
+        &self,
+        hand: &dyn Reservations,
+        cut: impl FnOnce() -> Result<(), String>,
+    ) -> Result<(), String> {
+        let key = self.key.ok_or("the volume is not fenced by reservations")?;
+        let mut confirmed = self.confirmed();
+        // From here on the direct way is closed until the place is taken anew.
+        *confirmed = false;
+        let registered = despite_attentions(|| hand.register(key.for_trial().raw()));
+        let outcome = registered.map_err(|error| error.to_string()).and_then(|()| cut());
+        enroll(hand, key).map_err(|error| format!("not enrolled again: {error}"))?;
+        self.confirm(hand, key).map_err(|error| error.to_string())?;
+        *confirmed = true;
+        outcome
     }
 
     /// Whether the key is still there, with each heartbeat (B4): a node that is cut off learns it also when it is idle.

@@ -73,6 +73,13 @@ impl Road {
         Ok(Arc::new(device))
     }
 
+    /// The direct way past the gate and the tripwire: for the trial of a fence alone.
+    pub(crate) fn trial_way(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
+        let device = open_uri(&self.lun_uri, OpenOptions::default())?;
+        self.check(&*device)?;
+        Ok(device)
+    }
+
     /// The same, once it has proven to be the right LUN, and this node has its place there: nothing is written before.
     pub(crate) fn open_held(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
         let raw = self.open_raw()?;

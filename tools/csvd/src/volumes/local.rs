@@ -232,13 +232,12 @@ async fn open_lun(core: &Arc<Core>, record: &VolumeRecord, epoch: Epoch) -> Resu
         let path = PathDevice::open(Arc::clone(&road) as Arc<dyn Ways>)
             .map_err(|error| Error::failed(error).during(format!("opening the LUN of {}", record.name)))?;
         let path = Arc::new(path);
-        let (beating, standing, suspecting) = (Arc::clone(&road), Arc::clone(&road), Arc::downgrade(&path));
+        let suspecting = Arc::downgrade(&path);
         let beats = LunBeats::start(
             &core,
             epoch,
             (layout::HEARTBEAT_OFFSET, record.id),
-            move || beating.open_held(),
-            move |device| standing.place().look_again(device),
+            Arc::clone(&road),
             move |error| {
                 if let Some(path) = suspecting.upgrade() {
                     path.suspect(error.clone());

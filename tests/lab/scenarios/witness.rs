@@ -1,0 +1,42 @@
+//! Two nodes and a witness that reaches no LUN: either node may hang, and the fence of each is tried out while in use.
+
+use crate::cluster::{BLOCKS, SanCluster, check};
+use crate::tool::LabError;
+
+const FIRST: &str = "first";
+const SECOND: &str = "second";
+
+pub(super) fn two_nodes() -> Result<(), LabError> {
+    super::in_folder(|folder| {
+        // The third machine is the witness: it never logs in to the SAN.
+        let mut lab = SanCluster::machines(folder, 3)?;
+        lab.log_in(1)?;
+        lab.log_in(2)?;
+        lab.found()?;
+        lab.join(2, "")?;
+        lab.join(3, "--witness")?;
+        lab.make_volume(2)?;
+        let report = lab.ctl(1, "cluster validate")?;
+        let tried = report["checks"].as_array().is_some_and(|checks| {
+            let fences = checks.iter().filter(|check| check["what"] == "fence");
+            fences.clone().count() == 2
+                && fences.into_iter().all(|check| check["detail"].to_string().contains("the LUN refused"))
+        });
+        check(tried, "two fences that were tried out on the LUN", &report)?;
+        lab.say("the fence of each node was tried out");
+        lab.write(1, FIRST)?;
+        lab.ctl(1, "volume move vol1 --to node2")?;
+        lab.write_for_ever(2, FIRST)?;
+        lab.until_rounds(2, 2)?;
+        lab.freeze(2)?;
+        lab.until_node(1, 2, "fenced")?;
+        lab.write(1, SECOND)?;
+        lab.thaw(2)?;
+        lab.await_daemon_end(2)?;
+        lab.check_lun(FIRST, 0)?;
+        lab.check_lun(SECOND, BLOCKS)?;
+        lab.start_daemon(2)?;
+        lab.ctl(2, "cluster wait --nodes 3 --volume vol1 --timeout 200")?;
+        lab.check_volume(1)
+    })
+}
