@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use cluster_tests::{Cluster, Ctl, Host};
+use cluster_tests::{Cluster, Ctl, Host, run_tool};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::members::voters;
+use crate::members::{three, voters, with_volume};
 use crate::{device_present, text};
 
 /// A loaded machine may take long; a bound, not a pause.
@@ -116,4 +116,116 @@ fn a_member_is_administered_over_the_network_by_whoever_has_a_certificate() {
     assert_eq!(nobody.code, 5, "{nobody}");
     let nameless = remote(b.address(), TempDir::new().expect("a folder").path()).expect_err("no identity");
     assert_eq!(nameless.code, 3, "{nameless}");
+}
+
+// Old certificates are refused, and nothing stands still for it.
+#[test]
+fn certificates_are_renewed_under_load_and_old_ones_refused_after_the_grace() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let (hosts, lun) = (three(), TempDir::new().expect("a folder"));
+    with_volume(&hosts, &lun);
+    let [a, b, c] = &hosts;
+    let stolen = TempDir::new().expect("a folder");
+    for file in ["csvd.toml", "node.crt", "node.key", "ca.crt"] {
+        fs::copy(b.dir().join(file), stolen.path().join(file)).expect("copied");
+    }
+    let config = fs::read_to_string(stolen.path().join("csvd.toml")).expect("read");
+    let moved = config.replace(text(b.dir()), text(stolen.path()));
+    fs::write(stolen.path().join("csvd.toml"), moved).expect("written");
+    remote(a.address(), stolen.path()).expect("it is still good");
+    let loads: Vec<_> = hosts.iter().map(|host| Load::start(host.mount("vol1"), host.name())).collect();
+
+    a.ctl().must(&["cluster", "rotate-certificates", "--grace", "5s"]);
+    let certificate = |host: &Host| fs::read(host.dir().join("node.crt")).expect("read");
+    let old = fs::read(stolen.path().join("node.crt")).expect("read");
+    until("the renewal", || (certificate(b) != old).into(), |renewed| *renewed == true);
+    until(
+        "the refusal of the old one",
+        || remote(a.address(), stolen.path()).is_err().into(),
+        |refused| *refused == true,
+    );
+    let refused = remote(a.address(), stolen.path()).expect_err("refused for good");
+    assert!(refused.message().contains("renewed"), "{refused}");
+    remote(a.address(), b.dir()).expect("the new one is good");
+    // All three still are one cluster, and nobody was cut off.
+    c.ctl().must(&["volume", "move", "vol1", "--to", "b"]);
+    loads.into_iter().for_each(Load::end);
+    let events = a.ctl().must(&["events"]).to_string();
+    assert!(!events.contains("fencing") && events.contains("cluster.certificates"), "{events}");
+    assert_eq!(a.ctl().must(&["health"])["status"], "ok");
+}
+
+// Invariant G4: nodes of two releases are one cluster; what the older one does not know waits until it is upgraded.
+#[test]
+fn a_node_of_the_release_before_takes_part_and_what_it_does_not_know_waits_for_its_upgrade() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let (mut hosts, lun) = (three(), TempDir::new().expect("a folder"));
+    hosts[2].stop();
+    hosts[2].set_env("CSVD_PROTOCOL_MAX", "1");
+    hosts[2].start();
+    voters(&hosts[0], &["a", "b", "c"]);
+    with_volume(&hosts, &lun);
+    let spoken = |host: &Host| {
+        let nodes = host.ctl().must(&["node", "list"]);
+        let found = nodes["nodes"].as_array().expect("nodes").iter().find(|node| node["name"] == "c");
+        found.cloned().unwrap_or(Value::Null)["protocol"].clone()
+    };
+    until("a connection to it", || spoken(&hosts[0]), |version| *version == 1);
+    // It writes, reads, coordinates and hands over like the others.
+    fs::write(hosts[2].mount("vol1").join("old"), b"by the old one").expect("written");
+    assert_eq!(fs::read(hosts[0].mount("vol1").join("old")).expect("read"), b"by the old one");
+    hosts[0].ctl().must(&["volume", "move", "vol1", "--to", "c"]);
+    fs::write(hosts[1].mount("vol1").join("new"), b"through the old one").expect("written");
+    for command in [&["node", "drain", "b"][..], &["cluster", "set", "balance.volumes", "off"]] {
+        let refused = hosts[0].ctl().run(command).expect_err("it would not understand");
+        assert!(refused.code == 4 && refused.message().contains("node c"), "{refused}");
+    }
+    let stranger = remote(hosts[2].address(), hosts[0].dir()).expect_err("it knows no such connection");
+    assert_ne!(stranger.code, 0, "{stranger}");
+    hosts[0].ctl().must(&["volume", "move", "vol1", "--to", "a"]);
+
+    hosts[2].stop();
+    hosts[2].set_env("CSVD_PROTOCOL_MAX", "2");
+    hosts[2].start();
+    until("a connection to it", || spoken(&hosts[0]), |version| *version == 2);
+    hosts[0].ctl().must(&["cluster", "wait", "--nodes", "3", "--volume", "vol1"]);
+    hosts[0].ctl().must(&["node", "drain", "b"]);
+    hosts[0].ctl().must(&["node", "resume", "b"]);
+    assert_eq!(fs::read(hosts[2].mount("vol1").join("new")).expect("read"), b"through the old one");
+}
+
+#[test]
+fn logs_and_state_of_all_nodes_are_gathered_and_a_dead_node_is_named() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let (ctl, folder) = (cluster.ctl(1), TempDir::new().expect("a folder"));
+    let collected = ctl.must(&["log", "collect", text(&folder.path().join("logs"))]);
+    assert_eq!(collected["missing"].as_array().map(Vec::len), Some(0), "{collected}");
+    for node in 1..=3 {
+        let copy = fs::read(folder.path().join("logs").join(cluster.name(node)).join("csvd.log"));
+        let copy = copy.expect("copied");
+        let own = fs::read(cluster.dir().join(cluster.name(node)).join("log/csvd.log")).expect("read");
+        assert!(!copy.is_empty() && own.starts_with(&copy), "node {node}: the log, as far as it had come");
+    }
+    cluster.fault(3, "kill");
+    let bundle = folder.path().join("bundle.tar");
+    let bundled = ctl.must(&["support", "bundle", text(&bundle)]);
+    let missing = bundled["missing"][0].as_str().expect("one is missing");
+    assert!(missing.starts_with(&cluster.name(3)), "{missing}");
+    let names = run_tool("tar", &["-tf", text(&bundle)]);
+    let log = format!("{}/csvd.log", cluster.name(2));
+    for name in ["cluster.json", "events.json", "health.json", "volume-state.json", "vms.json", &log] {
+        assert!(names.lines().any(|line| line == name), "{name} is in the bundle: {names}");
+    }
+    assert!(!fs::read(&bundle).expect("read").windows(11).any(|part| part == b"PRIVATE KEY"), "no secret");
+
+    let top = ctl.must(&["top", "--count", "1", "--interval", "1s"]);
+    assert_eq!(top["nodes"].as_array().map(Vec::len), Some(3), "{top}");
+    assert!(top["volumes"][0]["per_second"]["requests"].is_number(), "{top}");
 }

@@ -75,6 +75,9 @@ impl ClusterState {
             Command::FreezeBaseline { version, vendor, record } => {
                 self.freeze_baseline(version, vendor, record)
             }
+            Command::RenewCertificates { expect_before_ms, to } => {
+                self.renew_certificates(expect_before_ms, to)
+            }
             Command::Event { kind, subject, text } => {
                 self.note(at, kind, subject, text);
                 return Ok(Given::Nothing);
@@ -449,6 +452,7 @@ fn check_sizes(command: &Command) -> Result<(), Rejection> {
             check_text("event", text)
         }
         Command::BeginEpoch { .. }
+        | Command::RenewCertificates { .. }
         | Command::SetDrain { to: None, .. }
         | Command::AddTicket { .. }
         | Command::RemoveMember { .. }

@@ -4,7 +4,7 @@
 
 use super::apply::{Applied, Line, Position, conflict, invalid};
 use super::command::{Given, Rejection, TICKETS_MAX};
-use super::records::{ClusterState, Member, MemberState, VmState};
+use super::records::{ClusterState, Member, MemberState, Renewal, VmState};
 use crate::{Epoch, NODES_MAX, NodeId};
 
 impl ClusterState {
@@ -51,6 +51,22 @@ impl ClusterState {
             self.witnesses.insert(id);
         }
         Ok((Given::Node(id), line))
+    }
+
+    pub(super) fn renew_certificates(&mut self, expect_before_ms: u64, to: Renewal) -> Applied {
+        let found = self.renewal.before_ms;
+        if found != expect_before_ms {
+            return Err(conflict("renewal of certificates", expect_before_ms, found));
+        }
+        if to.before_ms <= found || to.refused_from_ms < to.before_ms {
+            return Err(invalid(
+                "a renewal lies after the last one, and what it replaces is refused later".to_owned(),
+            ));
+        }
+        self.renewal = to;
+        let grace_s = (to.refused_from_ms - to.before_ms) / 1000;
+        let text = format!("all nodes renew their certificates; older ones are refused after {grace_s} s");
+        Ok((Given::Nothing, Line { kind: "cluster.certificates", subject: self.name.clone(), text }))
     }
 
     fn check_ticket(&self, digest: &[u8; 32], at: Position) -> Result<(), Rejection> {
@@ -141,6 +157,20 @@ mod tests {
         let mut state = founded();
         state.apply(Command::AddTicket { digest: [secret; 32], expires_ms: 100 }, at(0)).expect("ticket");
         state
+    }
+
+    #[test]
+    fn a_renewal_goes_forward_and_leaves_time() {
+        let mut state = founded();
+        let renew = |expect_before_ms, before_ms, refused_from_ms| Command::RenewCertificates {
+            expect_before_ms,
+            to: Renewal { before_ms, refused_from_ms },
+        };
+        state.apply(renew(1, 50, 60), at(1)).expect_err("there was none at 1");
+        state.apply(renew(0, 50, 40), at(1)).expect_err("refused before it is renewed");
+        state.apply(renew(0, 50, 60), at(1)).expect("renewed");
+        state.apply(renew(50, 50, 60), at(1)).expect_err("it goes forward");
+        state.apply(renew(50, 51, 60), at(1)).expect("once more");
     }
 
     #[test]

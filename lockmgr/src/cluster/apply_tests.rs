@@ -12,7 +12,9 @@ use super::codec::Proposal;
 use super::command::{Command, Given, Rejection, VmUpdate};
 use super::drain::{Drain, DrainPhase};
 use super::machine::Machine;
-use super::records::{ClusterState, EVENTS_MAX, FenceKind, MemberState, VmRecord, VmState, VolumeState};
+use super::records::{
+    ClusterState, EVENTS_MAX, FenceKind, MemberState, Renewal, VmRecord, VmState, VolumeState,
+};
 use super::{pb, raft_codec};
 use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
 
@@ -143,6 +145,9 @@ fn command() -> impl Strategy<Value = Command> {
             to: phase.map(drain),
         }),
         (0u8..3).prop_map(|n| Command::Set { name: format!("s{n}"), value: (n > 0).then(|| "on".into()) }),
+        (0u64..4, 0u64..6, 0u64..9).prop_map(|(expect_before_ms, before_ms, refused_from_ms)| {
+            Command::RenewCertificates { expect_before_ms, to: Renewal { before_ms, refused_from_ms } }
+        }),
         Just(Command::Event { kind: "k".into(), subject: "s".into(), text: "t".into() }),
     ]
 }

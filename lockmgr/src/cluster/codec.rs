@@ -13,8 +13,8 @@ use super::drain::{Drain, DrainPhase};
 use super::pb;
 use super::pb::proposal::Command as PbCommand;
 use super::records::{
-    Baseline, ClusterState, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord,
-    VolumeState,
+    Baseline, ClusterState, EventRecord, FenceKind, Member, MemberState, Renewal, VmRecord, VmState,
+    VolumeRecord, VolumeState,
 };
 use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
 
@@ -373,6 +373,12 @@ impl From<&Command> for PbCommand {
                 expect_step,
                 to: to.as_ref().map(|drain| drain_to_pb(node, drain)),
             }),
+            Command::RenewCertificates { expect_before_ms, to } => {
+                Self::RenewCertificates(pb::RenewCertificates {
+                    expect_before_ms,
+                    to: Some(renewal_to_pb(to)),
+                })
+            }
             Command::Set { name, value } => Self::Set(pb::Setting { name, value }),
             Command::PublishProcessor { node, epoch, record } => {
                 Self::PublishProcessor(processor_to_pb(node, epoch, record))
@@ -470,6 +476,10 @@ impl TryFrom<PbCommand> for Command {
                 expect_step: set.expect_step,
                 to: set.to.map(drain_from_pb).transpose()?,
             },
+            PbCommand::RenewCertificates(renew) => Self::RenewCertificates {
+                expect_before_ms: renew.expect_before_ms,
+                to: renewal_from_pb(renew.to.ok_or_else(|| malformed("renewal"))?),
+            },
             PbCommand::Set(set) => Self::Set { name: set.name, value: set.value },
             PbCommand::Read(_) => return Err(malformed("proposal: a read changes nothing")),
         })
@@ -539,7 +549,16 @@ pub(crate) fn state_to_pb(state: &ClusterState) -> pb::Snapshot {
             .collect(),
         baselines: state.baselines.iter().map(|(version, it)| baseline_to_pb(*version, it)).collect(),
         witnesses: state.witnesses.iter().map(|node| node.0.into()).collect(),
+        renewal: (state.renewal != Renewal::default()).then(|| renewal_to_pb(state.renewal)),
     }
+}
+
+fn renewal_to_pb(renewal: Renewal) -> pb::Renewal {
+    pb::Renewal { before_ms: renewal.before_ms, refused_from_ms: renewal.refused_from_ms }
+}
+
+fn renewal_from_pb(renewal: pb::Renewal) -> Renewal {
+    Renewal { before_ms: renewal.before_ms, refused_from_ms: renewal.refused_from_ms }
 }
 
 fn setting_to_pb((name, value): (&String, &String)) -> pb::Setting {
@@ -591,6 +610,7 @@ pub(crate) fn state_from_pb(snapshot: pb::Snapshot) -> Result<ClusterState, Code
     for ticket in snapshot.tickets {
         state.tickets.insert(ticket_digest(&ticket.digest)?, ticket.expires_ms);
     }
+    state.renewal = snapshot.renewal.map(renewal_from_pb).unwrap_or_default();
     for drain in snapshot.drains {
         state.drains.insert(node_id(drain.node)?, drain_from_pb(drain)?);
     }

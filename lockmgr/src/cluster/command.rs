@@ -4,7 +4,7 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 use super::drain::Drain;
-use super::records::{FenceKind, MemberState, VmRecord, VolumeState};
+use super::records::{FenceKind, MemberState, Renewal, VmRecord, VolumeState};
 use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
 
 /// Longest name of a cluster, node, volume or VM, in bytes.
@@ -150,6 +150,13 @@ pub enum Command {
         expect_step: u64,
         /// What it becomes, with whatever step; nothing when the node takes part as before.
         to: Option<Drain>,
+    },
+    /// Has all members renew their certificates.
+    RenewCertificates {
+        /// The `before_ms` of the renewal that was read.
+        expect_before_ms: u64,
+        /// The new one.
+        to: Renewal,
     },
     /// Changes a setting of the whole cluster.
     Set {

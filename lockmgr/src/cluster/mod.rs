@@ -17,6 +17,8 @@ mod codec;
 mod command;
 mod config;
 mod drain;
+#[doc(hidden)]
+pub mod fuzz;
 mod machine;
 mod network;
 mod node;
@@ -38,8 +40,8 @@ pub use config::{ClusterConfig, ClusterError, MemberConfig, RaftTiming};
 pub use drain::{Drain, DrainPhase, STUCK_MAX};
 pub use node::{Cluster, RaftStatus, not_started};
 pub use records::{
-    Baseline, ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, VmRecord, VmState,
-    VolumeRecord, VolumeState,
+    Baseline, ClusterState, EVENTS_MAX, EventRecord, FenceKind, Member, MemberState, Renewal, VmRecord,
+    VmState, VolumeRecord, VolumeState,
 };
 pub use settings::SETTINGS_MAX;
 pub use store::StoreError;

@@ -38,6 +38,8 @@ pub struct ClusterState {
     pub vms: BTreeMap<String, VmRecord>,
     /// Nodes that are being emptied, are empty, or get back what they had.
     pub drains: BTreeMap<NodeId, Drain>,
+    /// The last renewal of the members' certificates.
+    pub renewal: Renewal,
     /// What was set for the whole cluster; what is not here has its default.
     pub settings: BTreeMap<String, String>,
     /// What nodes can give to guests as a processor: the incarnation that said so, and the record, opaque here.
@@ -77,6 +79,15 @@ impl ClusterState {
     pub fn can_serve(&self, member: &Member) -> bool {
         member.state == MemberState::Up && !self.witnesses.contains(&member.id)
     }
+}
+
+/// A renewal of the members' certificates. By each node's own clock: security only, no safety rests on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Renewal {
+    /// Certificates that were issued before this moment are to be renewed, in ms since 1970.
+    pub before_ms: u64,
+    /// From this moment on they are refused.
+    pub refused_from_ms: u64,
 }
 
 /// One node of the cluster.

@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::driver::{self, Greeted, in_time};
 use crate::hello::Proof;
-use crate::identity::{node_of_certificate, tls_error};
+use crate::identity::{Certified, certified, tls_error};
 use crate::{Class, Connection, Endpoint, Handler, Local, Partition, Stream, Via, WireError, authority};
 
 /// Bytes unacknowledged for this long end a connection; a shorter silence is for heartbeats to judge.
@@ -68,13 +68,16 @@ pub(crate) async fn greet_tls(
         // Who takes any member checks the name that the certificate itself gives.
         let name = ServerName::try_from(authority::node_name(expected.unwrap_or_default()))
             .map_err(|error| WireError::BadIdentity { what: error.to_string() })?;
+        let identity = endpoint.identity();
         let rules = match expected {
-            Some(_) => &endpoint.identity.client,
-            None => &endpoint.identity.any_member,
+            Some(_) => identity.client,
+            None => identity.any_member,
         };
-        let connector = TlsConnector::from(Arc::clone(rules));
+        let connector = TlsConnector::from(rules);
         let tls = connector.connect(name, tcp).await.map_err(|error| tls_error(&doing, expected, &error))?;
-        let proof = Proof { via: Via::Tls, node: Some(certified(&tls)?), class: Some(class) };
+        let peer = shown(&tls)?;
+        endpoint.check_date(peer)?;
+        let proof = Proof { via: Via::Tls, node: Some(peer), class: Some(class) };
         // Our own certificate is judged by the peer after our side of the handshake is done: the verdict comes here.
         driver::greet(tls, &endpoint.local, class, proof).await.map_err(|error| match &error {
             WireError::Io { source, .. } => tls_error(&doing, expected, source),
@@ -84,12 +87,12 @@ pub(crate) async fn greet_tls(
     in_time(&doing, handshake).await
 }
 
-/// The node that the peer's certificate names.
-fn certified(tls: &TlsStream<TcpStream>) -> Result<u16, WireError> {
+/// What the peer's certificate says.
+fn shown(tls: &TlsStream<TcpStream>) -> Result<Certified, WireError> {
     let shown = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let shown =
         shown.ok_or_else(|| WireError::ForeignCertificate { what: "the peer shows none".to_owned() })?;
-    node_of_certificate(shown)
+    certified(shown)
 }
 
 /// Connects to a process of this node over a Unix socket.

@@ -135,6 +135,12 @@ async fn tell_and_close(
     let _too_slow = tokio::time::timeout(Duration::from_millis(LAST_WORDS_MS), last_words).await;
 }
 
+/// Refuses a peer before its hello is looked at, and tells it why.
+pub(crate) async fn refuse(stream: impl AsyncRead + AsyncWrite + Unpin, error: &WireError) {
+    let (mut input, mut out) = tokio::io::split(stream);
+    tell_and_close(&mut out, &mut input, error).await;
+}
+
 /// Reads to the end, in a fixed buffer.
 pub(crate) async fn discard(input: &mut (impl AsyncRead + Unpin)) {
     let mut buffer = [0; 4096];

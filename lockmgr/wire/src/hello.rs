@@ -3,19 +3,47 @@
 //! Both sides send at once and check what they get. A side that refuses says why in a [`Kind::Refusal`] with id 0
 //! before it closes, so that both logs name the same reason.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use prost::Message;
 use uuid::Uuid;
 
 use crate::frame::{Frame, Kind};
+use crate::identity::Certified;
 use crate::{Class, Local, Peer, Refusal, Via, WireError};
 
 /// Lowest protocol version that this release speaks.
 pub const VERSION_MIN: u32 = 1;
 /// Highest protocol version that this release speaks.
-pub const VERSION_MAX: u32 = 1;
+///
+/// | version | brought |
+/// |---|---|
+/// | 1 | the first release |
+/// | 2 | the admin interface over the network; records of drains, settings and renewed certificates |
+pub const VERSION_MAX: u32 = 2;
+
+/// What this process speaks at most, when it was told to keep to an older version.
+static SPOKEN_MAX: OnceLock<u32> = OnceLock::new();
+
+/// Keeps to an older version of the protocol from now on: for rehearsing a cluster that is upgraded node by node. Counts
+/// once, before the first connection.
+///
+/// # Errors
+/// When this release does not speak it, or another choice was made before.
+pub fn speak_at_most(version: u32) -> Result<(), WireError> {
+    let known = (VERSION_MIN..=VERSION_MAX).contains(&version);
+    if known && *SPOKEN_MAX.get_or_init(|| version) == version {
+        return Ok(());
+    }
+    Err(WireError::BadIdentity { what: format!("version {version} of the protocol cannot be kept to") })
+}
+
+/// Highest protocol version that this process speaks.
+#[must_use]
+pub fn spoken_max() -> u32 {
+    SPOKEN_MAX.get().copied().unwrap_or(VERSION_MAX)
+}
 
 /// Tells our protocol from anything else that sends length-prefixed bytes.
 const MAGIC: u32 = 0x6373_7677;
@@ -45,7 +73,7 @@ impl Hello {
         Self {
             magic: MAGIC,
             version_min: VERSION_MIN,
-            version_max: VERSION_MAX,
+            version_max: spoken_max(),
             cluster: local.cluster.as_bytes().to_vec(),
             node: u32::from(local.node),
             name: local.name.chars().take(NAME_BYTES_MAX / 4).collect(),
@@ -62,8 +90,8 @@ impl Hello {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Proof {
     pub(crate) via: Via,
-    /// Node that the certificate names; nothing on a Unix socket.
-    pub(crate) node: Option<u16>,
+    /// What the certificate says; nothing on a Unix socket.
+    pub(crate) node: Option<Certified>,
     /// What the connection is for, if this side opened it.
     pub(crate) class: Option<Class>,
 }
@@ -76,26 +104,29 @@ pub(crate) fn accept(first: Frame, local: &Local, proof: Proof) -> Result<Peer, 
         kind => return Err(WireError::BadFrame { what: format!("first frame is {kind:?}, not a hello") }),
     };
     let name = hello.name.clone();
-    if hello.version_max < VERSION_MIN || hello.version_min > VERSION_MAX {
+    if hello.version_max < VERSION_MIN || hello.version_min > spoken_max() {
         return Err(WireError::Version { name, min: hello.version_min, max: hello.version_max });
     }
     check_cluster(&hello, local, proof.via)?;
     let node = u16::try_from(hello.node)
         .map_err(|_| WireError::BadFrame { what: format!("hello names node {}", hello.node) })?;
-    if let Some(certified) = proof.node.filter(|certified| *certified != node) {
+    if let Some(certified) = proof.node.filter(|certified| certified.node != node) {
         return Err(WireError::WrongNode {
-            expected: format!("{certified} (by its certificate)"),
+            expected: format!("{} (by its certificate)", certified.node),
             found: format!("{node} (by its hello)"),
         });
     }
+    let version = hello.version_max.min(spoken_max());
     let class = Class::from_number(hello.class)
+        .filter(|class| class.since_version() <= version)
         .ok_or_else(|| WireError::BadFrame { what: format!("hello names class {}", hello.class) })?;
     Ok(Peer {
         node,
         name: Arc::from(name),
         class: proof.class.unwrap_or(class),
         via: proof.via,
-        version: hello.version_max.min(VERSION_MAX),
+        version,
+        issued_ms: proof.node.map_or(0, |certified| certified.issued_ms),
     })
 }
 
@@ -131,7 +162,8 @@ mod tests {
         Local { cluster: Uuid::from_u128(cluster), node: 1, name: "one".to_owned() }
     }
 
-    const TLS_2: Proof = Proof { via: Via::Tls, node: Some(2), class: None };
+    const TLS_2: Proof =
+        Proof { via: Via::Tls, node: Some(Certified { node: 2, issued_ms: 0 }), class: None };
 
     fn hello_of_2() -> Hello {
         Hello::new(&Local { node: 2, name: "two".to_owned(), ..local(7) }, Class::Bulk)
@@ -151,6 +183,14 @@ mod tests {
     fn a_peer_of_a_later_release_is_accepted_at_our_version() {
         let hello = Hello { version_max: VERSION_MAX + 5, ..hello_of_2() };
         assert_eq!(check(&hello, TLS_2).expect("ranges overlap").version, VERSION_MAX);
+    }
+
+    #[test]
+    fn a_peer_of_an_older_release_is_spoken_to_in_its_version_and_asks_for_nothing_newer() {
+        let hello = Hello { version_max: 1, ..hello_of_2() };
+        assert_eq!(check(&hello, TLS_2).expect("ranges overlap").version, 1);
+        let newer = Hello { class: Class::Admin.number(), ..hello };
+        assert!(matches!(check(&newer, TLS_2), Err(WireError::BadFrame { .. })));
     }
 
     #[test]

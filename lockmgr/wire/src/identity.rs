@@ -24,6 +24,7 @@ use crate::{WireError, join};
 #[derive(Clone)]
 pub struct Identity {
     node: u16,
+    issued_ms: u64,
     pub(crate) client: Arc<ClientConfig>,
     /// For a program that talks to whichever member answers.
     pub(crate) any_member: Arc<ClientConfig>,
@@ -46,7 +47,7 @@ impl Identity {
         let key = PrivateKeyDer::from_pem_slice(key_pem.as_bytes())
             .map_err(|error| bad(format!("private key: {error}")))?;
         let leaf = chain.first().ok_or_else(|| bad("the certificate file holds none"))?;
-        let node = node_of_certificate(leaf)?;
+        let Certified { node, issued_ms } = certified(leaf)?;
         let authorities = certificates("authority", ca_pem)?;
         let authority = authorities
             .first()
@@ -64,6 +65,7 @@ impl Identity {
         let server = server_config(roots, chain, key)?;
         Ok(Self {
             node,
+            issued_ms,
             client: Arc::new(client),
             any_member: Arc::new(any_member),
             server: Arc::new(server),
@@ -85,6 +87,12 @@ impl Identity {
     #[must_use]
     pub fn node(&self) -> u16 {
         self.node
+    }
+
+    /// When the certificate was issued, in ms since 1970; 0 when it does not say.
+    #[must_use]
+    pub fn issued_ms(&self) -> u64 {
+        self.issued_ms
     }
 
     /// Digest of the authority's certificate, for join tokens.
@@ -174,7 +182,7 @@ impl ServerCertVerifier for AnyMember {
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
         let unnamed = rustls::Error::InvalidCertificate(rustls::CertificateError::NotValidForName);
-        let node = node_of_certificate(end_entity).map_err(|_| unnamed.clone())?;
+        let node = certified(end_entity).map_err(|_| unnamed.clone())?.node;
         let name = ServerName::try_from(crate::authority::node_name(node)).map_err(|_| unnamed)?;
         self.0.verify_server_cert(end_entity, intermediates, &name, ocsp_response, now)
     }
@@ -202,15 +210,24 @@ impl ServerCertVerifier for AnyMember {
     }
 }
 
-/// Node in the common name `node-<id>`. The certificate's signature has been checked by TLS before.
-pub(crate) fn node_of_certificate(der: &CertificateDer<'_>) -> Result<u16, WireError> {
+/// What a certificate says of its node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Certified {
+    pub(crate) node: u16,
+    /// When it was issued, in ms since 1970; 0 when it does not say.
+    pub(crate) issued_ms: u64,
+}
+
+/// Node in the common name `node-<id>`, and the date. The certificate's signature has been checked by TLS before.
+pub(crate) fn certified(der: &CertificateDer<'_>) -> Result<Certified, WireError> {
     let (_, certificate) = X509Certificate::from_der(der)
         .map_err(|error| WireError::ForeignCertificate { what: format!("unreadable: {error}") })?;
     let name = certificate.subject().iter_common_name().next().and_then(|name| name.as_str().ok());
     let node = name.and_then(|name| name.strip_prefix("node-")).and_then(|id| id.parse().ok());
-    node.ok_or_else(|| WireError::ForeignCertificate {
+    let node = node.ok_or_else(|| WireError::ForeignCertificate {
         what: format!("its name {:?} does not name a node", name.unwrap_or_default()),
-    })
+    })?;
+    Ok(Certified { node, issued_ms: crate::authority::issued_ms(certificate.raw_serial()) })
 }
 
 /// Tells a certificate problem from a network problem.
@@ -268,6 +285,9 @@ mod tests {
         let node = authority::issue(&ca, 17).expect("certificate");
         let identity = Identity::from_pem(&node.cert_pem, &node.key_pem, &ca.cert_pem).expect("identity");
         assert_eq!(identity.node(), 17);
+        let dated = authority::issue_at(&ca, 3, 1_700_000_000_123).expect("certificate");
+        let dated = Identity::from_pem(&dated.cert_pem, &dated.key_pem, &ca.cert_pem).expect("identity");
+        assert_eq!((dated.node(), dated.issued_ms()), (3, 1_700_000_000_123));
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub use endpoint::{Endpoint, Local};
 pub use error::{Refusal, RefusalCode, WireError};
 pub use frame::{FRAME_BYTES_MAX, Frame, FrameCodec, HEADER_BYTES, Kind};
 pub use handler::{Handler, RefuseAll};
-pub use hello::{VERSION_MAX, VERSION_MIN};
+pub use hello::{VERSION_MAX, VERSION_MIN, speak_at_most, spoken_max};
 pub use identity::Identity;
 pub use join::{JoinMember, JoinReply, JoinRequest, join};
 pub use mesh::{Mesh, PeerStatus};

@@ -16,8 +16,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::connect::{connect_bare, connect_tls_with};
-use crate::{Class, Connection, Endpoint, Handler, Stream, WireError};
+use crate::{Class, Connection, Endpoint, Handler, Identity, Stream, WireError};
 
+/// Longest time for the answers that a connection still owes when another has taken its place.
+const RETIRED_AFTER_MS: u64 = 30_000;
 const BACKOFF_MS_MIN: u64 = 20;
 const BACKOFF_MS_MAX: u64 = 500;
 
@@ -42,6 +44,8 @@ pub struct PeerStatus {
     pub down: Option<Arc<str>>,
     /// One side does not accept the other's certificate: no wait will change that.
     pub foreign: bool,
+    /// The protocol version that is spoken with it; nothing while there is no connection.
+    pub version: Option<u32>,
 }
 
 struct Slot {
@@ -205,6 +209,7 @@ impl Mesh {
                     address: slot.address.clone(),
                     down: state.down_reason(),
                     foreign: matches!(&*state, LaneState::Foreign(_)),
+                    version: state.connection().map(|connection| connection.peer().version),
                 }
             })
             .collect()
@@ -290,6 +295,8 @@ impl Lane {
     async fn run(self) {
         let mut backoff_ms = BACKOFF_MS_MIN;
         while !self.slot.removed.is_cancelled() {
+            // Before it connects: a certificate that is renewed meanwhile is news.
+            let renewals = self.endpoint.renewals();
             let attempt = connect_tls_with(
                 &self.slot.address,
                 &self.endpoint,
@@ -306,7 +313,7 @@ impl Lane {
             match attempt {
                 Ok(connection) => {
                     backoff_ms = BACKOFF_MS_MIN;
-                    self.hold(connection).await;
+                    self.hold(connection, renewals).await;
                 }
                 Err(error) => self.note_failure(&error),
             }
@@ -319,18 +326,62 @@ impl Lane {
         self.state().send_replace(LaneState::Down(Arc::from("the peer was removed")));
     }
 
-    async fn hold(&self, connection: Connection) {
+    async fn hold(&self, mut connection: Connection, mut renewals: watch::Receiver<Identity>) {
         tracing::info!(peer = %connection.peer(), class = %self.class, "connected");
         self.state().send_replace(LaneState::Up(connection.clone()));
-        let reason = tokio::select! {
-            reason = connection.closed() => reason,
-            () = self.slot.removed.cancelled() => {
-                connection.close();
-                connection.closed().await
+        let reason = loop {
+            tokio::select! {
+                reason = connection.closed() => break reason,
+                () = self.slot.removed.cancelled() => {
+                    connection.close();
+                    break connection.closed().await;
+                }
+                Ok(()) = renewals.changed() => {
+                    renewals.mark_unchanged();
+                    let Some(next) = self.renewed().await else {
+                        // The old one will be refused some day: the next attempts are made as after any loss.
+                        connection.close();
+                        break connection.closed().await;
+                    };
+                    self.state().send_replace(LaneState::Up(next.clone()));
+                    self.retire(std::mem::replace(&mut connection, next));
+                }
             }
         };
         tracing::info!(peer = %connection.peer(), class = %self.class, %reason, "disconnected");
         self.state().send_replace(LaneState::Down(reason));
+    }
+
+    /// Another connection, made while the first one serves.
+    async fn renewed(&self) -> Option<Connection> {
+        let attempt = connect_tls_with(
+            &self.slot.address,
+            &self.endpoint,
+            self.slot.node,
+            self.class,
+            Arc::clone(&self.handler),
+            &self.tasks,
+        );
+        match attempt.await {
+            Ok(connection) => Some(connection),
+            Err(error) => {
+                tracing::warn!(node = self.slot.node, error = error.explain(), "not connected anew");
+                None
+            }
+        }
+    }
+
+    /// Closes a connection that has been replaced, when the answers that it owes have had time to come.
+    fn retire(&self, connection: Connection) {
+        let removed = self.slot.removed.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = removed.cancelled() => {}
+                _reason = connection.closed() => {}
+                () = tokio::time::sleep(Duration::from_millis(RETIRED_AFTER_MS)) => {}
+            }
+            connection.close();
+        });
     }
 
     /// Logs a failure when it is news, so that a node that is away fills no log.

@@ -29,6 +29,14 @@ impl Class {
         }
     }
 
+    /// The protocol version that brought it.
+    pub(crate) fn since_version(self) -> u32 {
+        match self {
+            Self::Admin => 2,
+            Self::Control | Self::Bulk | Self::Blocks | Self::Stream => 1,
+        }
+    }
+
     pub(crate) fn from_number(number: u32) -> Option<Self> {
         match number {
             0 => Some(Self::Control),
@@ -80,6 +88,8 @@ pub struct Peer {
     pub via: Via,
     /// Protocol version that both sides speak.
     pub version: u32,
+    /// When its certificate was issued, in ms since 1970; 0 on a Unix socket, or when it does not say.
+    pub issued_ms: u64,
 }
 
 impl fmt::Display for Peer {

@@ -16,7 +16,7 @@ use tokio_util::task::TaskTracker;
 use crate::connect::{tune, unix_peer};
 use crate::driver::{self, Greeted, in_time};
 use crate::hello::Proof;
-use crate::identity::{node_of_certificate, tls_error};
+use crate::identity::{certified, tls_error};
 use crate::join;
 use crate::{ByteStream, Class, Endpoint, Handler, Local, Partition, Stream, Via, WireError};
 
@@ -262,8 +262,14 @@ async fn accept_tls(tcp: TcpStream, endpoint: &Endpoint, doing: &str) -> Result<
     let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let certificate = certificate
         .ok_or_else(|| WireError::ForeignCertificate { what: "the peer shows none".to_owned() })?;
-    let node = node_of_certificate(certificate)?;
-    let proof = Proof { via: Via::Tls, node: Some(node), class: None };
+    let peer = certified(certificate)?;
+    let refused = endpoint.check_date(peer).err();
+    let proof = Proof { via: Via::Tls, node: Some(peer), class: None };
+    if let Some(error) = refused {
+        // Told in the protocol, so that the peer's log says why.
+        driver::refuse(tls, &error).await;
+        return Err(error);
+    }
     driver::greet(tls, &endpoint.local, Class::Control, proof)
         .await
         .map(|greeted| Accepted::Member(Box::new(greeted)))
@@ -280,8 +286,8 @@ async fn handshake(
         Err(error) => return Err((error, acceptor.take_io())),
     };
     let newcomer = start.client_hello().alpn().is_some_and(|mut names| names.any(|name| name == join::ALPN));
-    let identity = &endpoint.identity;
-    let rules = if newcomer { &identity.joining } else { &identity.server };
-    let accepted = start.into_stream(Arc::clone(rules)).into_fallible().await;
+    let identity = endpoint.identity();
+    let rules = if newcomer { identity.joining } else { identity.server };
+    let accepted = start.into_stream(rules).into_fallible().await;
     accepted.map(|tls| (tls, newcomer)).map_err(|(error, tcp)| (error, Some(tcp)))
 }

@@ -6,8 +6,8 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::commands::{
     cluster::ClusterCommand, completions::Completions, dev::DevCommand, events::Events, file::FileCommand,
-    health::Health, man::Man, nbd::NbdCommand, node::NodeCommand, vhdx::VhdxCommand, vm::VmCommand,
-    volume::VolumeCommand,
+    health::Health, log::LogCommand, man::Man, nbd::NbdCommand, node::NodeCommand, support::SupportCommand,
+    top::Top, vhdx::VhdxCommand, vm::VmCommand, volume::VolumeCommand,
 };
 
 /// Work with a cluster of shared volumes and the virtual machines on them
@@ -73,6 +73,14 @@ pub(crate) enum Command {
     Events(Events),
     /// Show what is wrong; exit code 6 when something is
     Health(Health),
+    /// Show what everything does, again and again
+    Top(Top),
+    /// Work with the logs of all nodes
+    #[command(subcommand)]
+    Log(LogCommand),
+    /// Gather what is needed to look into a problem
+    #[command(subcommand)]
+    Support(SupportCommand),
     /// Print a completion script for a shell
     Completions(Completions),
     /// Write the manual pages into a folder

@@ -6,9 +6,12 @@ pub(crate) mod dev;
 pub(crate) mod events;
 pub(crate) mod file;
 pub(crate) mod health;
+pub(crate) mod log;
 pub(crate) mod man;
 pub(crate) mod nbd;
 pub(crate) mod node;
+pub(crate) mod support;
+pub(crate) mod top;
 pub(crate) mod vhdx;
 pub(crate) mod vm;
 pub(crate) mod volume;
@@ -31,6 +34,9 @@ pub(crate) async fn run(command: Command, context: &Context) -> Result<(), Error
         Command::Vm(command) => command.run(context).await,
         Command::Events(command) => command.run(context).await,
         Command::Health(command) => command.run(context).await,
+        Command::Top(command) => command.run(context).await,
+        Command::Log(command) => command.run(context).await,
+        Command::Support(command) => command.run(context).await,
         Command::Completions(command) => command.run(context),
         Command::Man(command) => command.run(context),
     }

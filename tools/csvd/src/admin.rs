@@ -10,8 +10,10 @@ mod file;
 mod file_clone;
 mod health;
 mod image;
+pub(crate) mod logs;
 mod members;
 mod path;
+mod top;
 pub(crate) mod validate;
 mod vm;
 pub(crate) mod volume;
@@ -31,7 +33,7 @@ use wire::ByteStream;
 
 use crate::core::Core;
 use crate::node_socket::listen;
-use crate::{drain, settings};
+use crate::{drain, membership, settings};
 
 /// The socket, while it is served.
 #[derive(Debug)]
@@ -133,6 +135,13 @@ impl pb::admin_server::Admin for Admin {
 
     async fn cluster_token(&self, request: Request<pb::ClusterTokenRequest>) -> Answer<pb::ClusterToken> {
         answer(members::token(&self.core, request.into_inner().valid_ms).await)
+    }
+
+    async fn cluster_rotate_certificates(
+        &self,
+        request: Request<pb::RotateCertificatesRequest>,
+    ) -> Answer<pb::CertificatesRenewed> {
+        answer(membership::certificates::rotate(&self.core, request.into_inner().grace_ms).await)
     }
 
     async fn node_confirm_dead(&self, request: Request<pb::NodeConfirmDeadRequest>) -> Answer<pb::Node> {
@@ -329,6 +338,14 @@ impl pb::admin_server::Admin for Admin {
 
     async fn vm_delete(&self, request: Request<pb::VmDeleteRequest>) -> Answer<pb::Done> {
         answer(vm::delete(&self.core, request.into_inner()).await)
+    }
+
+    async fn top(&self, _: Request<pb::TopRequest>) -> Answer<pb::TopReport> {
+        answer(Ok(top::report(&self.core).await))
+    }
+
+    async fn log_read(&self, request: Request<pb::LogRequest>) -> Answer<pb::LogPiece> {
+        answer(logs::read(&self.core, request.into_inner()).await)
     }
 
     type EventsStream = Streamed<pb::Event>;

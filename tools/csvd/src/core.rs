@@ -112,6 +112,16 @@ impl Core {
         self.cluster.watch().borrow().clone()
     }
 
+    /// Whether all members that can be reached know what the protocol's `version` has brought: a record that one of them cannot
+    /// read would hold it up until it is upgraded (G4).
+    pub(crate) fn all_speak(&self, version: u32, what: &str) -> Result<(), Error> {
+        let older = self.mesh.status().into_iter().find(|peer| peer.version.is_some_and(|it| it < version));
+        let Some(peer) = older else { return Ok(()) };
+        let name = crate::view::node_name(&self.state(), NodeId(peer.node));
+        Err(Error::conflict(format!("{what}: node {name} is of an older release that does not know of it"))
+            .hint("upgrade that node first, see `csvctl node list`"))
+    }
+
     /// Proposes a change, and tells why it failed in the words of the admin interface.
     pub(crate) async fn propose(&self, command: Command) -> Result<Outcome, Error> {
         self.cluster.propose(command).await.map_err(|error| refused(&error))

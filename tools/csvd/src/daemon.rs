@@ -52,7 +52,7 @@ pub(crate) async fn run(config: NodeConfig, inherit_listener: bool) -> Result<()
 
     let timing = config.base_ms.map_or(Timing::DEFAULT, Timing::from_base);
     let listener = listener(&config, inherit_listener).await?;
-    let identity = identity(&config)?;
+    let identity = membership::certificates::at_start(&config)?;
     let authority = identity.authority();
     let endpoint = endpoint(&config, identity)?;
     let dispatcher = Arc::new(Dispatcher::default());
@@ -149,10 +149,6 @@ fn end(core: &Arc<Core>) {
     core.stop.cancel();
     core.done.cancel();
     core.membership.lease.revoke();
-}
-
-fn identity(config: &NodeConfig) -> Result<Identity, Error> {
-    Identity::load(&config.tls.cert, &config.tls.key, &config.tls.ca).map_err(|error| unusable(&error))
 }
 
 fn endpoint(config: &NodeConfig, identity: Identity) -> Result<Endpoint, Error> {

@@ -40,6 +40,11 @@ impl Handler for Dispatcher {
         let Some(core) = self.core.get().cloned() else {
             return Box::pin(async { Err(Refusal::new(RefusalCode::Busy, "the node is starting")) });
         };
+        if !core.mesh.endpoint().accepts(from.issued_ms) {
+            let refusal =
+                Refusal::new(RefusalCode::Denied, "the certificate of this connection has been replaced");
+            return Box::pin(async move { Err(refusal) });
+        }
         // Raft's messages bring the records up to date, so they are taken from a leader that these do not know yet.
         if service != service::RAFT && is_stranger(&core, from.node) {
             let refusal = Refusal::new(RefusalCode::Busy, "this node knows no such member")

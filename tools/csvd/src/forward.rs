@@ -105,7 +105,8 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
             membership::convict(core, NodeId(node), Epoch(verdict.epoch), verdict.reason);
             done
         }
-        NodeOp::Loads(_) => NodeAnswer::Loads(balancing::loads_here(core)),
+        NodeOp::Loads(_) => NodeAnswer::Loads(balancing::loads_here(core).await),
+        NodeOp::LogRead(request) => NodeAnswer::Log(admin::logs::read_here(core, request).await?),
         NodeOp::VmStart(request) => NodeAnswer::Vm(vms::start(core, &request.name).await?),
         NodeOp::VmStop(request) => NodeAnswer::Vm(vms::stop(core, &request.name, request.force).await?),
         NodeOp::VmPause(request) => NodeAnswer::Vm(vms::pause(core, &request.name).await?),

@@ -62,6 +62,9 @@ struct Args {
     /// Listen on the socket that was passed as stdin, instead of binding the configured address
     #[arg(long)]
     inherit_listener: bool,
+    /// Keep to an older version of the protocol between nodes, as a node that is not upgraded yet
+    #[arg(long, hide = true, env = "CSVD_PROTOCOL_MAX", value_name = "VERSION")]
+    protocol_max: Option<u32>,
 }
 
 /// What a node can be asked to be.
@@ -92,6 +95,9 @@ fn run(args: &Args) -> Result<(), Error> {
         rustix::process::setsid().map_err(|error| Error::failed(format!("making a session: {error}")))?;
     }
     log::start(&config.log_file())?;
+    if let Some(version) = args.protocol_max {
+        wire::speak_at_most(version).map_err(|error| Error::usage(error.explain()))?;
+    }
     // Memory that this process needs must not be waited for by writes to its own mounts (F8).
     if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
         tracing::info!(%error, "not an I/O flusher: under memory pressure mounts may be slow");

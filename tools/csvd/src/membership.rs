@@ -1,6 +1,7 @@
 //! This node as a member: its epoch, its lease, and what it thinks of the others.
 //!
 //! ```text
+//!   certificates.rs  this node's own, and its renewal
 //!   desk.rs        lets nodes join that have a token
 //!   peers.rs       who is talked to and who votes follow from the records
 //!   join.rs        BeginEpoch: from here on this incarnation counts
@@ -17,6 +18,7 @@
 //! **Invariant:** a lease ends by itself; everything else here is only about ending it early and for certain.
 
 mod beats;
+pub(crate) mod certificates;
 mod cutting;
 mod desk;
 mod fencing;
@@ -151,6 +153,7 @@ pub(crate) fn start(core: &Arc<Core>) {
 /// Follows the records with the addresses of the peers; needed before this node has its epoch.
 pub(crate) fn meet_peers(core: &Arc<Core>) {
     core.runtime.spawn(peers::follow(Arc::clone(core)));
+    core.runtime.spawn(certificates::follow(Arc::clone(core)));
 }
 
 /// Demands that this incarnation of a node is ended; whoever leads the cluster sees to it.

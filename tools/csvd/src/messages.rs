@@ -48,7 +48,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 70, 71, 72, 80, 81, 82, 83"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83"
     )]
     pub(crate) op: Option<NodeOp>,
 }
@@ -128,6 +128,9 @@ pub(crate) enum NodeOp {
     /// To a node that reaches the LUN: take the sender's trial key off it.
     #[prost(message, tag = "83")]
     CutTrial(CutOff),
+    /// To any node: a piece of one of its logs.
+    #[prost(message, tag = "61")]
+    LogRead(pb::LogRequest),
     #[prost(message, tag = "30")]
     VmDisk(pb::VmDiskRequest),
     /// To the owner: work on the image of a disk.
@@ -222,7 +225,7 @@ pub(crate) struct Convict {
 /// Answer to a [`NodeRequest`].
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeReply {
-    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60, 70, 71, 80")]
+    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60, 61, 70, 71, 80")]
     pub(crate) answer: Option<NodeAnswer>,
 }
 
@@ -259,6 +262,8 @@ pub(crate) enum NodeAnswer {
     Checkpoints(pb::VmCheckpoints),
     #[prost(message, tag = "80")]
     Validated(pb::ValidationOfNode),
+    #[prost(message, tag = "61")]
+    Log(pb::LogPiece),
 }
 
 /// Answer to [`NodeOp::Loads`].
@@ -266,6 +271,25 @@ pub(crate) enum NodeAnswer {
 pub(crate) struct Loads {
     #[prost(message, repeated, tag = "1")]
     pub(crate) volumes: Vec<VolumeLoad>,
+    #[prost(message, repeated, tag = "2")]
+    pub(crate) vms: Vec<VmLoad>,
+}
+
+/// What a VM has done since its process was started.
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(crate) struct VmLoad {
+    #[prost(string, tag = "1")]
+    pub(crate) name: String,
+    #[prost(uint64, tag = "2")]
+    pub(crate) reads: u64,
+    #[prost(uint64, tag = "3")]
+    pub(crate) writes: u64,
+    #[prost(uint64, tag = "4")]
+    pub(crate) flushes: u64,
+    #[prost(uint64, tag = "5")]
+    pub(crate) errors: u64,
+    #[prost(string, tag = "6")]
+    pub(crate) moving: String,
 }
 
 /// What a coordinator has carried out since it was opened.
@@ -277,6 +301,10 @@ pub(crate) struct VolumeLoad {
     pub(crate) term: u64,
     #[prost(uint64, tag = "3")]
     pub(crate) requests: u64,
+    #[prost(uint64, tag = "4")]
+    pub(crate) commits: u64,
+    #[prost(uint64, tag = "5")]
+    pub(crate) clients: u64,
 }
 
 /// Answer to [`NodeOp::AwaitCoordinator`].
@@ -294,6 +322,59 @@ impl OfClient {
             node: client.node.0.into(),
             epoch: client.epoch.0,
             serial: client.serial,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One of each kind that has content of its own.
+    fn samples() -> Vec<Vec<u8>> {
+        let request = |op| NodeRequest { op: Some(op) }.encode_to_vec();
+        let name = || "vol1".to_owned();
+        vec![
+            Beat { epoch: 7, leaving: true }.encode_to_vec(),
+            BeatReply { epoch: 7, ..BeatReply::default() }.encode_to_vec(),
+            ClientPush { epoch: 1, serial: 2, push: vec![1, 2, 3].into() }.encode_to_vec(),
+            request(NodeOp::AwaitCoordinator(AwaitCoordinator { volume: name(), term: 3 })),
+            request(NodeOp::ClientGone(OfClient { volume: name(), node: 1, epoch: 2, serial: 3 })),
+            request(NodeOp::Convict(Convict { node: 1, epoch: 2, reason: name() })),
+            request(NodeOp::EndSession(SessionOf { volume: vec![7; 16], node: 1, epoch: 2 })),
+            request(NodeOp::VmIncoming(vec![9; 40].into())),
+            NodeReply { answer: Some(NodeAnswer::Incoming(vec![9; 40].into())) }.encode_to_vec(),
+        ]
+    }
+
+    fn feed(bytes: &[u8]) {
+        let _beat = Beat::decode(bytes);
+        let _reply = BeatReply::decode(bytes);
+        let _push = ClientPush::decode(bytes);
+        let _answer = NodeReply::decode(bytes);
+        let Ok(request) = NodeRequest::decode(bytes) else { return };
+        let again = NodeRequest::decode(request.encode_to_vec().as_slice()).expect("ours");
+        assert_eq!(again.encode_to_vec(), request.encode_to_vec(), "it means the same after it was sent on");
+    }
+
+    // Forged and damaged messages of another node; each damage is made by its number.
+    #[test]
+    fn damaged_messages_of_another_node_are_refused_or_mean_something_else() {
+        let samples = samples();
+        for (number, sample) in samples.iter().enumerate() {
+            feed(sample);
+            for at in 0..sample.len() {
+                for to in [0, 1, 0x7f, 0x80, 0xff, sample[at] ^ 1, sample[at] ^ 0x10] {
+                    let mut forged = sample.clone();
+                    forged[at] = to;
+                    feed(&forged);
+                }
+                feed(&sample[..at]);
+                let other = &samples[(number + at) % samples.len()];
+                feed(&[&sample[..at], other, &sample[at..]].concat());
+                // A length of more bytes than any message has.
+                feed(&[&sample[..at], &[0xff; 9][..], &[1], &sample[at..]].concat());
+            }
         }
     }
 }

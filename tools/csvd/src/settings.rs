@@ -64,6 +64,7 @@ pub(crate) async fn set(core: &Arc<Core>, request: pb::SetRequest) -> Result<pb:
         return Err(Error::usage(format!("{}: `{value}` is no value of it", request.name))
             .hint("it can be on or off"));
     }
+    core.all_speak(2, "a setting")?;
     core.propose(Command::Set { name: request.name, value: request.value }).await?;
     Ok(switch.shown(&core.state()))
 }

@@ -32,6 +32,7 @@ use prost::Message;
 use uuid::Uuid;
 
 use crate::core::Core;
+use crate::messages::VmLoad;
 use crate::view;
 
 pub(crate) use checkpoints::checkpoint;
@@ -570,6 +571,25 @@ pub(crate) async fn show(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> 
         vm.disks = disks.collect();
     }
     Ok(vm)
+}
+
+/// What the VMs of this node have done; those whose process does not answer now are left out.
+pub(crate) async fn loads(core: &Core) -> Vec<VmLoad> {
+    let runners: Vec<_> = core.vms.lock().values().cloned().collect();
+    let mut loads = Vec::new();
+    for runner in runners {
+        let Ok(status) = runner.control().status().await else { continue };
+        let sum = |of: fn(&hv::control::DiskStatus) -> u64| status.disks.iter().map(of).sum::<u64>();
+        loads.push(VmLoad {
+            name: runner.name.clone(),
+            reads: sum(|disk| disk.reads),
+            writes: sum(|disk| disk.writes),
+            flushes: sum(|disk| disk.flushes),
+            errors: sum(|disk| disk.errors),
+            moving: runner.progress().map(|progress| progress.now().phase).unwrap_or_default(),
+        });
+    }
+    loads
 }
 
 /// A piece of the console of a VM of this node.

@@ -1,6 +1,7 @@
 //! `csvctl cluster`.
 
 mod create;
+mod rotate_certificates;
 mod set;
 mod settings;
 mod show;
@@ -23,6 +24,8 @@ pub(crate) enum ClusterCommand {
     Validate(validate::Validate),
     /// Wait until nodes are up and volumes are there
     Wait(wait::Wait),
+    /// Give every member a new certificate, while all goes on
+    RotateCertificates(rotate_certificates::RotateCertificates),
     /// Change a setting of the whole cluster
     Set(set::Set),
     /// List the settings of the whole cluster
@@ -38,6 +41,7 @@ impl ClusterCommand {
             Self::Wait(command) => command.run(context).await,
             Self::Validate(command) => command.run(context).await,
             Self::Token(command) => command.run(context).await,
+            Self::RotateCertificates(command) => command.run(context).await,
             Self::Set(command) => command.run(context).await,
             Self::Settings(command) => command.run(context).await,
             Self::Show(command) => command.run(context).await,

@@ -45,9 +45,18 @@ pub(super) fn node(core: &Core, state: &ClusterState, member: &Member, raft: &Ra
         volumes_owned: u32::try_from(volumes).unwrap_or(u32::MAX),
         vms: u32::try_from(vms).unwrap_or(u32::MAX),
         voter: raft.voters.contains(&member.id),
+        protocol: protocol(core, member),
         drain: state.drains.get(&member.id).map(|drain| drain.phase.to_string()).unwrap_or_default(),
         role: if state.witnesses.contains(&member.id) { "witness" } else { "node" }.to_owned(),
     }
+}
+
+fn protocol(core: &Core, member: &Member) -> u32 {
+    if member.id == core.me {
+        return wire::spoken_max();
+    }
+    let peers = core.mesh.status();
+    peers.into_iter().find(|peer| peer.node == member.id.0).and_then(|peer| peer.version).unwrap_or(0)
 }
 
 /// What the records say, and `unreachable` for a member that they count on but this node does not hear.

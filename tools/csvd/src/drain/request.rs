@@ -30,6 +30,7 @@ pub(crate) async fn begin_leave(core: &Arc<Core>, dry_run: bool) -> Result<Progr
 }
 
 async fn drain(core: &Arc<Core>, name: &str, for_good: bool, dry_run: bool) -> Result<Progress, Error> {
+    core.all_speak(2, "a drain")?;
     let state = core.cluster.read().await.map_err(|error| refused(&error))?;
     let member = view::member(&state, name)?;
     check_others(&state, member)?;

@@ -11,7 +11,7 @@ use tokio::time::MissedTickBehavior;
 use super::balance::{Balance, Counted, LOOK_MS, Proposal};
 use crate::core::Core;
 use crate::messages::{Loads, NodeAnswer, NodeOp, VolumeLoad};
-use crate::{forward, settings, view};
+use crate::{forward, settings, view, vms};
 
 /// Longest time that a node may take to answer. One that does not has no load that is known.
 const ANSWER_WITHIN: Duration = Duration::from_secs(1);
@@ -61,11 +61,13 @@ async fn carry_out(core: &Arc<Core>, proposal: Proposal) {
     }
 }
 
-/// What the coordinators of this node have carried out.
-pub(crate) fn loads_here(core: &Core) -> Loads {
+/// What the coordinators and the VMs of this node have done.
+pub(crate) async fn loads_here(core: &Core) -> Loads {
     let each = |volume: Arc<super::LocalVolume>| {
         let (term, coordinator) = (volume.host.term()?, volume.host.serving()?);
-        Some(VolumeLoad { volume: volume.name.clone(), term: term.0, requests: coordinator.stats().requests })
+        let stats = coordinator.stats();
+        let (requests, commits, clients) = (stats.requests, stats.commits, stats.clients);
+        Some(VolumeLoad { volume: volume.name.clone(), term: term.0, requests, commits, clients })
     };
-    Loads { volumes: core.volumes.all().into_iter().filter_map(each).collect() }
+    Loads { volumes: core.volumes.all().into_iter().filter_map(each).collect(), vms: vms::loads(core).await }
 }
