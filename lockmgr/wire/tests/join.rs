@@ -60,7 +60,7 @@ async fn desk(pki: &Pki) -> (Server, JoinToken) {
 async fn a_node_with_a_token_gets_a_certificate_that_members_accept() {
     let pki = Pki::new();
     let (server, token) = desk(&pki).await;
-    let (reply, key_pem) = join(&token, "n7", "127.0.0.1:1").await.expect("joins");
+    let (reply, key_pem) = join(&token, "n7", "127.0.0.1:1", false).await.expect("joins");
     let identity = Identity::from_pem(&reply.cert_pem, &key_pem, &reply.ca_cert_pem).expect("identity");
     let endpoint = Endpoint::new(pki.local(7), identity).expect("endpoint");
     let connection = connect_tls(&token.address, &endpoint, 2, Class::Control, Arc::new(RefuseAll)).await;
@@ -73,7 +73,7 @@ async fn a_wrong_secret_is_told_so() {
     let pki = Pki::new();
     let (server, mut token) = desk(&pki).await;
     token.secret = [0; 16];
-    let error = join(&token, "n7", "127.0.0.1:1").await.expect_err("refused");
+    let error = join(&token, "n7", "127.0.0.1:1", false).await.expect_err("refused");
     assert!(matches!(&error, WireError::Refused(refusal) if refusal.code == RefusalCode::Denied), "{error}");
     server.shutdown().await;
 }
@@ -84,7 +84,7 @@ async fn a_member_of_another_cluster_gets_no_secret() {
     let (pki, other) = (Pki::new(), Pki::new());
     let (server, mut token) = desk(&pki).await;
     token.authority = other.identity(2).authority();
-    let error = join(&token, "n7", "127.0.0.1:1").await.expect_err("refused");
+    let error = join(&token, "n7", "127.0.0.1:1", false).await.expect_err("refused");
     assert!(matches!(error, WireError::ForeignCertificate { .. }), "{error}");
     server.shutdown().await;
 }
