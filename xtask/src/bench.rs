@@ -8,15 +8,11 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
     packages::ensure(packages::TEST)?;
     cargo(&["build", "--release", "--workspace", "--bins", "--locked"])?;
     let release = target_dir().join("release");
-    let known = ["node_io", "mount_io", "vhdx_io", "memory", "migration"];
+    let known = ["node_io", "mount_io", "vhdx_io", "nbd_io", "memory", "migration"];
     let chosen: Vec<&str> = match options {
         [] => known.to_vec(),
         [name] if known.contains(&name.as_str()) => vec![name],
-        _ => {
-            return Err(Failure::usage(
-                "usage: cargo xtask bench [node_io|mount_io|vhdx_io|memory|migration]",
-            ));
-        }
+        _ => return Err(Failure::usage(&format!("usage: cargo xtask bench [{}]", known.join("|")))),
     };
     for name in chosen {
         command::<&str>(release.join(name).as_os_str(), &[], &root())?;
