@@ -1,6 +1,7 @@
 //! `csvctl vhdx resize`.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use api::Error;
 use api::pb::VmImageRequest;
@@ -10,7 +11,7 @@ use vhdx::NewSize;
 
 use super::in_use::{self, Use};
 use super::online::{self, Online};
-use super::{failed, file};
+use super::{Roots, failed, file};
 use crate::context::Context;
 use crate::units;
 
@@ -33,6 +34,8 @@ pub(crate) struct Resize {
     /// Show what would be done
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    roots: Roots,
 }
 
 impl Resize {
@@ -70,7 +73,8 @@ impl Resize {
         let image = file::open_writable(&self.path)?;
         let fail = |error| failed("resize", &self.path, &error);
         let old_bytes = vhdx::info(&image).map_err(fail)?.disk_bytes;
-        let minimum = vhdx::minimum_safe_bytes(&image).map_err(fail)?;
+        let chain = || file::with_parents(Arc::clone(&image), &self.path, &self.roots);
+        let minimum = chain().read_only().and_then(|image| image.minimum_safe_bytes()).map_err(fail)?;
         let wanted = self.size.unwrap_or(minimum.min(old_bytes));
         let mut shown = ImageResized {
             path: self.path.clone(),
@@ -82,7 +86,7 @@ impl Resize {
         };
         if !self.dry_run {
             self.confirm_loss(wanted, minimum, context)?;
-            let done = vhdx::resize(&image, self.new_size()).map_err(fail)?;
+            let done = chain().resize(self.new_size()).map_err(fail)?;
             (shown.size_bytes, shown.table_moved) = (done.new_bytes, done.table_moved);
         }
         Ok(shown)
