@@ -100,7 +100,7 @@ pub(crate) fn resize(runner: &Runner, slot: u32, asked: &ImageResize) -> Outcome
     };
     let old_size_bytes = used.disk.geometry().size_bytes;
     let minimum =
-        used.disk.look_at_image(vhdx::Image::minimum_safe_bytes).map_err(|error| used.refused(&error))?;
+        used.disk.look_at_image(Image::minimum_safe_bytes).map_err(|error| used.refused(&error))?;
     let size_bytes = match size {
         NewSize::ToMinimumSafe => minimum.min(old_size_bytes),
         _ => asked.size_bytes,

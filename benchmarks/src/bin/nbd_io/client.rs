@@ -1,12 +1,14 @@
-//! Our client under a load of its own making: as many requests in flight as fio keeps.
+//! Our client under a load of its own making: as many requests in flight as fio keeps. A completion submits the next
+//! request, as a VM's disk does.
 
 use std::fs::File;
 use std::io::Write as _;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use blockio::{BlockDevice, IoBuf, IoOp, IoRequest, NbdAddress, NbdDevice, NbdOptions};
+use blockio::{BlockDevice, IoBuf, IoError, IoOp, IoRequest, NbdAddress, NbdDevice, NbdOptions};
 
 use crate::{FILE_BYTES, Failure, Load, MIB};
 
@@ -27,74 +29,58 @@ pub(crate) fn fill(path: &Path, size_bytes: u64) -> Result<(), Failure> {
 /// Requests per second of one turn.
 pub(crate) fn drive(socket: &Path, load: &Load) -> Result<f64, Failure> {
     let device = NbdDevice::open(&NbdAddress::unix(socket, ""), NbdOptions::default())?;
-    let mut flow = Flow::new(&device, load);
-    flow.run_for(RAMP)?;
-    let start = Instant::now();
-    let ended = flow.run_for(TURN)?;
-    let rate = ended / start.elapsed().as_secs_f64();
-    flow.drain()?;
-    Ok(rate)
+    let (tell, told) = mpsc::channel();
+    let flow = Arc::new(Flow { device, load: *load, ended: AtomicU64::new(0), over: AtomicBool::new(false) });
+    for _ in 0..load.depth {
+        Flow::submit(&flow, IoBuf::zeroed(load.block_bytes), tell.clone());
+    }
+    drop(tell);
+    let failed = told.recv_timeout(RAMP);
+    let (start, before) = (Instant::now(), flow.ended.load(Relaxed));
+    let failed = failed.or_else(|_| told.recv_timeout(TURN));
+    let rate = (flow.ended.load(Relaxed) - before) as f64 / start.elapsed().as_secs_f64();
+    flow.over.store(true, Relaxed);
+    // The channel ends with the last request.
+    match failed.ok().or_else(|| told.iter().next()) {
+        Some(error) => Err(error.into()),
+        None => Ok(rate),
+    }
 }
 
-/// Requests in flight, each with its buffer.
-struct Flow<'a> {
-    device: &'a NbdDevice,
-    load: &'a Load,
-    buffers: Vec<IoBuf>,
-    told: mpsc::Receiver<(usize, Result<(), blockio::IoError>)>,
-    tell: mpsc::Sender<(usize, Result<(), blockio::IoError>)>,
-    next: u64,
-    in_flight: usize,
+/// Requests that follow one another.
+struct Flow {
+    device: NbdDevice,
+    load: Load,
+    ended: AtomicU64,
+    over: AtomicBool,
 }
 
-impl<'a> Flow<'a> {
-    fn new(device: &'a NbdDevice, load: &'a Load) -> Self {
-        let (tell, told) = mpsc::channel();
-        let buffers = (0..load.depth).map(|_| IoBuf::zeroed(load.block_bytes)).collect();
-        Self { device, load, buffers, told, tell, next: 0, in_flight: 0 }
-    }
-
-    /// Keeps the depth for a while; gives how many requests have ended.
-    fn run_for(&mut self, length: Duration) -> Result<f64, Failure> {
-        let start = Instant::now();
-        while self.in_flight < self.load.depth {
-            self.submit(self.in_flight);
-            self.in_flight += 1;
-        }
-        let mut ended = 0.0;
-        while start.elapsed() < length {
-            let (slot, outcome) = self.told.recv()?;
-            outcome?;
-            ended += 1.0;
-            self.submit(slot);
-        }
-        Ok(ended)
-    }
-
-    fn drain(&mut self) -> Result<(), Failure> {
-        for _ in 0..std::mem::take(&mut self.in_flight) {
-            self.told.recv()?.1?;
-        }
-        Ok(())
-    }
-
-    fn submit(&mut self, slot: usize) {
-        let offset = self.place();
-        let (tell, buf) = (self.tell.clone(), self.buffers[slot].clone());
-        let op = if self.load.write {
-            IoOp::Write { offset, buf, fua: false }
+impl Flow {
+    fn submit(flow: &Arc<Self>, buf: IoBuf, tell: mpsc::Sender<IoError>) {
+        let number = flow.ended.load(Relaxed);
+        let offset = flow.place(number);
+        let op = if flow.load.write {
+            IoOp::Write { offset, buf: buf.clone(), fua: false }
         } else {
-            IoOp::Read { offset, buf }
+            IoOp::Read { offset, buf: buf.clone() }
         };
-        let done = Box::new(move |outcome| drop(tell.send((slot, outcome))));
-        self.device.submit(IoRequest { op, done });
+        let own = Arc::clone(flow);
+        let done = Box::new(move |outcome| match outcome {
+            Ok(()) => {
+                own.ended.fetch_add(1, Relaxed);
+                if !own.over.load(Relaxed) {
+                    Self::submit(&own, buf, tell);
+                }
+            }
+            Err(error) => drop(tell.send(error)),
+        });
+        flow.device.submit(IoRequest { op, done });
     }
 
-    /// Where the next request goes. Random places come from a multiplier that visits every block once in a round.
-    fn place(&mut self) -> u64 {
+    /// Where the next request goes; a multiplier scatters the random ones.
+    fn place(&self, number: u64) -> u64 {
         let blocks = FILE_BYTES / self.load.block_bytes as u64;
-        self.next += 1;
-        let block = if self.load.random { self.next.wrapping_mul(0x9e37_79b9_7f4a_7c15) } else { self.next };
+        let block = if self.load.random { number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20 } else { number };
         block % blocks * self.load.block_bytes as u64
     }
 }
