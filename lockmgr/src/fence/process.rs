@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, getpgid, pidfd_open};
 
 use crate::Millis;
 use crate::clock::boottime_ms;
@@ -66,9 +66,12 @@ impl Process {
         self.wait_end(Millis(0))
     }
 
-    /// Its process group, `None` when it has been reaped. 0 is a group of another pid namespace, or of the kernel.
-    pub(super) fn group(&self) -> Option<i32> {
-        stat_field(self.pid, 2)
+    /// Its process group, `None` when it has been reaped.
+    ///
+    /// Asked by a system call, not read from `/proc/PID/stat`: that waits for a process which is just executing a program, and
+    /// such a one may itself wait for the node that is to be fenced, because it closes a file on that node's mount.
+    pub(super) fn group(&self) -> Option<Pid> {
+        getpgid(Some(self.pid)).ok()
     }
 
     /// When it was started, in clock ticks since the machine was.
