@@ -99,8 +99,7 @@ pub(crate) fn resize(runner: &Runner, slot: u32, asked: &ImageResize) -> Outcome
         _ => NewSize::To(asked.size_bytes),
     };
     let old_size_bytes = used.disk.geometry().size_bytes;
-    let minimum =
-        used.disk.look_at_image(Image::minimum_safe_bytes).map_err(|error| used.refused(&error))?;
+    let minimum = used.disk.look_at_image(Image::minimum_safe_bytes).map_err(|error| used.refused(&error))?;
     let size_bytes = match size {
         NewSize::ToMinimumSafe => minimum.min(old_size_bytes),
         _ => asked.size_bytes,

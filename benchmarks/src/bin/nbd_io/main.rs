@@ -73,7 +73,12 @@ fn main() -> Result<(), Failure> {
     let (dir, rounds) = (folder.path(), arguments.rounds);
     let file = dir.join("disk.raw");
     client::fill(&file, FILE_BYTES)?;
-    print_table("As a server, under fio's client (IOPS)", "qemu-nbd", "csvctl", &servers(dir, &file, rounds)?);
+    print_table(
+        "As a server, under fio's client (IOPS)",
+        "qemu-nbd",
+        "csvctl",
+        &servers(dir, &file, rounds)?,
+    );
     print_table("As a client, of qemu-nbd (IOPS)", "fio", "blockio", &clients(dir, &file, rounds)?);
     println!("reproduce: cargo xtask bench nbd_io");
     Ok(())
