@@ -305,7 +305,8 @@ fn many_requests_lose_nothing_while_the_way_changes_again_and_again() {
             std::thread::spawn(move || {
                 for round in 0..500_u64 {
                     let buf = IoBuf::from(AlignedBuf::copy_of(&round.to_le_bytes().repeat(64)));
-                    device.run(IoOp::Write { offset: writer * 512, buf, fua: false }).expect("write");
+                    // Each way has a cache of its own here, unlike those of a LUN: forced writes go past it.
+                    device.run(IoOp::Write { offset: writer * 512, buf, fua: true }).expect("write");
                 }
             })
         })
