@@ -125,7 +125,7 @@ impl ProcessGroup {
         for pid in all_pids()? {
             // The handle first: after it the number cannot come to mean another process unnoticed.
             let Some(process) = Process::find(pid).map_err(self.failed("look into"))? else { continue };
-            if process.group() != Some(self.group) || process.has_ended().map_err(self.failed("look into"))? {
+            if process.group() != Some(self.id()) || process.has_ended().map_err(self.failed("look into"))? {
                 continue;
             }
             if self.number_was_reused(&process) {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, getpgid, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::Millis;
 use crate::clock::boottime_ms;
@@ -66,12 +66,17 @@ impl Process {
         self.wait_end(Millis(0))
     }
 
-    /// Its process group, `None` when it has been reaped.
+    /// Its process group, `None` when it has been reaped. 0 is a group of another pid namespace, or of the kernel.
     ///
-    /// Asked by a system call, not read from `/proc/PID/stat`: that waits for a process which is just executing a program, and
-    /// such a one may itself wait for the node that is to be fenced, because it closes a file on that node's mount.
-    pub(super) fn group(&self) -> Option<Pid> {
-        getpgid(Some(self.pid)).ok()
+    /// Read from `/proc/PID/status`, not from `stat`: that one waits for a process which is just executing a program, and such
+    /// a one may itself wait for the node that is to be fenced, because it closes a file on that node's mount.
+    pub(super) fn group(&self) -> Option<i32> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid.as_raw_nonzero())).ok()?;
+        match status.lines().find_map(|line| line.strip_prefix("NSpgid:")) {
+            Some(groups) => groups.split_ascii_whitespace().next()?.parse().ok(),
+            // A kernel without pid namespaces.
+            None => stat_field(self.pid, 2),
+        }
     }
 
     /// When it was started, in clock ticks since the machine was.

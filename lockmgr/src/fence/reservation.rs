@@ -498,7 +498,8 @@ mod tests {
         fence_of(&first, 1, 5).fence(NodeId(2), Epoch(0)).expect("the trial");
         assert!(refused(second.write_at(0, &[9; 512])));
         third.write_at(0, &[3; 512]).expect("the others stay");
-        hand(&second).register(key(2, 3).for_trial().raw()).expect("registered");
+        // The LUN tells the node first that it was cut off.
+        despite_attentions(|| hand(&second).register(key(2, 3).for_trial().raw())).expect("registered");
         fence_of(&first, 1, 5).fence(NodeId(2), Epoch(3)).expect("a real fence in between");
         assert!(refused(second.write_at(0, &[9; 512])));
     }
