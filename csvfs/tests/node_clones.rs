@@ -296,7 +296,11 @@ fn a_clone_on_a_full_volume_is_written_as_far_as_there_is_space() {
     // Deleting works, and gives room again.
     drop(file);
     node.unlink(ROOT_INO, b"a").expect("an unlink on a full volume");
-    write(&clone, written, &vec![3; 1 << 20]).expect("room again, or no copy needed");
+    // The room comes back when the node has given up what it held of the file, which it does by itself.
+    while let Err(error) = write(&clone, written, &vec![3; 1 << 20]) {
+        assert_eq!(error.errno(), libc::ENOSPC);
+        std::thread::yield_now();
+    }
     drop(clone);
     assert_eq!(world.problems(&node), Vec::<String>::new());
 }

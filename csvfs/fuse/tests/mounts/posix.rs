@@ -308,7 +308,8 @@ fn a_copy_through_the_mount_and_the_free_space_are_right() {
     fs::copy(root.join("from"), root.join("to")).expect("copy");
     assert_eq!(fs::read(root.join("to")).expect("read"), pattern(9, 5 * MIB));
     let used = (before.f_bavail - free().f_bavail) * before.f_frsize;
-    assert!(used >= 10 << 20, "{used} bytes used");
+    // The copy shares the blocks of its source until one of them is written.
+    assert!((5 << 20..10 << 20).contains(&used), "{used} bytes used");
     let mut file = File::open(root.join("to")).expect("open");
     file.seek(SeekFrom::End(-3)).expect("seek");
     let mut tail = Vec::new();

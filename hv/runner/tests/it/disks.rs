@@ -22,7 +22,8 @@ fn a_disk_comes_grows_and_goes_while_the_guest_runs() {
     assert!(hv.add_disk(1, "source.vhdx").unwrap_err().message.contains("slot 1"));
     assert!(hv.add_disk(2, "missing.vhdx").unwrap_err().message.contains("does not exist"));
     hv.resize_disk(1, 96 << 20).unwrap();
-    hv.wait_console("changed index=1 from=131072 sectors=196608");
+    // The guest reads the disk whenever it changes; it is taken away only after that.
+    hv.wait_console("changed index=1 from=131072 sectors=196608 first=");
     hv.limit_disk(1, 500, 1 << 20).unwrap();
     let disk = hv.status().disks.remove(0);
     assert_eq!((disk.slot, disk.size_bytes, disk.iops_limit), (1, 96 << 20, 500));
