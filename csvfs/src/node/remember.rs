@@ -292,6 +292,12 @@ impl Core {
             state.grant.outdate(stamp);
         } else if stamp >= state.since {
             state.merge_attr(attr, asked_at, stamp);
+            // Nobody can ask for a file without a name again: what is held of it keeps its blocks from being freed.
+            let nameless = attr.nlink == 0 && state.is_unused();
+            drop(state);
+            if nameless {
+                inode.kick();
+            }
         }
     }
 

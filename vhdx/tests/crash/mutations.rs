@@ -41,9 +41,7 @@ seen!(zeros_that_are_not_durable_are_seen, UnflushedZeros, scenarios::recycled_s
 seen!(a_replay_announced_early_is_seen, UnflushedReplay, scenarios::three_sessions);
 seen!(a_close_announced_early_is_seen, UnflushedClose, scenarios::three_sessions);
 seen!(sectors_of_a_child_that_count_early_are_seen, SkipBarrier, chains::child_sessions);
-seen!(two_headers_at_once_are_seen, HeadersTogether, scenarios::three_sessions);
 seen!(a_name_before_its_entry_is_seen, NameBeforeEntry, scenarios::resized_disk);
-seen!(a_change_announced_early_is_seen, UnflushedChange, scenarios::resized_disk);
 seen!(a_table_named_by_one_region_table_is_seen, OneRegionTable, chains::moved_table);
 seen!(a_block_that_counts_early_at_its_new_place_is_seen, UnflushedMove, scenarios::compacted_disk);
 seen!(a_merge_that_the_child_does_not_know_of_is_seen, UnannouncedMerge, chains::merged_child);
