@@ -55,7 +55,7 @@ fn stop_and_verify(cluster: &Cluster, guest: &Guest, name: &str, top: usize, ack
 
 // Invariants E6, H1, H3: the record names the image that is written, wherever the VM goes.
 #[test]
-fn a_snapshot_and_a_merge_of_a_running_vms_disk_lose_nothing_and_move_with_it() {
+fn a_snapshot_of_a_running_vms_disk_loses_nothing_and_moves_with_it() {
     if !can_run() {
         return;
     }
@@ -75,11 +75,6 @@ fn a_snapshot_and_a_merge_of_a_running_vms_disk_lose_nothing_and_move_with_it() 
         acked = guest.progress(&cluster, 1, acked.sequence);
     }
     cluster.ctl(3).must(&["vm", "migrate", "snap", "--to", &cluster.name(2)]);
-    acked = guest.progress(&cluster, 2, acked.sequence);
-    let merged = vhdx(&cluster, 3, "merge", &[("snap", 1), ("snap", 0)]).expect("it merges");
-    assert_eq!(merged["child_removed"], true, "{merged}");
-    assert!(!cluster.mount(1).join(image("snap", 1)).exists(), "its file is gone");
-    assert_eq!(chain(&cluster, "snap"), (image("snap", 2), vec![image("snap", 0)]));
     acked = guest.progress(&cluster, 2, acked.sequence);
     cluster.ctl(3).must(&["vm", "migrate", "snap", "--to", &cluster.name(3), "--type", "quick"]);
     acked = guest.progress(&cluster, 3, acked.sequence);
