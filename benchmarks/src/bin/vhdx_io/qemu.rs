@@ -1,5 +1,6 @@
 //! qemu's side: qemu-nbd under our own load, and qemu-img, both past the page cache.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -49,7 +50,8 @@ fn serve(path: &Path, socket: &Path) -> Result<Server, Failure> {
         .args(["-f", "vhdx", "--cache=none", "--persistent", "--shared=16", "-k", text(socket), text(path)])
         .stdin(Stdio::null())
         .spawn()?;
-    while !socket.exists() {
+    // The socket is there before it is listened on.
+    while UnixStream::connect(socket).is_err() {
         if let Some(status) = child.try_wait()? {
             return Err(format!("qemu-nbd ended with {status}").into());
         }
