@@ -150,7 +150,8 @@ impl Road {
             stream.into(),
             &export,
             &format!("{} through csvd", self.spec.name),
-            NbdOptions::default(),
+            // The daemon hands everything on to the LUN, by its own way or a peer's.
+            NbdOptions { writes_outlive_server: true, ..NbdOptions::default() },
         )
     }
 }

@@ -236,7 +236,8 @@ pub(crate) fn chunk(kind: ChunkKind, done: bool, cookie: u64, length: u32) -> [u
     bytes
 }
 
-/// Error numbers of the protocol for those of this system, and back: they have the values of Linux.
+/// Error numbers of the protocol for those of this system, and back: they have the values of Linux. A server whose own
+/// way to its device is lost says so, as far as the protocol has words for it: an I/O error would be taken for the device's.
 pub(crate) fn error_to_wire(errno: i32) -> u32 {
     let known = [
         libc::EPERM,
@@ -251,6 +252,13 @@ pub(crate) fn error_to_wire(errno: i32) -> u32 {
     let told = match errno {
         libc::EROFS | libc::EACCES => libc::EPERM,
         libc::EDQUOT | libc::EFBIG => libc::ENOSPC,
+        libc::ENODEV
+        | libc::ENXIO
+        | libc::ENOLINK
+        | libc::ENOTCONN
+        | libc::ETIMEDOUT
+        | libc::EHOSTDOWN
+        | libc::EHOSTUNREACH => libc::ESHUTDOWN,
         errno if known.contains(&errno) => errno,
         _ => libc::EIO,
     };

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use blockio::{
-    BlockDevice, FaultDevice, IoBuf, IoError, IoOp, IoRequest, MemoryDevice, NbdDevice, NbdExport,
-    NbdOptions, NbdServer, OpKind,
+    BlockDevice, CutDevice, FaultDevice, IoBuf, IoError, IoOp, IoRequest, MemoryDevice, NbdDevice, NbdExport,
+    NbdOptions, NbdServer, OpKind, Switch,
 };
 
 use crate::support::Served;
@@ -52,6 +52,33 @@ fn a_loss_with_unflushed_writes_is_treated_as_a_failed_flush() {
     until_back(&client);
     assert!(matches!(client.flush(), Err(IoError::Poisoned { .. })));
     assert!(matches!(client.write_at(0, &[7; 512]), Err(IoError::Poisoned { .. })));
+}
+
+/// The server's own way to the device is cut and mended: its clients may have more than one way, and take no harm.
+#[test]
+fn a_server_whose_way_is_lost_says_so_and_its_flushes_work_again_afterwards() {
+    let cut = Switch::default();
+    let served = Served::of(Arc::new(CutDevice::new(MemoryDevice::new(SIZE), cut.clone())));
+    let options = NbdOptions { writes_outlive_server: true, ..NbdOptions::default() };
+    let client = NbdDevice::open(&served.address(), options).expect("the client connects");
+    client.write_at(0, &[7; 512]).expect("write");
+    cut.set(true);
+    let lost = client.flush().expect_err("the way is cut");
+    assert!(matches!(lost, IoError::Os { errno: libc::ESHUTDOWN, .. }), "no I/O error of the device: {lost}");
+    cut.set(false);
+    client.flush().expect("what was written is still there");
+}
+
+#[test]
+fn a_peer_that_goes_away_with_unflushed_writes_has_lost_nothing() {
+    let device = Arc::new(MemoryDevice::new(SIZE));
+    let mut served = Served::of(device.clone());
+    let options = NbdOptions { writes_outlive_server: true, ..NbdOptions::default() };
+    let client = NbdDevice::open(&served.address(), options).expect("the client connects");
+    client.write_at(0, &[7; 512]).expect("write");
+    restart(&mut served, device);
+    until_back(&client);
+    client.flush().expect("the device behind the server has it");
 }
 
 #[test]

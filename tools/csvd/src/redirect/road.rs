@@ -169,7 +169,9 @@ impl Road {
         })?;
         let export = format!("{}/{}", self.volume, self.epoch);
         let what = format!("{} through {}", self.name, peer.name);
-        let nbd = NbdDevice::over(near.into(), &export, &what, NbdOptions::default());
+        // A peer hands everything on to the LUN.
+        let options = NbdOptions { writes_outlive_server: true, ..NbdOptions::default() };
+        let nbd = NbdDevice::over(near.into(), &export, &what, options);
         let nbd = Arc::new(nbd.map_err(|error| error.to_string())?);
         let device = self.gate(nbd.clone()).map_err(|error| error.to_string())?;
         Ok(Box::new(Through {

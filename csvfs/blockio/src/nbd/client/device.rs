@@ -9,7 +9,7 @@
 //! [`IoError::Lost`]: nothing waits here, because whoever owns the device knows better whether to wait, to take another
 //! way, or to give up. The keepers connect again by themselves. If writes had completed that no flush had covered, the
 //! server may have lost them with its cache: then every later write and flush fails as [`IoError::Poisoned`], as after a
-//! failed flush (invariant D6), until the device is opened anew.
+//! failed flush (invariant D6), until the device is opened anew. Not so with [`NbdOptions::writes_outlive_server`].
 
 use std::fmt;
 use std::os::fd::OwnedFd;
@@ -43,11 +43,14 @@ pub struct NbdOptions {
     /// Connections, if the server says that a flush on one covers the others. More than one pays off only against servers
     /// that use a processor per connection.
     pub connections: usize,
+    /// The server keeps nothing of its own that could be lost: what it has acknowledged is on the device behind it, and a
+    /// flush over any other way to that device makes it stable. Its end is then no failed flush.
+    pub writes_outlive_server: bool,
 }
 
 impl Default for NbdOptions {
     fn default() -> Self {
-        Self { writable: true, connections: 1 }
+        Self { writable: true, connections: 1, writes_outlive_server: false }
     }
 }
 
@@ -63,6 +66,7 @@ pub(super) struct Core {
     what: String,
     pub(super) export: Export,
     pub(super) writable: bool,
+    writes_outlive_server: bool,
     /// Lock rank: a leaf.
     lines: Mutex<Lines>,
     ended: Condvar,
@@ -144,6 +148,7 @@ impl NbdDevice {
             what: what.to_owned(),
             export,
             writable: options.writable && !export.is_read_only(),
+            writes_outlive_server: options.writes_outlive_server,
             lines: Mutex::new(Lines { up, closed: false }),
             ended: Condvar::new(),
             next: AtomicUsize::new(0),
@@ -237,14 +242,26 @@ impl Core {
         self.outcomes.push((done, outcome));
     }
 
+    /// A flush has failed: nothing may be acknowledged any more, unless it has not reached the device at all.
+    pub(super) fn note_failed_flush(&self, error: &IoError) {
+        if !(self.writes_outlive_server && is_of_the_way(error)) {
+            self.ledger.poison.set(error);
+        }
+    }
+
     fn note_loss(&self) {
-        if self.ledger.has_unflushed() {
+        if !self.writes_outlive_server && self.ledger.has_unflushed() {
             self.ledger.poison.set(&IoError::Lost {
                 what: self.what.clone(),
                 why: "the connection ended with writes that no flush had covered".to_owned(),
             });
         }
     }
+}
+
+/// The server, or its way to the device, is gone.
+fn is_of_the_way(error: &IoError) -> bool {
+    matches!(error, IoError::Lost { .. } | IoError::Os { errno: libc::ESHUTDOWN, .. })
 }
 
 /// Keeps one connection up.

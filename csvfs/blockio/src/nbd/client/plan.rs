@@ -211,7 +211,7 @@ fn flush(core: &Arc<Core>, done: Completion) {
                 return done(ledger.ledger.poison.check());
             }
             Ok(()) => ledger.ledger.flushed(covered),
-            Err(error) => ledger.ledger.poison.set(error),
+            Err(error) => ledger.note_failed_flush(error),
         }
         done(outcome);
     });
