@@ -60,12 +60,14 @@ fn a_vm_on_a_full_volume_is_halted_and_goes_on_when_there_is_space() {
     let cluster = Cluster::start("1G");
     images(&cluster, "512M");
     let ctl = cluster.ctl(2);
-    // So many records that the guest always comes to blocks that it has not written yet.
+    // Less room than the guest's disk may take, so that it runs out whatever the speed of either.
+    let (filler, room) = (cluster.mount(2).join("filler"), cluster.mount(2).join("room"));
+    fs::write(&room, vec![1_u8; 128 << 20]).expect("the volume has that much");
+    fill(&filler);
+    fs::remove_file(&room).expect("removed");
     let layout = Layout { range: 100_000, sectors: 8, seed: 7 };
     let guest = Guest::start_greedy(&cluster, "thirsty", ("system.vhdx", "scratch.vhdx"), layout);
     let before = guest.progress(&cluster, 1, 0);
-    let filler = cluster.mount(2).join("filler");
-    fill(&filler);
     is_halted(&ctl, "thirsty", "full");
     let refused = ctl.run(&["vm", "migrate", "thirsty", "--to", &cluster.name(2)]).expect_err("halted");
     assert_eq!(refused.code, 4, "a halted VM is not moved: {refused}");
