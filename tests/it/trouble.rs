@@ -62,7 +62,7 @@ fn a_vm_on_a_full_volume_is_halted_and_goes_on_when_there_is_space() {
     let ctl = cluster.ctl(2);
     // Less room than the guest's disk may take, so that it runs out whatever the speed of either.
     let (filler, room) = (cluster.mount(2).join("filler"), cluster.mount(2).join("room"));
-    fs::write(&room, vec![1_u8; 128 << 20]).expect("the volume has that much");
+    fs::write(&room, vec![1_u8; 16 << 20]).expect("the volume has that much");
     fill(&filler);
     fs::remove_file(&room).expect("removed");
     let layout = Layout { range: 100_000, sectors: 8, seed: 7 };
