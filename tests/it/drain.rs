@@ -3,28 +3,12 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-use cluster_tests::{Cluster, Ctl, Guest, Host, binary};
+use cluster_tests::{Cluster, Ctl, Guest, Host, binary, until};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{device_present, text};
-
-/// A loaded machine may take long; a bound, not a pause.
-const LIMIT: Duration = Duration::from_secs(120);
-
-/// Asks until the answer is as wanted.
-fn until(what: &str, mut ask: impl FnMut() -> Value, wanted: impl Fn(&Value) -> bool) -> Value {
-    let started = Instant::now();
-    loop {
-        let found = ask();
-        if wanted(&found) {
-            return found;
-        }
-        assert!(started.elapsed() < LIMIT, "{what} did not happen within {LIMIT:?}: {found}");
-    }
-}
 
 fn node(ctl: &Ctl, name: &str) -> Value {
     let nodes = ctl.must(&["node", "list"]);

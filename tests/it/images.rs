@@ -2,12 +2,11 @@
 
 use std::thread;
 
-use cluster_tests::{Cluster, Ctl, CtlError, Guest};
+use cluster_tests::{Cluster, Ctl, CtlError, Guest, PATIENCE, until};
 use hv_guest::Ack;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::nodes::until;
 use crate::{device_present, text};
 
 /// Whether everything is here that these scenarios need.
@@ -139,13 +138,12 @@ fn the_disk_of_a_running_vm_grows_under_its_guest() {
     let vm = ["vm", "create", "grows", "--memory", "16M", "--kernel", "builtin:listener", "--disk"];
     ctl.must(&[&vm[..], &[text(&disk)]].concat());
     cluster.ctl(1).must(&["vm", "start", "grows"]);
-    let limit = std::time::Duration::from_secs(60);
-    cluster.console(1, "grows", limit, |said| said.contains("listener disks=8 ready"));
+    cluster.console(1, "grows", PATIENCE, |said| said.contains("listener disks=8 ready"));
     let would = ctl.must(&["vhdx", "resize", text(&disk), "--size", "64M", "--dry-run"]);
     assert_eq!((&would["dry_run"], &would["old_size_bytes"]), (&true.into(), &(32 << 20).into()), "{would}");
     let grown = ctl.must(&["vhdx", "resize", text(&disk), "--size", "64M"]);
     assert_eq!(grown["size_bytes"], 64 << 20, "{grown}");
-    cluster.console(1, "grows", limit, |said| said.contains("changed index=0 from=65536 sectors=131072"));
+    cluster.console(1, "grows", PATIENCE, |said| said.contains("changed index=0 from=65536 sectors=131072"));
     let refused = ctl.run(&["vhdx", "resize", text(&disk), "--size", "32M", "--expand-only"]).unwrap_err();
     assert!(refused.code == 4 && refused.message().contains("shrink"), "{refused}");
     ctl.must(&["vm", "stop", "--force", "grows"]);

@@ -2,7 +2,7 @@
 
 use std::thread;
 
-use cluster_tests::{Cluster, Ctl, Guest};
+use cluster_tests::{Cluster, Ctl, Guest, PATIENCE};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -75,8 +75,7 @@ fn passes(cluster: &Cluster, node: usize, vm: &str, floor: u64) -> u64 {
         let lines = console.lines().filter_map(|line| line.strip_prefix("pass ")?.split_whitespace().next());
         lines.filter_map(|number| number.parse().ok()).next_back().unwrap_or(0)
     };
-    let limit = std::time::Duration::from_secs(120);
-    let console = cluster.console(node, vm, limit, |console| {
+    let console = cluster.console(node, vm, PATIENCE, |console| {
         assert!(!console.contains("FAIL"), "memory was lost: {console}");
         last(console) > floor
     });
@@ -273,7 +272,7 @@ fn settled(cluster: &Cluster, vm: &str) -> Value {
         if matches!(shown["state"].as_str(), Some("running" | "failed" | "stopped")) {
             return shown;
         }
-        assert!(started.elapsed() < std::time::Duration::from_secs(60), "it does not come to rest: {shown}");
+        assert!(started.elapsed() < PATIENCE, "it does not come to rest: {shown}");
     }
 }
 

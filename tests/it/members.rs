@@ -1,16 +1,13 @@
 //! Nodes that found a cluster, join it, and leave it, set up one by one as on hosts of their own.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use cluster_tests::{Ctl, Host};
+use cluster_tests::{Ctl, Host, PATIENCE};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{device_present, text};
-
-/// A loaded machine may take long to elect a leader or to find a death.
-const LIMIT: Duration = Duration::from_secs(90);
 
 /// Asks until the node is as wanted in the eyes of `host`.
 pub(crate) fn await_node(host: &Host, name: &str, wanted: impl Fn(&Value) -> bool) {
@@ -21,7 +18,7 @@ pub(crate) fn await_node(host: &Host, name: &str, wanted: impl Fn(&Value) -> boo
         if node.is_some_and(&wanted) {
             return;
         }
-        assert!(started.elapsed() < LIMIT, "{name} did not get there within {LIMIT:?}: {nodes}");
+        assert!(started.elapsed() < PATIENCE, "{name} did not get there within {PATIENCE:?}: {nodes}");
     }
 }
 

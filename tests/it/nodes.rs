@@ -1,28 +1,12 @@
 //! Nodes that freeze, are cut off, or take a VM with them.
 
 use std::fs;
-use std::time::{Duration, Instant};
 
-use cluster_tests::{Cluster, Ctl, Guest, run_tool};
+use cluster_tests::{Cluster, Ctl, Guest, run_tool, until};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{device_present, text};
-
-/// Verdicts take a few seconds; a loaded machine may take longer.
-const LIMIT: Duration = Duration::from_secs(60);
-
-/// Asks until the answer is as wanted.
-pub(crate) fn until(what: &str, mut ask: impl FnMut() -> Value, wanted: impl Fn(&Value) -> bool) -> Value {
-    let started = Instant::now();
-    loop {
-        let found = ask();
-        if wanted(&found) {
-            return found;
-        }
-        assert!(started.elapsed() < LIMIT, "{what} did not happen within {LIMIT:?}: {found}");
-    }
-}
 
 fn node_state(cluster: &Cluster, asked: usize, node: usize) -> String {
     let nodes = cluster.ctl(asked).must(&["node", "list"]);

@@ -5,28 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
-use cluster_tests::{Cluster, Ctl, Host, run_tool};
+use cluster_tests::{Cluster, Ctl, Host, run_tool, until};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::members::{three, voters, with_volume};
 use crate::{device_present, text};
-
-/// A loaded machine may take long; a bound, not a pause.
-const LIMIT: Duration = Duration::from_secs(120);
-
-fn until(what: &str, mut ask: impl FnMut() -> Value, wanted: impl Fn(&Value) -> bool) -> Value {
-    let started = Instant::now();
-    loop {
-        let found = ask();
-        if wanted(&found) {
-            return found;
-        }
-        assert!(started.elapsed() < LIMIT, "{what} did not happen within {LIMIT:?}: {found}");
-    }
-}
 
 /// A program that makes, renames and removes files, each of which asks the coordinator.
 struct Load {

@@ -2,28 +2,13 @@
 //! changed while a part of it was cut off.
 
 use std::fs;
-use std::time::{Duration, Instant};
 
-use cluster_tests::{Ctl, Host};
+use cluster_tests::{Ctl, Host, until};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::members::{three, voters, with_volume};
 use crate::{device_present, text};
-
-/// A loaded machine may take long; a bound, not a pause.
-const LIMIT: Duration = Duration::from_secs(120);
-
-fn until(what: &str, mut ask: impl FnMut() -> Value, wanted: impl Fn(&Value) -> bool) -> Value {
-    let started = Instant::now();
-    loop {
-        let found = ask();
-        if wanted(&found) {
-            return found;
-        }
-        assert!(started.elapsed() < LIMIT, "{what} did not happen within {LIMIT:?}: {found}");
-    }
-}
 
 fn vm(host: &Host, name: &str) -> Value {
     host.ctl().run(&["vm", "show", name]).unwrap_or_else(|error| error.to_string().into())

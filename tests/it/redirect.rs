@@ -6,16 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use cluster_tests::{Cluster, Ctl, Guest};
+use cluster_tests::{Cluster, Ctl, Guest, PATIENCE};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{device_present, text};
 
-/// Longest wait for a change of the way; a bound, not a pause.
-const WITHIN: Duration = Duration::from_secs(30);
 const BLOCK: usize = 64 << 10;
 const BLOCKS: u64 = 16;
 
@@ -62,7 +60,7 @@ impl Load {
         let (from, started) = (self.rounds.load(Ordering::Acquire), Instant::now());
         while self.rounds.load(Ordering::Acquire) < from + rounds {
             assert!(!self.thread.is_finished(), "the load has met an error");
-            assert!(started.elapsed() < WITHIN, "the load does not get on");
+            assert!(started.elapsed() < PATIENCE, "the load does not get on");
             std::thread::yield_now();
         }
     }
@@ -95,7 +93,7 @@ fn until_state(cluster: &Cluster, node: usize, wanted: &str) -> Value {
         if row["state"] == wanted {
             return row;
         }
-        assert!(started.elapsed() < WITHIN, "not {wanted}: {row}");
+        assert!(started.elapsed() < PATIENCE, "not {wanted}: {row}");
     }
 }
 

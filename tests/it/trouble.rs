@@ -3,27 +3,16 @@
 use std::fs;
 use std::io::Write;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
-use cluster_tests::{Cluster, Ctl, Guest};
+use cluster_tests::{Cluster, Ctl, Guest, until};
 use hv_guest::Layout;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{device_present, text};
 
-/// A loaded machine may take long; a bound, not a pause.
-const LIMIT: Duration = Duration::from_secs(120);
-
 fn until_vm(ctl: &Ctl, name: &str, wanted: impl Fn(&Value) -> bool) -> Value {
-    let started = Instant::now();
-    loop {
-        let vm = ctl.must(&["vm", "show", name]);
-        if wanted(&vm) {
-            return vm;
-        }
-        assert!(started.elapsed() < LIMIT, "{name} did not get there within {LIMIT:?}: {vm}");
-    }
+    until(name, || ctl.must(&["vm", "show", name]), wanted)
 }
 
 fn is_halted(ctl: &Ctl, name: &str, why: &str) -> Value {

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use cluster_tests::{Cluster, Ctl, Guest};
+use cluster_tests::{Cluster, Ctl, Guest, PATIENCE};
 use tempfile::TempDir;
 
 use crate::{device_present, text};
@@ -119,20 +119,20 @@ fn a_disk_is_added_and_removed_while_the_vm_runs_and_belongs_to_it_meanwhile() {
         ctl.must(&["vm", "create", name, "--memory", "16M", "--cpus", "2", "--kernel", "builtin:listener"]);
     }
     ctl.must(&["vm", "start", "one"]);
-    let limit = std::time::Duration::from_secs(60);
-    cluster.console(1, "one", limit, |said| said.contains("listener disks=8 ready"));
+    cluster.console(1, "one", PATIENCE, |said| said.contains("listener disks=8 ready"));
     let added = ctl.must(&["vm", "disk", "add", "one", extra]);
     assert_eq!(added["spec"]["disks"][0]["slot"], 0, "{added}");
-    cluster.console(1, "one", limit, |said| said.contains("changed index=0 from=0 sectors=65536 first="));
+    cluster.console(1, "one", PATIENCE, |said| said.contains("changed index=0 from=0 sectors=65536 first="));
     let refused = ctl.run(&["vm", "disk", "add", "two", extra]).unwrap_err();
     assert!(refused.code == 4 && refused.message().contains("used by VM one"), "{refused}");
     ctl.must(&["vm", "disk", "resize", "one", extra, "--size", "64M"]);
-    cluster
-        .console(1, "one", limit, |said| said.contains("changed index=0 from=65536 sectors=131072 first="));
+    cluster.console(1, "one", PATIENCE, |said| {
+        said.contains("changed index=0 from=65536 sectors=131072 first=")
+    });
     ctl.must(&["vm", "disk", "limit", "one", extra, "--iops", "100"]);
     assert_eq!(ctl.must(&["vm", "show", "one"])["disks"][0]["iops_limit"], 100);
     ctl.must(&["vm", "disk", "remove", "one", extra]);
-    cluster.console(1, "one", limit, |said| said.contains("changed index=0 from=131072 sectors=0"));
+    cluster.console(1, "one", PATIENCE, |said| said.contains("changed index=0 from=131072 sectors=0"));
     ctl.must(&["vm", "disk", "add", "two", extra]);
     ctl.must(&["vm", "stop", "one"]);
 }

@@ -3,14 +3,10 @@
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
-use std::time::Duration;
 
 use hv_guest::{Ack, Layout, Report, last_ack, verify_image};
 
-use crate::{Cluster, Ctl, run_tool};
-
-/// Guest output is awaited at most this long; the machine may be slow, the guest is not.
-const CONSOLE_LIMIT: Duration = Duration::from_secs(90);
+use crate::{Cluster, Ctl, PATIENCE, run_tool};
 
 /// A VM that runs the sector writer.
 #[derive(Clone, Debug)]
@@ -83,7 +79,7 @@ impl Guest {
     /// When it does not within the limit, or found an error itself.
     #[must_use]
     pub fn progress(&self, cluster: &Cluster, node: usize, floor: u64) -> Ack {
-        let console = cluster.console(node, &self.name, CONSOLE_LIMIT, |console| {
+        let console = cluster.console(node, &self.name, PATIENCE, |console| {
             assert!(!console.contains("FAIL"), "the guest found an error: {console}");
             last_ack(console.as_bytes()).is_some_and(|ack| ack.sequence > floor)
         });

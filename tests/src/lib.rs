@@ -11,6 +11,7 @@ mod guest;
 mod hosts;
 mod image;
 mod moves;
+mod wait;
 
 pub use bins::binary;
 pub use cluster::Cluster;
@@ -19,3 +20,4 @@ pub use guest::Guest;
 pub use hosts::Host;
 pub use image::{ExtImage, run_tool, sha256_of};
 pub use moves::{MovesUnderLoad, move_under_load};
+pub use wait::{PATIENCE, until};

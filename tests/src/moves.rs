@@ -2,19 +2,17 @@
 //! and check all the time what they come back to.
 
 use std::thread;
-use std::time::Duration;
 
 use hv_guest::Ack;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{Cluster, Ctl, Guest};
+use crate::{Cluster, Ctl, Guest, PATIENCE};
 
 const WRITER: &str = "writer";
 const DIRTIER: &str = "dirtier";
 /// One move of so many is a quick one.
 const QUICK_EVERY: usize = 10;
-const LIMIT: Duration = Duration::from_secs(120);
 
 /// What came of it.
 #[derive(Clone, Debug, Default)]
@@ -93,9 +91,9 @@ fn one(cluster: &Cluster, vm: &str, to: usize, kind: &str) -> Value {
 fn both_work(cluster: &Cluster, writer: &Guest, at: usize, acked: Ack) -> Ack {
     let acked = writer.progress(cluster, at, acked.sequence);
     let said = |console: &str| console.lines().filter(|line| line.starts_with("dirtied")).count();
-    let console = cluster.console(at, DIRTIER, LIMIT, |console| !console.is_empty());
+    let console = cluster.console(at, DIRTIER, PATIENCE, |console| !console.is_empty());
     let before = said(&console);
-    cluster.console(at, DIRTIER, LIMIT, |console| {
+    cluster.console(at, DIRTIER, PATIENCE, |console| {
         assert!(!console.contains("FAIL"), "memory was lost: {console}");
         said(console) > before
     });
