@@ -2,6 +2,8 @@
 //!
 //! A member's administrator may come over the network too: with the node's certificate, by mutual TLS, to the same socket.
 //!
+//! An answer rests on the present: whatever was acknowledged on any node before the question is known to whoever answers.
+//!
 //! Whoever may connect (root and the socket's group, 0660) may do everything; the kernel keeps others out.
 
 mod cluster;
@@ -22,18 +24,26 @@ mod volume_check;
 use std::os::unix::fs::MetadataExt;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::{Error, pb};
 use futures::{Stream, StreamExt};
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::codegen::http;
 use tonic::{Request, Response, Status};
+use tower::BoxError;
+use tower::filter::AsyncFilterLayer;
 use wire::ByteStream;
 
 use crate::core::Core;
 use crate::node_socket::listen;
 use crate::{drain, membership, settings};
+
+/// Longest wait for the present. Without a quorum there is none, and what is known here is what can be answered.
+const PRESENT_WITHIN: Duration = Duration::from_millis(500);
 
 /// The socket, while it is served.
 #[derive(Debug)]
@@ -58,8 +68,17 @@ pub(crate) fn serve(core: &Arc<Core>) -> Result<Served, Error> {
     let closing = CancellationToken::new();
     let service = pb::admin_server::AdminServer::new(Admin { core: Arc::clone(core) });
     let closed = closing.clone();
+    let known = Arc::clone(core);
+    let present = AsyncFilterLayer::new(move |request: http::Request<Body>| {
+        let core = Arc::clone(&known);
+        async move {
+            await_present(&core).await;
+            Ok::<_, BoxError>(request)
+        }
+    });
     let task = core.runtime.spawn(async move {
         let serving = tonic::transport::Server::builder()
+            .layer(present)
             .add_service(service)
             .serve_with_incoming(UnixListenerStream::new(listener));
         // Dropping the server closes its connections: a stream that follows something never ends by itself.
@@ -68,6 +87,15 @@ pub(crate) fn serve(core: &Arc<Core>) -> Result<Served, Error> {
         }
     });
     Ok(Served { closing, task })
+}
+
+/// Returns when this node knows what was acknowledged anywhere before, if that can be known.
+async fn await_present(core: &Core) {
+    if core.cluster.status().leader.is_some()
+        && let Err(_) | Ok(Err(_)) = tokio::time::timeout(PRESENT_WITHIN, core.cluster.read()).await
+    {
+        tracing::debug!("no quorum answers: the admin interface goes on with what is known here");
+    }
 }
 
 /// Lets a program on another node talk to the socket, whose certificate the handshake has proved.
