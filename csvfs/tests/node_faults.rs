@@ -214,6 +214,77 @@ fn concurrent_fsyncs_share_flushes() {
     assert_eq!(node.stats().flushes, 2);
 }
 
+#[test]
+fn a_bad_sector_costs_only_its_own_range_of_the_file() {
+    let (device, _) = faulty();
+    let world = World::on(device.clone());
+    let node = world.node(1);
+    let file = create(&node, "f");
+    let bytes = Dice(5).bytes(200_000);
+    write(&file, 0, &bytes).expect("a write");
+    fsync(&file).expect("an fsync");
+    let (tell, told) = std::sync::mpsc::channel();
+    node.on_bad_range(move |bad| drop(tell.send(bad)));
+    // One sector in block 20 of the file.
+    let extent = file.map().expect("a map")[0];
+    let bad = extent.lun_offset + 20 * 4096 + 512;
+    device.break_range(bad..bad + 512);
+
+    // A long read gives what lies before, the next one begins at the bad block and fails, the rest is there.
+    let mut at = 0;
+    while at < 20 * 4096 {
+        let got = read(&file, at as u64, 200_000).expect("what lies before the bad block");
+        assert_eq!(got, bytes[at..at + got.len()]);
+        assert!(!got.is_empty(), "it goes on");
+        at += got.len();
+    }
+    assert_eq!(at, 20 * 4096, "nothing of the bad block is given");
+    let error = read(&file, at as u64, 200_000).expect_err("the bad block");
+    assert_eq!(error.errno(), libc::EIO);
+    assert_eq!(read(&file, 21 * 4096, 200_000).expect("what lies behind"), bytes[21 * 4096..]);
+    let named = told.recv().expect("it is told");
+    assert_eq!((named.ino, named.offset, named.write), (file.ino(), 20 * 4096, false), "{named:?}");
+    assert!(named.length <= 4096, "{named:?}");
+    assert_eq!(node.bad_ranges(), [named]);
+
+    // Other places can be written, and the node goes on.
+    write(&file, 0, &[9; 8192]).expect("a write beside it");
+    fsync(&file).expect("an fsync");
+    write(&file, 20 * 4096, &[9; 4096]).expect_err("a write to it");
+    drop(create(&node, "another"));
+    assert!(node.stopped().is_none());
+    device.heal();
+    assert_eq!(world.problems(&node), Vec::<String>::new());
+}
+
+// A disk is read whole or not at all; the place is found all the same, and a read that succeeds the second time is whole.
+#[test]
+fn a_read_of_a_disk_that_meets_a_bad_sector_fails_and_names_the_block() {
+    let (device, _) = faulty();
+    let world = World::on(device.clone());
+    let node = world.node(1);
+    let file = create(&node, "disk");
+    let bytes = Dice(6).bytes(256 << 10);
+    write(&file, 0, &bytes).expect("a write");
+    let whole = || {
+        let buf = IoBuf::zeroed(256 << 10);
+        let disk: &dyn BlockDevice = &*file;
+        disk.run(IoOp::Read { offset: 0, buf: buf.clone() }).map(|()| buf.to_vec())
+    };
+    device.fail(OpKind::Read, 1, libc::EIO);
+    assert!(whole().expect("the second time") == bytes);
+    assert_eq!(node.bad_ranges(), []);
+    let bad = file.map().expect("a map")[0].lun_offset + 37 * 4096;
+    device.break_range(bad..bad + 512);
+    whole().expect_err("a bad sector in it");
+    let named = node.bad_ranges();
+    assert_eq!(named.iter().map(|bad| (bad.offset, bad.write)).collect::<Vec<_>>(), [(37 * 4096, false)]);
+    // A write over the place is named as a write when it fails, and the place is good again when it does not.
+    device.heal();
+    write(&file, 37 * 4096, &bytes[37 * 4096..38 * 4096]).expect("a write to the place");
+    assert!(whole().expect("it is good again") == bytes);
+}
+
 // Invariant D2, D6: what the metadata store cannot read is named, and ends the coordinator instead of being guessed.
 #[test]
 fn a_bad_sector_in_the_metadata_is_found_and_named() {

@@ -11,6 +11,7 @@ use pb::request::Op;
 
 use super::FsError;
 use super::advance::Out;
+use super::bad::BadRanges;
 use super::grants::Seq;
 use super::inode::Inode;
 use super::locks::Locks;
@@ -43,6 +44,7 @@ pub(super) struct Core {
     flusher: Mutex<Flusher>,
     pub(super) locks: Locks,
     pub(super) memory: Memory,
+    pub(super) bad: BadRanges,
     /// Rank 3.
     kernel: Mutex<Option<Arc<dyn KernelPages>>>,
     /// Changes under way that may concern inodes that are not known.
@@ -98,6 +100,7 @@ impl Core {
             flusher: Mutex::default(),
             locks: Locks::default(),
             memory: Memory::default(),
+            bad: BadRanges::default(),
             kernel: Mutex::default(),
             unknown_changes: AtomicUsize::new(0),
             stopped: OnceLock::new(),

@@ -15,11 +15,13 @@
 //! **Invariant:** a grant is lowered only when nothing is in flight (C6).
 
 use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lockmgr::Mode;
 
 use super::advance::HoldDone;
+use super::bad::{self, BadRange};
 use super::core::Core;
 use super::grants::{Grant, Seq};
 use super::growth::Growth;
@@ -180,7 +182,7 @@ impl State {
         }
     }
 
-    fn written(&mut self, range: &std::ops::Range<u64>) {
+    fn written(&mut self, range: &Range<u64>) {
         let blocks = block_floor(range.start)..block_ceil(range.end);
         for fresh in self.map.written(blocks) {
             self.pending.written.add(fresh);
@@ -258,11 +260,15 @@ impl Inode {
     /// A transfer has ended, on the device's I/O thread. Its effect is recorded before anybody hears of it.
     pub(super) fn ended(self: &Arc<Self>, effect: Effect, outcome: Result<u64, FsError>, done: Done) {
         let mut state = self.lock();
+        let mut failed_read = None;
+        let mut failed_write = None;
+        let on_medium = outcome.as_ref().err().filter(|error| bad::is_medium(error));
         match effect {
-            Effect::Read { shared } => {
+            Effect::Read { shared, again } => {
                 if let Some(slot) = shared {
                     state.shared_reads.remove(slot);
                 }
+                failed_read = on_medium.map(|error| (again, error.clone()));
             }
             Effect::Write { range, slot, alone_on, append, zero, copies } => {
                 state.writes.remove(slot);
@@ -278,6 +284,7 @@ impl Inode {
                 } else {
                     self.core.space.put(copies.iter().map(|copy| (copy.lun, copy.len)));
                 }
+                failed_write = on_medium.map(|error| (range, error.to_string()));
             }
         }
         let kick = state.leaves() && !std::mem::replace(&mut state.advance_queued, true);
@@ -285,7 +292,14 @@ impl Inode {
         if kick {
             self.advance_soon();
         }
-        done(outcome);
+        if let Some((Range { start: offset, end }, why)) = failed_write {
+            let bad = BadRange { ino: self.ino, offset, length: end - offset, write: true, why };
+            self.core.bad.note(bad);
+        }
+        match failed_read {
+            Some((again, error)) => self.look_closer(again, error, done),
+            None => done(outcome),
+        }
     }
 
     /// Looks on a worker at what can go on now.
@@ -325,7 +339,7 @@ impl Inode {
     }
 
     /// Bytes of the file in whole blocks.
-    pub(super) fn blocks_of(offset: u64, len: u64) -> Option<std::ops::Range<u64>> {
+    pub(super) fn blocks_of(offset: u64, len: u64) -> Option<Range<u64>> {
         let end = offset.checked_add(len).filter(|end| *end <= FILE_BYTES_MAX - BLOCK_BYTES)?;
         Some(block_floor(offset)..block_ceil(end))
     }

@@ -17,6 +17,7 @@ use std::ops::Range;
 use blockio::{AlignedBuf, IoBuf, IoError};
 
 use super::FsError;
+use super::bad::Again;
 use super::inode::State;
 use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, block_ceil, block_floor};
 use super::pool::LunRun;
@@ -80,6 +81,8 @@ pub(super) enum Effect {
     Read {
         /// In the list of reads of shared blocks.
         shared: Option<usize>,
+        /// What it was, should the medium fail.
+        again: Again,
     },
     Write {
         range: Range<u64>,
@@ -190,7 +193,9 @@ impl State {
             return Plan::Wait(Need::Turn);
         }
         let shared = shares.then(|| self.shared_reads.add(range));
-        Plan::Go { pieces, effect: Effect::Read { shared }, outcome: bytes }
+        let (offset, exact, page) = (op.offset, op.exact, op.page);
+        let again = Again { offset, buf: op.buf.clone(), exact, page };
+        Plan::Go { pieces, effect: Effect::Read { shared, again }, outcome: bytes }
     }
 
     /// Whether a write that may replace shared blocks of `range` is under way or waits for its turn: a read lets it go first,

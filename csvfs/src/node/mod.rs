@@ -21,6 +21,7 @@
 mod access;
 mod advance;
 mod attr;
+mod bad;
 mod clones;
 mod core;
 mod error;
@@ -65,6 +66,7 @@ use crate::proto as pb;
 
 pub(crate) use attr::without_set_ids;
 pub use attr::{Attr, Creation, DirEntry, DirPage, FileKind, SetAttr};
+pub use bad::BadRange;
 pub use error::FsError;
 pub use file::{Extent, ExtentState, File, SeekFrom};
 pub use link::{CoordinatorLink, LinkError, ReplyTo};
@@ -322,6 +324,17 @@ impl Node {
             log_writes: self.core.log.writes(),
             pool_bytes: self.core.space.bytes(),
         }
+    }
+
+    /// Ranges of files whose places on the LUN have failed since the attach, as far as they are remembered.
+    #[must_use]
+    pub fn bad_ranges(&self) -> Vec<BadRange> {
+        self.core.bad.all()
+    }
+
+    /// Tells of each such range when it is found; for one listener, which must not block.
+    pub fn on_bad_range(&self, listener: impl Fn(BadRange) + Send + Sync + 'static) {
+        drop(self.core.bad.listener.set(Box::new(listener)));
     }
 
     /// Why this node stopped writing to the volume, if it did.

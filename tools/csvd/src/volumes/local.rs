@@ -15,7 +15,7 @@ use std::time::Duration;
 use api::Error;
 use blockio::{BlockDevice, PathDevice, Route, Ways};
 use csvfs::format::layout;
-use csvfs::node::{Node, NodeParams};
+use csvfs::node::{BadRange, Node, NodeParams};
 use csvfs_fuse::{Mount, MountOptions};
 use lockmgr::cluster::VolumeRecord;
 use lockmgr::{Epoch, VolumeId};
@@ -267,12 +267,26 @@ async fn attach(
     let node = attached
         .map_err(|error| Error::failed(error).during(format!("attaching to volume {}", record.name)))?;
     core.clients.add(record.id, serial, Client::Mount(Arc::downgrade(&node)));
+    tell_of_bad_ranges(core, record, &node);
     // Who was appointed while this client could not be told yet: the new coordinator waits for it.
     let state = core.state();
     if let Some(now) = view::volume_by_id(&state, record.id).filter(|now| now.term != record.term) {
         core.clients.announce(now.id, now.term, now.owner);
     }
     Ok((node, serial))
+}
+
+/// A place of the LUN that fails is an event: it names the file, so that somebody can restore it.
+fn tell_of_bad_ranges(core: &Arc<Core>, record: &VolumeRecord, node: &Node) {
+    let (core, volume) = (Arc::downgrade(core), record.name.clone());
+    node.on_bad_range(move |bad| {
+        let Some(core) = core.upgrade() else { return };
+        let (verb, BadRange { ino, offset, length, why, .. }) =
+            (if bad.write { "written" } else { "read" }, &bad);
+        let text =
+            format!("bytes {offset} to {} of inode {ino} cannot be {verb}: {why}", offset + length - 1);
+        core.note("volume.bad_range", &volume, text);
+    });
 }
 
 async fn mount(core: &Arc<Core>, record: &VolumeRecord, node: &Arc<Node>) -> Result<Mount, Error> {
