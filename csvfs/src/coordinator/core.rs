@@ -47,6 +47,8 @@ pub(super) struct Core {
     pub(super) globals_changed: bool,
     pub(super) engine: LockEngine,
     pub(super) sessions: BTreeMap<ClientId, Session>,
+    /// Clients that have left, the last ones, and the requests by which they had attached.
+    pub(super) departed: VecDeque<(ClientId, u64)>,
     /// How often each file is open, by all clients.
     pub(super) open_counts: HashMap<u64, u64>,
     /// Inodes without a name.

@@ -112,6 +112,7 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         grace,
         next_id: 0,
         answers: 0,
+        departed: VecDeque::new(),
         contended: super::lend::Contended::default(),
         out: Outbox::default(),
         now,

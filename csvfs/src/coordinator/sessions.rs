@@ -27,11 +27,16 @@ const NAME_BYTES_MAX: usize = 128;
 /// Replies kept for one client, however few it says that it has. No client has as many requests under way.
 const REPLIES_MAX: usize = 1 << 16;
 
+/// Clients that have left, of which this is remembered.
+const DEPARTED_MAX: usize = 1024;
+
 /// What the coordinator knows of a client.
 #[derive(Debug, Default)]
 pub(super) struct Session {
     pub(super) name: String,
     pub(super) attached: bool,
+    /// The request by which it did so last.
+    pub(super) attached_by: u64,
     /// Files it has open, and how often.
     pub(super) opens: BTreeMap<u64, u32>,
     /// Requests whose replies are kept in the store.
@@ -59,6 +64,11 @@ impl Core {
     pub(super) fn attach(&mut self, tables: &mut Tables<'_>, work: Work) -> Result<(), StoreError> {
         let Some(Op::Attach(attach)) = &work.request.op else { return Ok(()) };
         let client = work.client;
+        if work.request.request_id < self.attached_by(client) {
+            // It was overtaken by a newer one, and perhaps by the client's goodbye: what it claims is outdated.
+            self.fail(work.done, failure(FailureKind::NotAttached, "the client has attached anew since"));
+            return Ok(());
+        }
         if let Some(why) = self.attach_objection(client, attach) {
             return self.refuse(work.done, errno(libc::ESTALE, why));
         }
@@ -73,7 +83,7 @@ impl Core {
             let record = ClientRecord { name: short_name(&attach.name), term: self.term.0 };
             tables.put_client(client, &record)?;
         }
-        self.begin_session(client, attach);
+        self.begin_session(client, attach, work.request.request_id);
         let attached = Attached { term: self.term.0, block_bytes: BLOCK_BYTES, lun_bytes: self.lun_bytes };
         self.answer(work.done, reply::Result::Attached(attached));
         self.recall_again(client);
@@ -146,7 +156,13 @@ impl Core {
         mode.into()
     }
 
-    fn begin_session(&mut self, client: ClientId, attach: &Attach) {
+    /// The request by which a client has attached, also one that has left since.
+    fn attached_by(&self, client: ClientId) -> u64 {
+        let left = || self.departed.iter().rev().find(|(id, _)| *id == client).map(|(_, request)| *request);
+        self.sessions.get(&client).map(|session| session.attached_by).or_else(left).unwrap_or(0)
+    }
+
+    fn begin_session(&mut self, client: ClientId, attach: &Attach, attached_by: u64) {
         self.forget_opens(client);
         let mut opens = BTreeMap::new();
         for open in attach.opens.iter().filter(|open| open.count > 0) {
@@ -156,6 +172,7 @@ impl Core {
         let session = self.sessions.entry(client).or_default();
         session.name = short_name(&attach.name);
         session.attached = true;
+        session.attached_by = attached_by;
         session.opens = opens;
         session.counted.clear();
     }
@@ -204,7 +221,12 @@ impl Core {
         tables: &mut Tables<'_>,
         client: ClientId,
     ) -> Result<reply::Result, StoreError> {
+        let attached_by = self.attached_by(client);
         self.client_gone(tables, client)?;
+        if self.departed.len() == DEPARTED_MAX {
+            self.departed.pop_front();
+        }
+        self.departed.push_back((client, attached_by));
         Ok(reply::Result::Done(crate::proto::Done {}))
     }
 

@@ -186,6 +186,10 @@ impl Grant {
 }
 
 #[cfg(test)]
+#[path = "grants_world.rs"]
+mod world;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use Mode::{Exclusive, Null, ProtectedRead};

@@ -311,3 +311,25 @@ fn an_old_coordinator_notices_the_new_one_and_stops() {
     assert!(d.exists(ROOT, "before") && !d.exists(ROOT, "late"));
     new.assert_clean(&d);
 }
+
+// Invariant E1: what a client claimed before it attached anew, or before it left, claims nothing any more.
+#[test]
+fn an_attach_that_was_overtaken_by_a_newer_one_or_a_goodbye_changes_nothing() {
+    let world = World::new();
+    let c = world.client(1);
+    let overtaken = |newer: &dyn Fn()| {
+        let late = c.request(Op::Attach(attach_with(vec![claim(ROOT, GrantMode::Exclusive)], vec![])));
+        newer();
+        let reply::Result::Failure(failure) = result(&c.send(late)) else { panic!("it was taken") };
+        assert_eq!(failure.kind(), FailureKind::NotAttached);
+    };
+    overtaken(&|| c.attach(attach_with(vec![], vec![])));
+    world.client(2).create(ROOT, "nobody holds the root");
+    overtaken(&|| {
+        c.attach(attach_with(vec![], vec![]));
+        c.done(Op::Detach(pb::Detach {}));
+    });
+    assert_eq!(c.failure(create(ROOT, "a")), FailureKind::NotAttached);
+    // Whoever comes back after a goodbye without an answer is a newer one.
+    c.attach(attach_with(vec![], vec![]));
+}
