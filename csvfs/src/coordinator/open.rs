@@ -79,7 +79,7 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
     let now = params.clock.now();
     let missing: BTreeSet<ClientId> = sessions.keys().copied().collect();
     let grace = (!missing.is_empty()).then(|| Grace::new(missing, now.plus(params.timing.grace_ms)));
-    let orphans: BTreeSet<u64> = tables.orphans()?.into_iter().collect();
+    let orphans: BTreeSet<u64> = tables.readable_orphans()?.into_iter().collect();
     let reclaimable = if grace.is_none() { orphans.clone() } else { BTreeSet::new() };
     let mut core = Core {
         volume: params.volume,

@@ -430,6 +430,16 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         Ok(orphans)
     }
 
+    /// As `orphans`, without those that cannot be read: they take space until a repair, and harm nobody.
+    pub(crate) fn readable_orphans(&self) -> Result<Vec<u64>, StoreError> {
+        let mut orphans = Vec::new();
+        self.scan(&self.orphans, .., |key, _| {
+            orphans.extend(keys::read_number(key));
+            Ok(true)
+        })?;
+        Ok(orphans)
+    }
+
     /// All attached clients.
     pub(crate) fn clients(&self) -> Result<Vec<(ClientId, ClientRecord)>, StoreError> {
         let mut clients = Vec::new();

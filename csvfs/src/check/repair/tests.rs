@@ -336,3 +336,26 @@ fn a_directory_that_lies_in_itself_is_taken_out() {
     });
     served.end();
 }
+
+#[test]
+fn other_damage_is_named_and_mended() {
+    let cases: [(&str, &str, fn(&mut Tables<'_>)); 5] = [
+        ("a row of orphans cannot be read", "set aside", |t| {
+            t.put_raw("orphans", &[1, 2], &[]).expect("a write")
+        }),
+        ("attribute of an inode", "attribute", |t| t.put_xattr(5000, b"user.x", b"1").expect("a write")),
+        ("a row of replies cannot be read", "set aside", |t| {
+            t.put_raw("replies", &[0; 26], &[0xFF; 4]).expect("a write");
+        }),
+        ("a row of refcounts cannot be read", "set aside", |t| {
+            t.put_raw("refcounts", &7_u64.to_be_bytes(), &[0; 16]).expect("a write");
+        }),
+        ("the next inode number", "the next number is", |t| {
+            let globals = t.globals().expect("readable");
+            t.put_globals(crate::meta::Globals { next_ino: 2, ..globals }).expect("a write");
+        }),
+    ];
+    for (problem, action, change) in cases {
+        check(problem, action, change).end();
+    }
+}
