@@ -8,6 +8,7 @@
 //!
 //! **Invariant:** files are held in the order of their inodes, so clones that cross never wait for each other.
 
+use std::ops::Range;
 use std::sync::{Arc, mpsc};
 
 use blockio::IoBuf;
@@ -179,7 +180,7 @@ impl Inode {
             let step = self.clone_step(target.ino, (from, to, length - done), span.to + span.len);
             // Also when the outcome is not known: nothing is written in place, and the map is asked for again.
             self.lock().map.share(from..span.from + length);
-            target.lock().map.forget(to..span.to + length);
+            target.forget_map(to..span.to + length);
             let (step, fresh, at) = step?;
             target.grew_by_clone(fresh, (to + step).min(span.to + span.len), (asked_at, at));
             done += step;
@@ -204,6 +205,13 @@ impl Inode {
             }
             other => Err(unexpected("Clone", &other)),
         }
+    }
+
+    /// What lies in `range` may have been replaced.
+    fn forget_map(&self, range: Range<u64>) {
+        let mut state = self.lock();
+        state.let_go(&self.core, range.start..range.end.min(state.map.end()).max(range.start));
+        state.map.forget(range);
     }
 
     fn grew_by_clone(&self, fresh: Attr, end: u64, (asked_at, at): (u64, Seq)) {

@@ -12,6 +12,7 @@ use pb::request::Op;
 use super::FsError;
 use super::advance::Out;
 use super::bad::BadRanges;
+use super::cache::ReadCache;
 use super::grants::Seq;
 use super::inode::Inode;
 use super::locks::Locks;
@@ -45,6 +46,7 @@ pub(super) struct Core {
     pub(super) locks: Locks,
     pub(super) memory: Memory,
     pub(super) bad: BadRanges,
+    pub(super) cache: ReadCache,
     /// Rank 3.
     kernel: Mutex<Option<Arc<dyn KernelPages>>>,
     /// Changes under way that may concern inodes that are not known.
@@ -101,6 +103,7 @@ impl Core {
             locks: Locks::default(),
             memory: Memory::default(),
             bad: BadRanges::default(),
+            cache: ReadCache::default(),
             kernel: Mutex::default(),
             unknown_changes: AtomicUsize::new(0),
             stopped: OnceLock::new(),

@@ -169,6 +169,7 @@ impl Inode {
         self.lock().pending.mtime = false;
         self.ask_set_attr(&set)?;
         let mut state = self.lock();
+        state.let_go(&self.core, block_ceil(size)..state.map.end().max(block_ceil(size)));
         state.map.cut(block_ceil(size));
         state.pending.written.cut(block_ceil(size));
         Ok(())
@@ -225,9 +226,12 @@ impl Inode {
         device.run(IoOp::Read { offset: from, buf: buf.clone() })?;
         let keep = usize::try_from(size - block).unwrap_or_default();
         buf.slice(keep..buf.len()).fill_zero();
-        device.run(IoOp::Write { offset: lun, buf, fua: false })?;
+        let change = self.core.cache.begin_change(lun, BLOCK_BYTES);
+        let written = device.run(IoOp::Write { offset: lun, buf, fua: false });
+        self.core.cache.end_change(&change);
+        written?;
         if from != lun {
-            self.lock().took_copies(&[CopyRun { file: block, len: BLOCK_BYTES, lun }]);
+            self.lock().took_copies(&self.core, &[CopyRun { file: block, len: BLOCK_BYTES, lun }]);
             return self.settle();
         }
         let (tell, told) = mpsc::sync_channel(1);

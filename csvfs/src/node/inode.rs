@@ -26,7 +26,7 @@ use super::core::Core;
 use super::grants::{Grant, Seq};
 use super::growth::Growth;
 use super::io::{CopyRun, DataOp, Done, Effect, Plan, What, Writes};
-use super::map::{BLOCK_BYTES, ExtentMap, FILE_BYTES_MAX, block_ceil, block_floor};
+use super::map::{BLOCK_BYTES, ExtentMap, FILE_BYTES_MAX, Place, block_ceil, block_floor};
 use super::pages::Pages;
 use super::ranges::RangeSet;
 use super::rank::{self, Ranked};
@@ -100,6 +100,8 @@ pub(super) struct State {
     pub(super) listed: bool,
     /// It was used since the list was last looked through.
     pub(super) used: bool,
+    /// The grant's number in the read cache; 0 as long as nothing was read under it.
+    pub(super) cache_life: u64,
     /// Pages in the kernel's memory.
     pub(super) pages: Pages,
     /// It was read, and its time of access is to say so.
@@ -173,9 +175,22 @@ impl State {
         others || (self.in_flight == 0 && (self.grant.recall.is_some() || self.users == 0 || self.leaving))
     }
 
+    /// The file lets go of what lies in `range`: it is not answered from memory any more. Before the map forgets it.
+    pub(super) fn let_go(&self, core: &Core, range: Range<u64>) {
+        if !core.cache.is_on() || range.is_empty() {
+            return;
+        }
+        for part in self.map.parts(range) {
+            if let Place::Data(lun) | Place::Shared(lun) = part.place {
+                core.cache.forget(lun, part.len);
+            }
+        }
+    }
+
     /// Shared blocks were written elsewhere: the file has its own from now on.
-    pub(super) fn took_copies(&mut self, copies: &[CopyRun]) {
+    pub(super) fn took_copies(&mut self, core: &Core, copies: &[CopyRun]) {
         for CopyRun { file, len, lun } in copies {
+            self.let_go(core, *file..*file + *len);
             self.map.copied(*file, *len, *lun);
             self.own.add(*file..*file + *len);
             self.pending.written.add(*file..*file + *len);
@@ -264,7 +279,7 @@ impl Inode {
         let mut failed_write = None;
         let on_medium = outcome.as_ref().err().filter(|error| bad::is_medium(error));
         match effect {
-            Effect::Read { shared, again } => {
+            Effect::Read { shared, again, .. } => {
                 if let Some(slot) = shared {
                     state.shared_reads.remove(slot);
                 }
@@ -279,7 +294,7 @@ impl Inode {
                     state.appends -= 1;
                 }
                 if outcome.is_ok() {
-                    state.took_copies(&copies);
+                    state.took_copies(&self.core, &copies);
                     if zero { state.touched() } else { state.written(&range) }
                 } else {
                     self.core.space.put(copies.iter().map(|copy| (copy.lun, copy.len)));

@@ -81,6 +81,8 @@ pub(super) enum Effect {
     Read {
         /// In the list of reads of shared blocks.
         shared: Option<usize>,
+        /// The grant's number in the read cache; 0 when it has none.
+        life: u64,
         /// What it was, should the medium fail.
         again: Again,
     },
@@ -195,7 +197,7 @@ impl State {
         let shared = shares.then(|| self.shared_reads.add(range));
         let (offset, exact, page) = (op.offset, op.exact, op.page);
         let again = Again { offset, buf: op.buf.clone(), exact, page };
-        Plan::Go { pieces, effect: Effect::Read { shared, again }, outcome: bytes }
+        Plan::Go { pieces, effect: Effect::Read { shared, life: self.cache_life, again }, outcome: bytes }
     }
 
     /// Whether a write that may replace shared blocks of `range` is under way or waits for its turn: a read lets it go first,

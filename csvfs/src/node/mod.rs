@@ -22,6 +22,7 @@ mod access;
 mod advance;
 mod attr;
 mod bad;
+mod cache;
 mod clones;
 mod core;
 mod error;
@@ -55,7 +56,7 @@ use std::sync::{Arc, Weak, mpsc};
 use std::time::Duration;
 
 use self::core::Core;
-use blockio::BlockDevice;
+use blockio::{BlockDevice, WriteRight};
 use bytes::Bytes;
 use lockmgr::{ClientId, Term, VolumeId};
 use pb::request::Op;
@@ -67,6 +68,7 @@ use crate::proto as pb;
 pub(crate) use attr::without_set_ids;
 pub use attr::{Attr, Creation, DirEntry, DirPage, FileKind, SetAttr};
 pub use bad::BadRange;
+pub use cache::CacheStats;
 pub use error::FsError;
 pub use file::{Extent, ExtentState, File, SeekFrom};
 pub use link::{CoordinatorLink, LinkError, ReplyTo};
@@ -324,6 +326,18 @@ impl Node {
             log_writes: self.core.log.writes(),
             pool_bytes: self.core.space.bytes(),
         }
+    }
+
+    /// Gives reads of this node up to `bytes` of memory for blocks of the LUN; 0 takes it away. `right` is asked before
+    /// anything is answered from there: the same that guards the LUN.
+    pub fn set_read_cache(&self, bytes: u64, right: Option<Arc<dyn WriteRight>>) {
+        self.core.cache.resize(bytes, right);
+    }
+
+    /// Numbers of the read cache.
+    #[must_use]
+    pub fn read_cache(&self) -> CacheStats {
+        self.core.cache.stats()
     }
 
     /// Ranges of files whose places on the LUN have failed since the attach, as far as they are remembered.

@@ -56,6 +56,7 @@ impl Inode {
         let (offset, length) = (blocks.start, blocks.end - blocks.start);
         let (fresh, at) = self.ask_attr(Op::Punch(pb::Punch { ino: self.ino, offset, length }))?;
         let mut state = self.lock();
+        state.let_go(&self.core, blocks.start..blocks.end.min(state.map.end()).max(blocks.start));
         state.map.punch(blocks);
         state.merge_attr(fresh, asked_at, at);
         if let Some(own) = &mut state.attr {

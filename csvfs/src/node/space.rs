@@ -25,6 +25,9 @@ pub(super) const EXTENTS_MAX: u32 = 4096;
 impl Inode {
     /// Resolves `op`, filling holes from the pool as far as it goes.
     pub(super) fn plan(&self, state: &mut State, op: &mut DataOp) -> Plan {
+        if state.cache_life == 0 && op.is_read() && self.core.cache.is_on() {
+            state.cache_life = self.core.cache.begin_life();
+        }
         loop {
             match state.plan(op, self.core.lun_unit) {
                 Plan::Wait(Need::Space { from, to, beyond_end })
@@ -156,6 +159,11 @@ impl Inode {
             pb::reply::Result::Map(map) => map,
             other => return Err(unexpected("Unshare", &other)),
         };
+        let copied = map
+            .extents
+            .iter()
+            .map(|extent| extent.file_offset..extent.file_offset.saturating_add(extent.length));
+        copied.for_each(|range| state.let_go(&self.core, range));
         state.map.learn_copies(&map, self.core.lun_bytes(last_byte(&map.extents)))?;
         match state.map.part(from, from + BLOCK_BYTES).place {
             Place::Shared(_) => Err(FsError::Protocol(format!(

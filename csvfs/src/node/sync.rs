@@ -359,6 +359,7 @@ impl Inode {
         });
         state.grant.releasing(carried.then_some(id));
         if to == Mode::Null {
+            self.core.cache.end_life(std::mem::take(&mut state.cache_life));
             state.map.clear();
             state.growth = Default::default();
             state.attr = None;

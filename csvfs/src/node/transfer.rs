@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use blockio::{BlockDevice, IoBuf, IoError, IoOp, IoRequest};
 
 use super::FsError;
+use super::cache::{Change, Fill};
+use super::core::Core;
 use super::inode::Inode;
 use super::io::{Done, Effect, Piece};
 
@@ -24,28 +26,86 @@ pub(super) struct Transfer {
 type PieceDone = Box<dyn FnOnce(Result<(), IoError>) + Send>;
 
 impl Transfer {
-    /// Submits everything.
+    /// Submits everything that is not in memory.
     pub(super) fn start(mut self, inode: &Arc<Inode>) {
         let device = inode.core.device.clone();
-        if self.pieces.len() == 1
-            && let Some(piece) = self.pieces.pop()
+        let mut pieces = self.not_in_memory(inode);
+        if pieces.is_empty() {
+            return inode.ended(self.effect, Ok(self.outcome), self.done);
+        }
+        if pieces.len() == 1
+            && let Some((piece, touch)) = pieces.pop()
         {
             let owner = inode.clone();
             let Self { effect, outcome, done, .. } = self;
             let end = move |result: Result<(), IoError>| {
+                touch.ended(&owner.core, result.is_ok());
                 owner.ended(effect, result.map(|()| outcome).map_err(FsError::Io), done);
             };
             return submit(inode, &*device, piece, Box::new(end));
         }
-        let pieces = std::mem::take(&mut self.pieces);
         let joint = Arc::new(Joint {
             left: AtomicUsize::new(pieces.len()),
             error: Mutex::new(None),
             transfer: Mutex::new(Some((inode.clone(), self))),
         });
-        for piece in pieces {
-            let joint = joint.clone();
-            submit(inode, &*device, piece, Box::new(move |result| joint.piece_ended(result)));
+        for (piece, touch) in pieces {
+            let (joint, core) = (joint.clone(), inode.core.clone());
+            let end = move |result: Result<(), IoError>| {
+                touch.ended(&core, result.is_ok());
+                joint.piece_ended(result);
+            };
+            submit(inode, &*device, piece, Box::new(end));
+        }
+    }
+
+    /// Answers what the read cache has; gives the rest, each with what the cache has to know when it has ended.
+    fn not_in_memory(&mut self, inode: &Arc<Inode>) -> Vec<(Piece, Touch)> {
+        let life = if let Effect::Read { life, .. } = self.effect { life } else { 0 };
+        let cache = &inode.core.cache;
+        let look = |piece: Piece| {
+            let touch = match &piece {
+                Piece::Read { lun, buf } if life != 0 => match cache.read(*lun, buf, life) {
+                    Ok(()) => return None,
+                    Err(Some(fill)) => Touch::Fill(fill, buf.clone()),
+                    Err(None) => Touch::Nothing,
+                },
+                Piece::ReadAround { lun, whole, skip, buf } if life != 0 => {
+                    match cache.read(*lun, whole, life) {
+                        Ok(()) => {
+                            copy(whole, *skip, buf, 0, buf.len());
+                            return None;
+                        }
+                        Err(Some(fill)) => Touch::Fill(fill, whole.clone()),
+                        Err(None) => Touch::Nothing,
+                    }
+                }
+                Piece::Read { .. } | Piece::ReadAround { .. } => Touch::Nothing,
+                Piece::Write { lun, buf } => Touch::Change(cache.begin_change(*lun, buf.len() as u64)),
+                Piece::Change { lun, block, .. } => {
+                    Touch::Change(cache.begin_change(*lun, block.len() as u64))
+                }
+            };
+            Some((piece, touch))
+        };
+        std::mem::take(&mut self.pieces).into_iter().filter_map(look).collect()
+    }
+}
+
+/// What a piece means to the read cache.
+enum Touch {
+    Nothing,
+    Fill(Fill, IoBuf),
+    Change(Change),
+}
+
+impl Touch {
+    /// Before anybody hears of the end.
+    fn ended(self, core: &Core, well: bool) {
+        match self {
+            Self::Fill(fill, buf) if well => core.cache.keep(&fill, &buf),
+            Self::Change(change) => core.cache.end_change(&change),
+            Self::Nothing | Self::Fill(..) => {}
         }
     }
 }

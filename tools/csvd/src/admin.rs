@@ -19,6 +19,7 @@ mod top;
 pub(crate) mod validate;
 mod vm;
 pub(crate) mod volume;
+pub(crate) mod volume_cache;
 mod volume_check;
 
 use std::os::unix::fs::MetadataExt;
@@ -266,6 +267,10 @@ impl pb::admin_server::Admin for Admin {
 
     async fn volume_extend(&self, request: Request<pb::VolumeExtendRequest>) -> Answer<pb::VolumeExtended> {
         answer(volume::extend(&self.core, request.into_inner()).await)
+    }
+
+    async fn volume_cache(&self, request: Request<pb::VolumeCacheRequest>) -> Answer<pb::VolumeCaches> {
+        answer(volume_cache::cache(&self.core, request.into_inner()).await)
     }
 
     async fn volume_give_up_log(

@@ -74,6 +74,7 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
             orders::io_mode(core, request).await?;
             done
         }
+        NodeOp::VolumeCache(request) => NodeAnswer::VolumeCaches(admin::volume_cache::here(core, &request)?),
         NodeOp::EndSession(session) => {
             redirect::end_session(core, session).await?;
             done

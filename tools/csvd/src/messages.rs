@@ -48,7 +48,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83, 100"
     )]
     pub(crate) op: Option<NodeOp>,
 }
@@ -142,6 +142,9 @@ pub(crate) enum NodeOp {
     /// To the owner.
     #[prost(message, tag = "72")]
     VmCheckpoint(pb::VmCheckpointRequest),
+    /// To any node: change or show its read cache.
+    #[prost(message, tag = "100")]
+    VolumeCache(pb::VolumeCacheRequest),
 }
 
 /// See [`NodeOp::AwaitCoordinator`].
@@ -225,7 +228,7 @@ pub(crate) struct Convict {
 /// Answer to a [`NodeRequest`].
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeReply {
-    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60, 61, 70, 71, 80")]
+    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60, 61, 70, 71, 80, 100")]
     pub(crate) answer: Option<NodeAnswer>,
 }
 
@@ -264,6 +267,8 @@ pub(crate) enum NodeAnswer {
     Validated(pb::ValidationOfNode),
     #[prost(message, tag = "61")]
     Log(pb::LogPiece),
+    #[prost(message, tag = "100")]
+    VolumeCaches(pb::VolumeCaches),
 }
 
 /// Answer to [`NodeOp::Loads`].

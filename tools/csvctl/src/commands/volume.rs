@@ -1,5 +1,6 @@
 //! `csvctl volume`.
 
+mod cache;
 mod check;
 mod create;
 mod extend;
@@ -31,6 +32,8 @@ pub(crate) enum VolumeCommand {
     Move(move_::Move),
     /// Choose by hand how file data goes to the LUN
     IoMode(io_mode::IoMode),
+    /// Show or change the memory that nodes have for blocks which their mounts read again
+    Cache(cache::Cache),
     /// Check the whole structure of a volume; exit code 4 when there are problems
     Check(check::Check),
     /// End a lost client whose intent log cannot be read, without what the log may say
@@ -48,6 +51,7 @@ impl VolumeCommand {
             Self::State(command) => command.run(context).await,
             Self::Move(command) => command.run(context).await,
             Self::IoMode(command) => command.run(context).await,
+            Self::Cache(command) => command.run(context).await,
             Self::Check(command) => command.run(context).await,
             Self::Extend(command) => command.run(context).await,
             Self::GiveUpLog(command) => command.run(context).await,

@@ -9,7 +9,7 @@ use blockio::Route;
 use lockmgr::cluster::{ClusterState, FenceKind, MemberState, VolumeRecord, VolumeState};
 
 use super::file::failed;
-use super::health;
+use super::{health, volume_cache};
 use crate::core::Core;
 use crate::messages::{NodeAnswer, NodeOp};
 use crate::redirect::orders;
@@ -54,6 +54,7 @@ async fn describe(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord)
     let status = local.as_ref().map(|local| local.status.get());
     let node = local.and_then(|local| local.node());
     let mounted = node.is_some();
+    let cache = node.as_ref().map_or_else(String::new, |node| volume_cache::described(&node.read_cache()));
     let room = match node {
         Some(node) => {
             let asked = tokio::task::spawn_blocking(move || node.statfs());
@@ -78,7 +79,7 @@ async fn describe(core: &Arc<Core>, state: &ClusterState, record: &VolumeRecord)
             FenceKind::Agent | FenceKind::Reservation => 0,
         },
         fence_how: fence_how(core, record),
-        cache: "none".to_owned(),
+        cache,
         features: Vec::new(),
         state: status.map(|status| status.state.word().to_owned()).unwrap_or_default(),
         mount: if mounted {

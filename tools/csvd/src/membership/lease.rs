@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use api::Error;
 use api::config::NodeConfig;
-use blockio::{BlockDevice, GatedDevice, Tripwire};
+use blockio::{BlockDevice, GatedDevice, Tripwire, WriteRight};
 use lockmgr::clock::boottime_ms;
 use lockmgr::lease::{LeasePage, LeaseReader, QuorumLease};
 use lockmgr::timing::Timing;
@@ -57,6 +57,17 @@ impl LeaseKeeper {
         Ok(())
     }
 
+    /// The right of an incarnation to use a LUN, as its devices ask for it.
+    pub(crate) fn right(
+        &self,
+        config: &NodeConfig,
+        epoch: Epoch,
+        wire: &Arc<Tripwire>,
+    ) -> Result<Arc<dyn WriteRight>, Error> {
+        let reader = LeaseReader::open(&config.lease_page()).map_err(Error::failed)?;
+        Ok(wire.guard(Arc::new(reader.right_of(epoch))))
+    }
+
     /// Puts the lease before a device, and what ends the right to use its LUN.
     pub(crate) fn gate(
         &self,
@@ -65,8 +76,7 @@ impl LeaseKeeper {
         device: Arc<dyn BlockDevice>,
         wire: &Arc<Tripwire>,
     ) -> Result<Arc<Gate>, Error> {
-        let reader = LeaseReader::open(&config.lease_page()).map_err(Error::failed)?;
-        let gate = Arc::new(GatedDevice::new(device, wire.guard(Arc::new(reader.right_of(epoch)))));
+        let gate = Arc::new(GatedDevice::new(device, self.right(config, epoch, wire)?));
         let mut inner = self.lock();
         inner.gates.retain(|gate| gate.strong_count() > 0);
         inner.gates.push(Arc::downgrade(&gate));

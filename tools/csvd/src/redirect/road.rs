@@ -4,9 +4,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use api::Error;
 use blockio::{
     BlockDevice, ConflictDevice, CutDevice, Detour, IoError, NbdDevice, NbdOptions, OpenOptions, PathStatus,
-    Reservations, Route, Ways, open_uri,
+    Reservations, Route, Ways, WriteRight, open_uri,
 };
 use csvfs::format::superblock::Superblock;
 use lockmgr::clock::boottime_ms;
@@ -91,6 +92,11 @@ impl Road {
     /// This node's place on the LUN.
     pub(crate) fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// What the gate of every way asks: whether this node may use the LUN.
+    pub(crate) fn right(&self) -> Result<Arc<dyn WriteRight>, Error> {
+        self.core.membership.lease.right(&self.core.config, self.epoch, self.place.wire())
     }
 
     /// The volume.
