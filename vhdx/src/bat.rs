@@ -26,6 +26,8 @@ use crate::words::{Page, WORDS_PER_PAGE, WordTable};
 const IN_TRANSITION: u64 = 1 << 3;
 /// In memory only: the block's content is being moved, writers wait.
 const HELD: u64 = 1 << 4;
+/// The table is read in pieces of at least so many bytes, and of 1 MiB at most.
+const PIECE_MIN: u64 = 64 << 10;
 const STATE_BITS: u64 = 0b111;
 const RESERVED_BITS: u64 = 0xF_FFF8;
 const OFFSET_BITS: u64 = !0xF_FFFF;
@@ -226,6 +228,11 @@ impl BatShape {
         (within == self.chunk_ratio).then_some(chunk)
     }
 
+    /// The first table index at or after `at` that is that of a bitmap.
+    pub(crate) fn next_bitmap_index(&self, at: u64) -> u64 {
+        self.bitmap_index(at / (self.chunk_ratio + 1))
+    }
+
     /// Table index of payload block `block`.
     pub(crate) fn payload_index(&self, block: u64) -> u64 {
         block + block / self.chunk_ratio
@@ -277,16 +284,14 @@ impl Bat {
         let mut table = WordTable::zeroed(shape.entries);
         let end = (shape.entries * 8).next_multiple_of(PAGE);
         let mut at = 0;
-        while at < end {
-            let len = (end - at).min(MIB);
-            let offset = region.offset + at;
-            if !view.is_hole(offset..offset + len) {
-                let piece = view.read(offset, index(len), "BAT")?;
-                for (number, page) in piece.chunks_exact(index(PAGE)).enumerate() {
-                    table.load(at / PAGE + bytes(number), page);
-                }
+        while let Some(data) = view.data_in(region.offset + at..region.offset + end) {
+            // Pieces large enough that a table in crumbs is not read crumb by crumb, and that nothing is read twice.
+            let first = (data.start - region.offset) / PIECE_MIN * PIECE_MIN;
+            at = (data.end - region.offset).next_multiple_of(PIECE_MIN).min(first + MIB).min(end);
+            let piece = view.read(region.offset + first, index(at - first), "BAT")?;
+            for (number, page) in piece.chunks_exact(index(PAGE)).enumerate() {
+                table.load(first / PAGE + bytes(number), page);
             }
-            at += len;
         }
         Ok(Self { shape, region, table })
     }

@@ -77,7 +77,7 @@ impl Bitmaps {
         let Some(place) = bat.bitmap_place(chunk) else { return Ok(()) };
         let offset = place + pages.start % PAGES_PER_CHUNK * PAGE;
         let len = (pages.end - pages.start) * PAGE;
-        if view.is_hole(offset..offset + len) {
+        if view.data_in(offset..offset + len).is_none() {
             return Ok(());
         }
         let content = view.read(offset, index(len), "sector bitmap")?;

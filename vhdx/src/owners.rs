@@ -78,8 +78,8 @@ impl Search<'_> {
             matches!(entry.state(), BlockState::Undefined | BlockState::Zero | BlockState::Unmapped)
                 && entry.offset_field() == 0
                 && entry.reserved_bits() == 0;
-        let bitmap = (at..at + count).find(|at| self.bat.shape.chunk_at(*at).is_some());
-        if count > 1 && nothing_to_say && bitmap.is_none() {
+        let has_bitmap = self.bat.shape.next_bitmap_index(at) < at + count;
+        if count > 1 && nothing_to_say && !has_bitmap {
             return;
         }
         for at in at..at + count {

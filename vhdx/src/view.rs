@@ -121,10 +121,13 @@ impl View {
         Self { file: Arc::clone(file), file_bytes, view_bytes: file_bytes, patches: Patches::default() }
     }
 
-    /// Whether the range is known to read as zeros, without reading it.
-    pub(crate) fn is_hole(&self, range: Range<u64>) -> bool {
-        !self.patches.touches(range.clone())
-            && self.file.data_from(range.start).is_none_or(|data| data.start >= range.end)
+    /// The first part of the range that may hold other bytes than zeros, found without reading; none if there is none.
+    pub(crate) fn data_in(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let inside = |part: Range<u64>| part.start.max(range.start)..part.end.min(range.end);
+        let data = self.file.data_from(range.start).map(&inside);
+        let patch = self.patches.overlapping(range.clone()).next();
+        let patch = patch.map(|(start, end, _)| inside(start..end));
+        data.into_iter().chain(patch).filter(|part| !part.is_empty()).min_by_key(|part| part.start)
     }
 
     /// Reads `len` bytes of `structure`. The range must lie in the file as it is after replay.
@@ -177,5 +180,28 @@ mod tests {
         let expected = [&[1; 4][..], &[0; 4], &[1; 4], &[9; 8], &[3; 4], &[9; 2]].concat();
         assert_eq!(buf.to_vec(), expected);
         assert!(patches.touches(23..24) && !patches.touches(12..20));
+    }
+
+    #[test]
+    fn what_only_the_log_has_is_data_too() {
+        let file: Arc<dyn ImageFile> = Arc::new(blockio::MemoryDevice::with_block_bytes(1 << 20, 1));
+        file.write_at(512 << 10, &[1; 4096]).expect("it is writable");
+        let mut view = View::of(&file);
+        view.patches.put_bytes(8192, vec![2; 4096]);
+        view.patches.put_bytes(900 << 10, vec![3; 4096]);
+        let parts = |range: Range<u64>| {
+            let mut parts = Vec::new();
+            let mut at = range.start;
+            while let Some(part) = view.data_in(at..range.end) {
+                at = part.end;
+                parts.push(part);
+            }
+            parts
+        };
+        let all = parts(0..1 << 20);
+        let holds = |at: u64| all.iter().any(|part| part.contains(&at));
+        assert!(holds(8192) && holds(12287) && holds(512 << 10) && holds(900 << 10), "{all:?}");
+        assert!(all.windows(2).all(|pair| pair[0].end <= pair[1].start), "{all:?}");
+        assert_eq!(parts(9000..9001), [9000..9001]);
     }
 }
