@@ -44,7 +44,8 @@ impl Effort {
         Self::times(factor.unwrap_or(1).max(1))
     }
 
-    fn times(factor: usize) -> Self {
+    /// So many times as much as usual.
+    pub(crate) fn times(factor: usize) -> Self {
         let every = |count: usize| (count / factor).max(1);
         Self {
             exhaustive_max: (2 + factor).min(8),
@@ -69,6 +70,8 @@ enum Choice {
         first: bool,
         others: bool,
     },
+    /// Of the first sector of every pending header the first eight bytes, so that each of them is damaged.
+    TornHeaders,
 }
 
 fn choices(cuts: &Cuts, effort: Effort) -> Vec<Choice> {
@@ -89,6 +92,9 @@ fn choices(cuts: &Cuts, effort: Effort) -> Vec<Choice> {
         choices.extend(seeds.clone().map(|seed| Choice::Of(Unflushed::Subset { seed })));
     }
     choices.extend(seeds.take(1).map(|seed| Choice::Of(Unflushed::Torn { seed })));
+    if is_header(newest) {
+        choices.push(Choice::TornHeaders);
+    }
     if let Change::Write { bytes, .. } = newest {
         choices.extend(tears(bytes.len().div_ceil(512), effort.tears_max, cuts.prefix()));
     }
@@ -111,6 +117,13 @@ fn image_of(cuts: &Cuts, choice: Choice) -> MemoryDevice {
     match choice {
         Choice::Of(choice) => cuts.image_after(choice),
         Choice::Mask(mask) => cuts.image(|number, change| kept(change, mask >> number & 1 == 1)),
+        Choice::TornHeaders => cuts.image(|_, change| match change {
+            Change::Write { offset, bytes } if is_header(change) => {
+                let part = &bytes[..bytes.len().min(8)];
+                vec![Change::Write { offset: *offset, bytes: part.into() }]
+            }
+            _ => kept(change, true),
+        }),
         Choice::TornNewest { sectors, first, others } => cuts.image(|number, change| match change {
             Change::Write { offset, bytes } if number == newest => {
                 let (head, tail) = bytes.split_at((sectors * 512).min(bytes.len()));
@@ -121,6 +134,11 @@ fn image_of(cuts: &Cuts, choice: Choice) -> MemoryDevice {
             _ => kept(change, others),
         }),
     }
+}
+
+/// A write to one of the two headers.
+fn is_header(change: &Change) -> bool {
+    matches!(change, Change::Write { offset, .. } if *offset < 192 << 10)
 }
 
 fn kept(change: &Change, keep: bool) -> Vec<Change> {
@@ -149,7 +167,7 @@ fn for_each_world(
 }
 
 fn behind_a_header(cuts: &Cuts) -> bool {
-    matches!(cuts.newest(), Some(Record::Change(Change::Write { offset, .. })) if *offset < 192 << 10)
+    matches!(cuts.newest(), Some(Record::Change(change)) if is_header(change))
 }
 
 /// Judges every cut of what the guest did. The number of worlds, or the first broken promise.
