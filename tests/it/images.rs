@@ -54,7 +54,7 @@ fn stop_and_verify(cluster: &Cluster, guest: &Guest, name: &str, top: usize, ack
 
 // Invariants E6, H1, H3: the record names the image that is written, wherever the VM goes.
 #[test]
-fn a_snapshot_of_a_running_vms_disk_loses_nothing_and_moves_with_it() {
+fn a_snapshot_and_a_merge_of_a_running_vms_disk_lose_nothing_and_move_with_it() {
     if !can_run() {
         return;
     }
@@ -74,6 +74,18 @@ fn a_snapshot_of_a_running_vms_disk_loses_nothing_and_moves_with_it() {
         acked = guest.progress(&cluster, 1, acked.sequence);
     }
     cluster.ctl(3).must(&["vm", "migrate", "snap", "--to", &cluster.name(2)]);
+    acked = guest.progress(&cluster, 2, acked.sequence);
+    // A child that no VM uses keeps what it rests on as it is.
+    let sibling = cluster.mount(2).join("sibling.avhdx");
+    let base = cluster.mount(2).join(image("snap", 0));
+    cluster.ctl(2).must(&["vhdx", "create", text(&sibling), "--parent", text(&base)]);
+    let refused = vhdx(&cluster, 3, "merge", &[("snap", 1), ("snap", 0)]).expect_err("another rests on it");
+    assert!(refused.code == 4 && refused.message().contains("sibling.avhdx"), "{refused}");
+    std::fs::remove_file(&sibling).expect("it is removed");
+    let merged = vhdx(&cluster, 3, "merge", &[("snap", 1), ("snap", 0)]).expect("it merges");
+    assert_eq!(merged["child_removed"], true, "{merged}");
+    assert!(!cluster.mount(1).join(image("snap", 1)).exists(), "its file is gone");
+    assert_eq!(chain(&cluster, "snap"), (image("snap", 2), vec![image("snap", 0)]));
     acked = guest.progress(&cluster, 2, acked.sequence);
     cluster.ctl(3).must(&["vm", "migrate", "snap", "--to", &cluster.name(3), "--type", "quick"]);
     acked = guest.progress(&cluster, 3, acked.sequence);
@@ -114,6 +126,10 @@ fn images_of_a_running_vm_are_looked_at_and_compacted_by_its_process_alone() {
         assert_eq!(refused.code, 4, "{refused}");
         assert!(refused.message().contains("below vol1:/used-1.avhdx"), "{refused}");
     }
+    let base = cluster.mount(2).join(image("used", 0));
+    let create = ["vm", "create", "other", "--memory", "16M", "--disk", text(&base)];
+    let refused = cluster.ctl(2).run(&create).expect_err("a disk of another VM rests on it");
+    assert!(refused.code == 4 && refused.message().contains("rests on it"), "{refused}");
     let repair =
         ["vhdx", "check", "--repair", text(&cluster.mount(2).join("used-1.avhdx"))].map(ToOwned::to_owned);
     assert_eq!(cluster.ctl(2).run(&repair).expect_err("it is in use").code, 4);

@@ -49,6 +49,9 @@ fn a_chain_is_made_mapped_flattened_and_merged() {
     assert_eq!(changed["extents"].as_array().unwrap().len(), 1);
     assert_eq!(changed["extents"][0]["offset_bytes"], 5 << 20);
     ctl.must(&["vhdx", "snapshot", &at("child.avhdx"), &at("top.avhdx")]);
+    let dry = ["vhdx", "merge", &at("child.avhdx"), &at("base.vhdx"), "--dry-run"];
+    let refused = ctl.run(&dry).expect_err("another image rests on it");
+    assert!(refused.code == 4 && refused.message().contains("top.avhdx"), "{refused}");
     let merge = ["vhdx", "merge", &at("child.avhdx"), &at("base.vhdx"), "--top", &at("top.avhdx")];
     ctl.must(&merge);
     assert!(!folder.path().join("child.avhdx").exists());

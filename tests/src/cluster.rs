@@ -130,10 +130,14 @@ impl Cluster {
                 return console;
             }
             let tail: Vec<_> = console.lines().rev().take(8).collect();
-            assert!(
-                started.elapsed() < limit,
-                "{vm} did not print what was expected within {limit:?}; last lines: {tail:?}"
-            );
+            if started.elapsed() >= limit {
+                let shown = self.ctl(number).run(&["vm", "show", vm]);
+                let events = self.ctl(number).run(&["events"]);
+                panic!(
+                    "{vm} did not print what was expected within {limit:?}; last lines: {tail:?}; the VM: {shown:?}; \
+                     events: {events:?}"
+                );
+            }
             self.wait_for_console(number, vm);
         }
     }

@@ -71,9 +71,7 @@ pub(crate) fn refuse(
     reach: Reach,
     known: &[&dyn ImageFile],
 ) -> Result<(), VhdxError> {
-    if options.despite_children || options.origin.is_none() {
-        return Ok(());
-    }
+    let Some(origin) = options.origin.as_ref().filter(|_| !options.despite_children) else { return Ok(()) };
     // An image that cannot be read is not changed either; opening it says why.
     let Ok(header) = CurrentHeader::read(&View::of(file)) else { return Ok(()) };
     let found = find(file, Uuid::from_bytes_le(header.header.data_write_id), options, reach)?;
@@ -83,7 +81,7 @@ pub(crate) fn refuse(
     if found.is_empty() {
         return Ok(());
     }
-    Err(VhdxError::HasChildren { image: file.identity(), children: named(&found) })
+    Err(VhdxError::HasChildren { image: origin.path.clone(), children: named(&found) })
 }
 
 fn named(found: &[String]) -> String {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use blockio::{BlockDevice, ImageFile};
 use hv::control::{ImageLook, ImageMerge, ImageResize};
 use serde::Serialize;
-use vhdx::{ChildSpec, Image, NewSize, ParentPaths, VhdxError};
+use vhdx::{Builder, ChildSpec, Image, NewSize, ParentPaths, VhdxError};
 
 use crate::config::VolumePath;
 use crate::disk::{WritableDisk, of_slot};
@@ -50,6 +50,9 @@ pub(crate) fn merge(runner: &Runner, work: &Work, slot: u32, asked: &ImageMerge)
     let (child_at, parent_at) = (used.beside(&asked.child), used.beside(&asked.parent));
     let child: Arc<dyn ImageFile> = runner.volumes().open_file(&child_at)?;
     let parent: Arc<dyn ImageFile> = runner.volumes().open_file(&parent_at)?;
+    let top: Arc<dyn ImageFile> = runner.volumes().open_file(&used.beside(used.path()))?;
+    refuse_other_children(runner, &used, &asked.child, &*top)?;
+    refuse_other_children(runner, &used, &asked.parent, &*child)?;
     let mut show = |progress: vhdx::Progress| work.progress(progress.done_bytes, progress.total_bytes);
     let done = used.disk.merge_parent(&child, &parent, &mut show).map_err(|error| used.refused(&error))?;
     let child_removed = !asked.keep && runner.volumes().remove_file(&child_at);
@@ -62,6 +65,30 @@ pub(crate) fn merge(runner: &Runner, work: &Work, slot: u32, asked: &ImageMerge)
         child_removed,
         dry_run: false,
     })
+}
+
+/// An image that others rest on, besides `known`, stays as it is. The cluster knows those that VMs use; here also those are
+/// found that none uses.
+fn refuse_other_children(
+    runner: &Runner,
+    used: &WritableDisk,
+    path: &str,
+    known: &dyn ImageFile,
+) -> Result<(), Failure> {
+    let at = used.beside(path);
+    let file: Arc<dyn ImageFile> = runner.volumes().open_file(&at)?;
+    let relatives = runner.volumes().relatives(&at.volume)?;
+    let found = Builder::open(file).parents(relatives, &absolute(path)).children();
+    for child in found.map_err(|error| used.refused(&error))? {
+        let other: Arc<dyn ImageFile> = runner.volumes().open_file(&used.beside(&child))?;
+        if other.identity() != known.identity() {
+            return Err(Failure::new(
+                format!("{}:{path} has another child, {child}, which needs it as it is", at.volume),
+                "convert the other child to an image of its own, or delete it",
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// The chain has changed: whoever asks which files the VM uses is told so.

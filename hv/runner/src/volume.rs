@@ -73,6 +73,11 @@ impl Volumes {
         Ok(crate::parents::on_volume(volume, self.node(volume)?))
     }
 
+    /// The same, and children are found too.
+    pub(crate) fn relatives(&self, volume: &str) -> Result<ParentResolver, Failure> {
+        Ok(crate::parents::with_children(volume, self.node(volume)?))
+    }
+
     /// Opens a file for new content, with the directories above it.
     pub(crate) fn create_file(&self, at: &VolumePath) -> Result<Arc<File>, Failure> {
         self.create(at, false)

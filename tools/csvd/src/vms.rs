@@ -194,6 +194,7 @@ pub(crate) async fn create(core: &Arc<Core>, name: &str, spec: pb::VmSpec) -> Re
             .hint("choose another name, or delete the old one"));
     }
     disks::of(core, &spec).await.map_err(during)?;
+    disks::refuse_parents(core, &spec.disks).await.map_err(during)?;
     let command = Command::CreateVm {
         name: name.to_owned(),
         id: Uuid::new_v4(),

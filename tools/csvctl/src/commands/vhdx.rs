@@ -81,6 +81,7 @@ impl VhdxCommand {
 pub(super) fn failed(doing: &str, path: &Path, error: &VhdxError) -> Error {
     let kind = match error.kind() {
         ErrorKind::InvalidInput => api::Kind::Usage,
+        ErrorKind::HasChildren | ErrorKind::ParentLocked => api::Kind::Conflict,
         _ => api::Kind::Failed,
     };
     let hint = match error.kind() {

@@ -174,6 +174,27 @@ pub(super) async fn refuse_other_children(
     Ok(())
 }
 
+/// Refuses to let a VM write an image on which a disk of any VM rests, or that is kept for a checkpoint: whoever writes it
+/// destroys what rests on it.
+pub(super) async fn refuse_parents(core: &Arc<Core>, disks: &[pb::VmDisk]) -> Result<(), Error> {
+    for disk in disks.iter().filter(|disk| !disk.read_only) {
+        let users = users(core, &disk.volume, &disk.path).await?;
+        let Some(user) = users.iter().find(|user| user.depth > 0 || !user.checkpoint.is_empty()) else {
+            continue;
+        };
+        let why = match user.checkpoint.as_str() {
+            "" => format!("{}, a disk of VM {}, rests on it", user.disk, user.vm),
+            checkpoint => format!("it is kept for checkpoint {checkpoint} of VM {}", user.vm),
+        };
+        return Err(Error::conflict(format!(
+            "disk {}:/{} must not be written: {why}",
+            disk.volume, disk.path
+        ))
+        .hint("give the VM a child of it, made with `csvctl vhdx snapshot`"));
+    }
+    Ok(())
+}
+
 fn of_path(volume: &str, path: &str) -> pb::VmDisk {
     pb::VmDisk { volume: volume.to_owned(), path: path.to_owned(), ..pb::VmDisk::default() }
 }

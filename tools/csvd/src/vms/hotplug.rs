@@ -80,6 +80,7 @@ impl<'a> Change<'a> {
     async fn add(mut self, mut disk: pb::VmDisk) -> Result<(), Error> {
         let slot = self.free_slot()?;
         disk.slot = Some(slot);
+        disks::refuse_parents(self.core, std::slice::from_ref(&disk)).await?;
         let before = self.spec.clone();
         self.spec.disks.push(disk.clone());
         let wanted = disks::of(self.core, &self.spec).await?;

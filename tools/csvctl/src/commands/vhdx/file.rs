@@ -31,11 +31,38 @@ fn open_with(path: &Path, options: OpenOptions) -> Result<Arc<dyn ImageFile>, Er
 
 /// Why a path cannot be opened, for the user.
 pub(super) fn cannot_open(path: &Path, error: &std::io::Error) -> Error {
-    let kind = match error.kind() {
-        std::io::ErrorKind::NotFound => api::Kind::NotFound,
-        _ => api::Kind::Failed,
-    };
-    Error::new(kind, format!("open {}: {error}", path.display()))
+    let (kind, hint) = why(error);
+    Error::new(kind, format!("open {}: {error}", path.display())).hint(hint)
+}
+
+/// What kind of failure a path leads to, and what to do next.
+fn why(error: &std::io::Error) -> (api::Kind, &'static str) {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => (api::Kind::NotFound, "check the path"),
+        std::io::ErrorKind::PermissionDenied => (api::Kind::Failed, "are you allowed to use it?"),
+        _ => (api::Kind::Failed, "is the file system that it lies on all right?"),
+    }
+}
+
+/// Refuses to change an image on which others rest besides the one in `known`, as far as they can be found.
+pub(super) fn refuse_other_children(
+    doing: &str,
+    path: &Path,
+    roots: &Roots,
+    known: Option<&Path>,
+) -> Result<(), Error> {
+    let known = known.map(open).transpose()?.map(|file| file.identity());
+    let found = with_parents(open(path)?, path, roots).children();
+    for child in found.map_err(|error| super::failed(doing, path, &error))? {
+        if Some(open(Path::new(&child))?.identity()) != known {
+            return Err(Error::conflict(format!(
+                "vhdx {doing}: {} is the parent of {child}, which needs it as it is",
+                path.display()
+            ))
+            .hint("merge that child first, or remove it if it is of no use any more"));
+        }
+    }
+    Ok(())
 }
 
 /// Opens an image with its parents, for reading.
@@ -78,14 +105,14 @@ fn absolute(path: &Path) -> PathBuf {
 
 /// Makes a new, empty file. An existing one is replaced only with `force`.
 pub(super) fn make(path: &Path, force: bool) -> Result<FileDevice, Error> {
-    let cannot = |error: std::io::Error| {
-        let failed = Error::failed(format!("make {}: {error}", path.display()));
-        match error.kind() {
-            std::io::ErrorKind::AlreadyExists => {
-                Error::conflict(format!("make {}: the file exists", path.display()))
-                    .hint("choose another name, or add --force to replace it")
-            }
-            _ => failed,
+    let cannot = |error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::AlreadyExists => {
+            Error::conflict(format!("make {}: the file exists", path.display()))
+                .hint("choose another name; create and convert replace a file with --force")
+        }
+        _ => {
+            let (kind, hint) = why(&error);
+            Error::new(kind, format!("make {}: {error}", path.display())).hint(hint)
         }
     };
     let mut options = std::fs::OpenOptions::new();

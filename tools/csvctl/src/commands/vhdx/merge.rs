@@ -126,7 +126,8 @@ impl Merge {
                 .hint("`csvctl vhdx info` shows the parent of an image"));
             }
         }
-        Ok(())
+        file::refuse_other_children("merge", &self.child, &self.roots, self.top.as_deref())?;
+        file::refuse_other_children("merge", &self.parent, &self.roots, Some(&self.child))
     }
 
     fn merge(&self, context: &Context) -> Result<u64, Error> {

@@ -84,6 +84,7 @@ impl Resize {
             table_moved: false,
             dry_run: self.dry_run,
         };
+        file::refuse_other_children("resize", &self.path, &self.roots, None)?;
         if !self.dry_run {
             self.confirm_loss(wanted, minimum, context)?;
             let done = chain().resize(self.new_size()).map_err(fail)?;
