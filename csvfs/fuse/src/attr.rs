@@ -123,6 +123,15 @@ pub(crate) fn errno(error: &FsError) -> i32 {
     }
 }
 
+/// As [`errno`], of a call about an inode that the kernel has looked up before. If it is gone, another node has removed it or
+/// put another file in its place: `ESTALE` makes the kernel look its name up again, and find the new file or none.
+pub(crate) fn errno_of_inode(error: &FsError) -> i32 {
+    match errno(error) {
+        libc::ENOENT => libc::ESTALE,
+        number => number,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,7 @@
 use csvfs::node::SetAttr;
 
 use super::Ops;
-use crate::attr::{errno, to_kernel, to_statx, wanted};
+use crate::attr::{errno, errno_of_inode, to_kernel, to_statx, wanted};
 use crate::wire::abi::{Kstatfs, SetattrIn, fattr};
 use crate::wire::reply::Reply;
 use crate::wire::request::Header;
@@ -17,7 +17,7 @@ impl Ops {
         }
         self.wait(move |shared| match shared.node.getattr(header.ino) {
             Ok(attr) => reply.attr(&to_kernel(&attr)),
-            Err(error) => reply.error(errno(&error)),
+            Err(error) => reply.error(errno_of_inode(&error)),
         });
     }
 
@@ -28,7 +28,7 @@ impl Ops {
         }
         self.wait(move |shared| match shared.node.getattr(header.ino) {
             Ok(attr) => reply.statx(&to_statx(&attr)),
-            Err(error) => reply.error(errno(&error)),
+            Err(error) => reply.error(errno_of_inode(&error)),
         });
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use csvfs::node::{Attr, File, FsError, SeekFrom};
 
 use super::{Ops, creation};
-use crate::attr::{errno, to_kernel};
+use crate::attr::{errno, errno_of_inode, to_kernel};
 use crate::data::{self, BAD_HANDLE};
 use crate::shared::Shared;
 use crate::wire::abi::{
@@ -33,7 +33,7 @@ impl Ops {
         self.wait(move |shared| {
             match shared.node.open(header.ino).and_then(|file| shared.opened(file, args.flags)) {
                 Ok(handle) => reply.opened(handle, FILE_FLAGS),
-                Err(error) => reply.error(errno(&error)),
+                Err(error) => reply.error(errno_of_inode(&error)),
             }
         });
     }

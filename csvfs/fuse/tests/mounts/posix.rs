@@ -73,6 +73,32 @@ fn names_links_and_attributes_behave_as_on_any_filesystem() {
     world.end();
 }
 
+/// Whoever opens a name that another mount replaces again and again finds one file or the next, never none.
+#[test]
+fn a_name_that_is_just_being_replaced_is_there_all_the_time() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    fs::write(a.join("name"), b"0").expect("write");
+    thread::scope(|scope| {
+        let replacing = scope.spawn(|| {
+            for number in 1..=200 {
+                fs::write(a.join("new"), number.to_string()).expect("write");
+                fs::rename(a.join("new"), a.join("name")).expect("rename");
+            }
+        });
+        while !replacing.is_finished() {
+            // The kernel looks twice; that it is outrun twice is for the caller to see, as with any network filesystem.
+            let found = File::open(b.join("name")).map_err(|error| error.kind());
+            assert!(matches!(found, Ok(_) | Err(ErrorKind::StaleNetworkFileHandle)), "{found:?}");
+        }
+    });
+    assert_eq!(fs::read(b.join("name")).expect("read"), b"200");
+    world.end();
+}
+
 #[test]
 fn rename_replaces_exchanges_and_respects_what_is_there() {
     if !can_mount() {
