@@ -21,7 +21,6 @@ use crate::tool::{Doing, LabError};
 const BASE_MS: u32 = 400;
 /// How long something may take that the cluster does by itself.
 pub(crate) const LIMIT: Duration = Duration::from_secs(240);
-const SHORT: Duration = Duration::from_secs(60);
 const SOCKET: &str = "/data/n/csvd.sock";
 pub(crate) const MOUNT: &str = "/data/n/mnt/vol1";
 /// MiB and processors of a node: more processors than the host has wait for each other in vain.
@@ -217,6 +216,15 @@ impl SanCluster {
         .map(drop)
     }
 
+    /// Waits until a node that was fenced although it lives has come back by itself, as a later incarnation.
+    pub(crate) fn until_anew(&mut self, asked: u8, number: u8) -> Result<(), LabError> {
+        let what = format!("node{number} has begun anew");
+        self.until(asked, &format!("node show node{number}"), &what, |node| {
+            node["state"] == "up" && node["epoch"].as_u64() > Some(1)
+        })
+        .map(drop)
+    }
+
     /// All events, as text.
     pub(crate) fn events(&mut self, number: u8) -> Result<String, LabError> {
         self.ctl(number, "events").map(|events| events.to_string())
@@ -323,16 +331,6 @@ impl SanCluster {
         self.run(number, &format!("rm -f /data/n/csvd.sock; {start}")).map(drop)
     }
 
-    /// Waits until the node's daemon has ended by itself.
-    pub(crate) fn await_daemon_end(&mut self, number: u8) -> Result<(), LabError> {
-        self.run(
-            number,
-            "for turn in $(seq 1200); do pidof csvd > /dev/null || break; sleep 0.1; done; ! pidof csvd",
-        )?;
-        self.say(&format!("the daemon of node{number} has ended"));
-        Ok(())
-    }
-
     /// Waits until all nodes are up and have the volume.
     pub(crate) fn until_whole(&mut self, numbers: &[u8]) -> Result<(), LabError> {
         for number in numbers {
@@ -341,15 +339,6 @@ impl SanCluster {
         }
         self.say("the cluster is whole");
         Ok(())
-    }
-
-    /// The LUN itself takes no write of this machine: not of the cluster's programs, nor of anybody else there.
-    pub(crate) fn check_refused_by_lun(&mut self, number: u8) -> Result<(), LabError> {
-        // Slot 60 of the heartbeat area: nobody's.
-        let write =
-            "dd if=/dev/zero of=/dev/sda bs=4096 seek=827 count=1 oflag=direct 2>&1 && echo landed; true";
-        let said = self.node(number).machine.run(write, SHORT)?;
-        check(!said.contains("landed"), "a write that the LUN refuses", &said.into())
     }
 }
 

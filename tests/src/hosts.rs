@@ -5,7 +5,6 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -185,21 +184,6 @@ impl Host {
         if let Some(daemon) = &self.daemon {
             signal_group(signal, daemon.id());
         }
-    }
-
-    /// Waits until the daemon has ended by itself.
-    ///
-    /// # Panics
-    /// When it has not within `limit`.
-    pub fn await_end(&mut self, limit: Duration) {
-        let mut daemon = self.daemon.take().expect("a daemon that runs");
-        let (tell, told) = std::sync::mpsc::channel();
-        let group = daemon.id();
-        std::thread::spawn(move || drop(tell.send(daemon.wait())));
-        let ended = told.recv_timeout(limit);
-        signal_group("KILL", group);
-        self.unmount();
-        assert!(ended.is_ok(), "{} has not ended within {limit:?}", self.name);
     }
 
     /// A power cut: every process of the node ends at once.

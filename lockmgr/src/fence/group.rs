@@ -115,6 +115,40 @@ impl ProcessGroup {
         }
     }
 
+    /// Kills every member but the calling process, which is one, and waits until each has ended. Gives their number.
+    ///
+    /// # Errors
+    /// When a member may still be alive.
+    pub fn end_others(&self, limit: Duration) -> Result<usize, GroupError> {
+        let deadline = deadline_in(limit);
+        let mut ended = 0;
+        loop {
+            let mut others = self.members()?;
+            others.retain(|member| member.pid != getpid());
+            if others.is_empty() {
+                return Ok(ended);
+            }
+            for member in &others {
+                member.kill().map_err(self.failed("kill a member of"))?;
+                if !member.wait_end(deadline).map_err(self.failed("wait for"))? {
+                    let pid = member.pid.as_raw_nonzero().get();
+                    return Err(GroupError::StillThere {
+                        group: self.id(),
+                        pid,
+                        limit_ms: limit.as_millis(),
+                    });
+                }
+            }
+            ended += others.len();
+        }
+    }
+
+    /// Whether the calling process is a member.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.group == getpgrp()
+    }
+
     /// The processes of the group that have not ended.
     fn members(&self) -> Result<Vec<Process>, GroupError> {
         let boot = boot_id().map_err(|error| GroupError::Proc(error.to_string()))?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::Millis;
 use crate::clock::boottime_ms;
@@ -47,6 +47,14 @@ impl Process {
 
     pub(super) fn exit_handle(&self) -> &OwnedFd {
         &self.exit
+    }
+
+    /// Ends it. One that has ended already is no error.
+    pub(super) fn kill(&self) -> Result<(), Errno> {
+        match pidfd_send_signal(&self.exit, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Waits until it has ended. `false`: it had not at the deadline.

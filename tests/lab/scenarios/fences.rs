@@ -35,12 +35,10 @@ fn taken_over(fail: Fault, heal: Fault) -> Result<(), LabError> {
         lab.check_lun(HEIR, BLOCKS)?;
         lab.say("another node has taken over and written");
         heal(&mut lab, 3)?;
-        lab.await_daemon_end(3)?;
-        lab.check_refused_by_lun(3)?;
+        lab.until_anew(1, 3)?;
         lab.check_lun(SLEEPER, 0)?;
         lab.check_lun(HEIR, BLOCKS)?;
         lab.say("no write of the node that was cut off has landed");
-        lab.start_daemon(3)?;
         lab.until_whole(&[1, 2, 3])?;
         lab.run(3, &format!("head -c 4 {MOUNT}/contested | grep -q {HEIR}"))?;
         lab.check_volume(2)

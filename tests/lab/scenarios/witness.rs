@@ -32,10 +32,9 @@ pub(super) fn two_nodes() -> Result<(), LabError> {
         lab.until_node(1, 2, "fenced")?;
         lab.write(1, SECOND)?;
         lab.thaw(2)?;
-        lab.await_daemon_end(2)?;
+        lab.until_anew(1, 2)?;
         lab.check_lun(FIRST, 0)?;
         lab.check_lun(SECOND, BLOCKS)?;
-        lab.start_daemon(2)?;
         lab.ctl(2, "cluster wait --nodes 3 --volume vol1 --timeout 200")?;
         lab.check_volume(1)
     })

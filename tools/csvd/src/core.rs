@@ -1,5 +1,6 @@
 //! What all parts of the daemon share.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use api::Error;
@@ -45,6 +46,8 @@ pub(crate) struct Core {
     pub(crate) stop: CancellationToken,
     /// Cancelled when all is put away. Until then the node beats, holds its lease and follows the records.
     pub(crate) done: CancellationToken,
+    /// This incarnation was declared over by the others: after its end the next one begins.
+    pub(crate) begin_anew: AtomicBool,
     epoch: OnceLock<Epoch>,
 }
 
@@ -75,6 +78,7 @@ impl Core {
             pulse: Pulse::default(),
             stop,
             done: CancellationToken::new(),
+            begin_anew: AtomicBool::new(false),
             epoch: OnceLock::new(),
         })
     }

@@ -5,6 +5,8 @@
 //!   SIGTERM or a declared end:   VMs stop -> volumes left (volumes/leave.rs) -> silence -> Raft, mesh
 //!   a node that leaves for good gives its vote back before Raft ends (drain/farewell.rs)
 //! ```
+//! A node that was fenced although it lives has lost its grants and its VMs, and comes back by itself: the program is
+//! executed anew in the same process, and takes part with the next epoch (A3).
 
 use std::io::Write;
 use std::os::fd::AsFd;
@@ -44,8 +46,16 @@ pub(crate) fn load(path: &Path) -> Result<NodeConfig, Error> {
     })
 }
 
+/// What comes after the daemon's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Afterwards {
+    Nothing,
+    /// The others have gone on without this incarnation: the next one takes its place.
+    BeginAnew,
+}
+
 /// Runs the daemon until it is told to end.
-pub(crate) async fn run(config: NodeConfig, inherit_listener: bool) -> Result<(), Error> {
+pub(crate) async fn run(config: NodeConfig, inherit_listener: bool) -> Result<Afterwards, Error> {
     let _pid_file = PidFile::take(&config.pid_file())?;
     let stop = CancellationToken::new();
     end_on_signals(&stop)?;
@@ -82,7 +92,8 @@ pub(crate) async fn run(config: NodeConfig, inherit_listener: bool) -> Result<()
         tracing::warn!("requests of other nodes were cut off");
     }
     tracing::info!("ended");
-    ended
+    let anew = core.begin_anew.load(std::sync::atomic::Ordering::Acquire);
+    ended.map(|()| if anew { Afterwards::BeginAnew } else { Afterwards::Nothing })
 }
 
 /// From joining the cluster to the wish to end.
@@ -176,7 +187,7 @@ fn cluster_config(config: &NodeConfig) -> ClusterConfig {
             })
             .collect(),
         bootstrap: config.bootstrap,
-        timing: RaftTiming::default(),
+        timing: config.base_ms.map_or_else(RaftTiming::default, RaftTiming::from_base),
     }
 }
 

@@ -45,6 +45,7 @@ use std::process::ExitCode;
 use api::Error;
 use api::config::NodeConfig;
 use clap::Parser;
+use daemon::Afterwards;
 
 /// Run a node of the cluster
 #[derive(Debug, Parser)]
@@ -75,7 +76,11 @@ enum Role {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match run(&args) {
+    let ended = run(&args).and_then(|afterwards| match afterwards {
+        Afterwards::Nothing => Ok(()),
+        Afterwards::BeginAnew => Err(begin_anew()),
+    });
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(%error, hint = error.hint, "the daemon ends");
@@ -85,13 +90,27 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Args) -> Result<(), Error> {
+/// Executes the program anew, with the same arguments. Returns only when that fails.
+fn begin_anew() -> Error {
+    use std::os::unix::process::CommandExt;
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return Error::failed(format!("finding the program to begin anew: {error}")),
+    };
+    let error = std::process::Command::new(&program).args(std::env::args_os().skip(1)).exec();
+    Error::failed(format!("execute {} anew: {error}", program.display()))
+        .hint("start the daemon again: it joins with a new epoch")
+}
+
+fn run(args: &Args) -> Result<Afterwards, Error> {
     let config: NodeConfig = daemon::load(&args.config)?;
     if args.role == Some(Role::Witness) && !config.witness {
         return Err(Error::conflict(format!("{} is a node with volumes, not a witness", config.name))
             .hint("a witness joins with `csvctl node join --witness`"));
     }
-    if args.new_session {
+    // One that begins anew leads its session already.
+    let leads = rustix::process::getsid(None).is_ok_and(|session| session == rustix::process::getpid());
+    if args.new_session && !leads {
         rustix::process::setsid().map_err(|error| Error::failed(format!("making a session: {error}")))?;
     }
     log::start(&config.log_file())?;

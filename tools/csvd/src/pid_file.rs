@@ -65,7 +65,9 @@ impl PidFile {
 fn end_former(text: &str) -> Result<(), Error> {
     // Empty, or cut off while it was written: nothing had been started by then.
     let Ok(former) = text.parse::<ProcessGroup>() else { return Ok(()) };
-    let ended = former.end(GONE_WITHIN).map_err(|error| {
+    // A daemon that begins anew is its own former one: the process goes on, what it had started does not.
+    let ended = if former.is_own() { former.end_others(GONE_WITHIN) } else { former.end(GONE_WITHIN) };
+    let ended = ended.map_err(|error| {
         Error::failed(error)
             .during("ending what this node's earlier daemon has left")
             .hint("it may still write to a LUN; the node cannot join before it is gone")

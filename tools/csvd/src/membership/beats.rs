@@ -1,6 +1,7 @@
 //! Heartbeats over the network: "I am here", answered by "I still believe you".
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -59,7 +60,8 @@ pub(super) fn over(core: &Arc<Core>, told_by: NodeId) {
     core.membership.lease.revoke();
     core.vms.kill_all();
     if !core.stop.is_cancelled() {
-        tracing::error!(%told_by, "this incarnation was declared over: all I/O is stopped, the daemon ends");
+        tracing::error!(%told_by, "this incarnation was declared over: all I/O is stopped, the node begins anew");
+        core.begin_anew.store(true, Ordering::Release);
         core.stop.cancel();
     }
 }
