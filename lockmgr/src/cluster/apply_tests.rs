@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use openraft::{CommittedLeaderId, EntryPayload};
 use proptest::prelude::*;
 use prost::Message;
 use uuid::Uuid;
@@ -12,10 +13,11 @@ use super::codec::Proposal;
 use super::command::{Command, Given, Rejection, VmUpdate};
 use super::drain::{Drain, DrainPhase};
 use super::machine::Machine;
+use super::raft_types::{Entry, LogId, Membership};
 use super::records::{
     ClusterState, EVENTS_MAX, FenceKind, MemberState, Renewal, VmRecord, VmState, VolumeState,
 };
-use super::{pb, raft_codec};
+use super::{fuzz, pb, raft_codec};
 use crate::{ClusterId, Epoch, NodeId, Term, VolumeId};
 
 fn node() -> impl Strategy<Value = NodeId> {
@@ -238,26 +240,95 @@ proptest! {
 
     #[test]
     fn arbitrary_bytes_are_a_message_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-        let bytes = Bytes::from(bytes);
-        let _snapshot = Machine::decode(bytes.clone());
-        let _entry = pb::Entry::decode(bytes.clone()).map(raft_codec::entry_from_pb);
-        let _append = pb::Append::decode(bytes.clone()).map(raft_codec::append_from_pb);
-        let _install = pb::Install::decode(bytes.clone()).map(raft_codec::install_from_pb);
-        let _proposal = pb::Proposal::decode(bytes).map(Proposal::try_from);
+        fuzz::feed(&bytes);
     }
 
     #[test]
-    fn a_damaged_snapshot_is_an_error_or_another_state_never_a_panic(at in any::<prop::sample::Index>(), to in any::<u8>()) {
-        let mut bytes = created().encode();
-        let at = at.index(bytes.len());
-        bytes[at] = to;
-        if let Ok(mut machine) = Machine::decode(bytes.into()) {
-            let members: Vec<_> = machine.state.members.values().map(|m| (m.id, m.epoch)).collect();
-            for (node, expect) in members {
-                let _end = machine.apply(9, &proposal(Command::BeginEpoch { node, expect }, 8));
+    fn damaged_messages_are_others_or_an_error_never_a_panic(
+        commands in prop::collection::vec(command(), 1..20),
+        damages in prop::collection::vec(damage(), 1..6),
+    ) {
+        for mut bytes in messages(commands) {
+            fuzz::feed(&bytes);
+            for damage in &damages {
+                damage.apply(&mut bytes);
             }
+            fuzz::feed(&bytes);
         }
     }
+}
+
+/// What happens to a message on its way.
+#[derive(Clone, Debug)]
+enum Damage {
+    Changed(prop::sample::Index, u8),
+    Cut(prop::sample::Index),
+    Removed(prop::sample::Index, u8),
+    Repeated(prop::sample::Index, u8),
+}
+
+fn damage() -> impl Strategy<Value = Damage> {
+    use Damage::{Changed, Cut, Removed, Repeated};
+    let at = any::<prop::sample::Index>;
+    prop_oneof![
+        4 => (at(), any::<u8>()).prop_map(|(at, to)| Changed(at, to)),
+        1 => at().prop_map(Cut),
+        2 => (at(), any::<u8>()).prop_map(|(at, len)| Removed(at, len)),
+        2 => (at(), any::<u8>()).prop_map(|(at, len)| Repeated(at, len)),
+    ]
+}
+
+impl Damage {
+    fn apply(&self, bytes: &mut Vec<u8>) {
+        if bytes.is_empty() {
+            return;
+        }
+        let range = |at: &prop::sample::Index, len: &u8| {
+            let at = at.index(bytes.len());
+            at..bytes.len().min(at + usize::from(*len))
+        };
+        match self {
+            Self::Changed(at, to) => {
+                let at = at.index(bytes.len());
+                bytes[at] = *to;
+            }
+            Self::Cut(at) => bytes.truncate(at.index(bytes.len())),
+            Self::Removed(at, len) => drop(bytes.drain(range(at, len))),
+            Self::Repeated(at, len) => bytes.extend_from_within(range(at, len)),
+        }
+    }
+}
+
+/// One of each kind that is decoded, all about these commands.
+fn messages(commands: Vec<Command>) -> Vec<Vec<u8>> {
+    let mut machine = created();
+    let id = |index| LogId::new(CommittedLeaderId::new(1, 1), index);
+    let vote = pb::Vote { term: 3, node: 1, committed: true };
+    let (mut entries, mut messages) = (Vec::new(), Vec::new());
+    for (index, command) in (2..).zip(commands) {
+        let proposal = proposal(command, 1);
+        let end = machine.apply(index, &proposal);
+        messages.push(pb::End::from(&end).encode_to_vec());
+        messages.push(pb::Proposal::from(&proposal).encode_to_vec());
+        let entry = Entry { log_id: id(index), payload: EntryPayload::Normal(Arc::new(proposal)) };
+        entries.push(raft_codec::entry_to_pb(&entry));
+    }
+    let voters = Membership::new(vec![[1, 2, 3].into()], None);
+    entries
+        .push(raft_codec::entry_to_pb(&Entry { log_id: id(99), payload: EntryPayload::Membership(voters) }));
+    messages.extend(entries.iter().map(Message::encode_to_vec));
+    let last = Some(raft_codec::log_id_to_pb(&id(99)));
+    let append = pb::Append { vote: Some(vote), previous: last, entries, committed: last };
+    messages.push(append.encode_to_vec());
+    messages.push(pb::VoteRequest { vote: Some(vote), last }.encode_to_vec());
+    messages.push(pb::VoteReply { vote: Some(vote), granted: true, last }.encode_to_vec());
+    let meta = pb::SnapshotMeta { last, membership: None, id: "1-1-99".into() };
+    let data = machine.encode().into();
+    messages.push(
+        pb::Install { vote: Some(vote), meta: Some(meta), offset: 0, data, done: true }.encode_to_vec(),
+    );
+    messages.push(machine.encode());
+    messages
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Everything that turns bytes into records and Raft messages, fed with bytes that may be anything: by tests that damage what
-//! is valid, and by a fuzzer (`lockmgr/fuzz`).
+//! is valid (`apply_tests.rs`), and by a fuzzer (`lockmgr/fuzz`).
 //!
 //! **Invariant:** bytes are a message or an error, never a panic; what was accepted is written and read again as the same.
 
