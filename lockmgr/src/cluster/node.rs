@@ -204,6 +204,15 @@ impl Cluster {
         let _ended = metrics.changed().await;
     }
 
+    /// Returns as soon as this node has no vote.
+    pub async fn without_vote(&self) {
+        let mut metrics = self.raft.metrics();
+        let me = u64::from(self.node.0);
+        let votes = |id| id == me;
+        // An error means that Raft has ended: then it votes for nothing any more.
+        let _ended = metrics.wait_for(|metrics| !metrics.membership_config.voter_ids().any(votes)).await;
+    }
+
     /// Answers a frame of a peer for the services [`service::RAFT`] and [`service::PROPOSAL`].
     pub fn handle(
         &self,

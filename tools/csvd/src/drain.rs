@@ -98,11 +98,12 @@ async fn follow(core: &Arc<Core>, step: Step, round: &mut Round) {
 
 /// Changes the record, from the step that was read. `true` when it is so now.
 async fn write(core: &Arc<Core>, expect_step: u64, to: Option<Drain>) -> bool {
+    let mut records = core.cluster.watch();
     match core.propose(Command::SetDrain { node: core.me, expect_step, to }).await {
         Ok(_) => true,
         Err(error) => {
             tracing::info!(%error, "the drain of this node was not recorded; its record is read again");
-            tokio::time::sleep(Duration::from_millis(core.timing.beat_ms)).await;
+            drop(tokio::time::timeout(Duration::from_millis(core.timing.beat_ms), records.changed()).await);
             false
         }
     }

@@ -40,13 +40,17 @@ pub(crate) async fn take(core: &Arc<Core>) {
 }
 
 async fn be_forgotten(core: &Arc<Core>, epoch: Epoch) {
+    let mut records = core.cluster.watch();
     loop {
-        let state = core.state();
+        let state = records.borrow_and_update().clone();
         let Some(member) = state.members.get(&core.me) else { return };
         let command = if member.state == MemberState::Up {
             Command::MarkNode { node: core.me, epoch, state: MemberState::Down }
         } else if core.cluster.status().voters.contains(&core.me) {
-            tokio::time::sleep(Duration::from_millis(core.timing.beat_ms)).await;
+            tokio::select! {
+                () = core.cluster.without_vote() => {}
+                changed = records.changed() => if changed.is_err() { return },
+            }
             continue;
         } else {
             Command::RemoveMember { node: core.me, expect: epoch }
@@ -54,11 +58,13 @@ async fn be_forgotten(core: &Arc<Core>, epoch: Epoch) {
         let removes = matches!(command, Command::RemoveMember { .. });
         match core.cluster.propose(command).await {
             Ok(_) if removes => return,
-            // Somebody else was faster, and said so in the log that still comes here.
+            // It is so, or somebody else was faster and said so, in the log that still comes here.
             Ok(_) | Err(ProposeError::Conflict { .. }) => {}
             Err(error) => tracing::info!(%error, "not forgotten yet"),
         }
-        tokio::time::sleep(Duration::from_millis(core.timing.beat_ms)).await;
+        // Records that do not change tell nothing: then it is asked again.
+        let change = records.changed();
+        drop(tokio::time::timeout(Duration::from_millis(core.timing.beat_ms), change).await);
     }
 }
 
