@@ -13,6 +13,8 @@ use crate::Ctl;
 pub struct Cluster {
     folder: TempDir,
     info: Value,
+    /// Its end was seen to.
+    kept: bool,
 }
 
 impl Cluster {
@@ -31,7 +33,7 @@ impl Cluster {
     /// As [`Cluster::start`].
     #[must_use]
     pub fn start_in(folder: TempDir, lun_size: &str) -> Self {
-        let mut cluster = Self { folder, info: Value::Null };
+        let mut cluster = Self { folder, info: Value::Null, kept: false };
         cluster.info = cluster.up(lun_size);
         cluster
     }
@@ -45,6 +47,16 @@ impl Cluster {
     #[must_use]
     pub fn dir(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// The nodes are ended and their folder, with their logs, is left behind.
+    #[must_use]
+    pub fn keep(mut self) -> PathBuf {
+        self.folder.disable_cleanup(true);
+        let dir = self.dir().to_path_buf();
+        drop(Ctl::local().run(&["dev", "down", "--dir", dir.to_str().expect("a UTF-8 path")]));
+        self.kept = true;
+        dir
     }
 
     /// What `dev up` printed.
@@ -156,6 +168,9 @@ fn console_text(document: &Value) -> String {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
         if std::thread::panicking() && std::env::var_os("KEEP_CLUSTER").is_some() {
             self.folder.disable_cleanup(true);
             return;

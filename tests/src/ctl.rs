@@ -77,11 +77,7 @@ impl Ctl {
     /// # Panics
     /// When it cannot be started, or succeeds without printing one JSON document: both break the contract.
     pub fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<Value, CtlError> {
-        let mut command = Command::new(binary("csvctl"));
-        if let Some(socket) = &self.socket {
-            command.arg("--connect").arg(socket);
-        }
-        command.args(["--json", "--yes"]).args(arguments);
+        let mut command = self.command(arguments);
         let output = command.output().expect("csvctl can be started");
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -98,6 +94,16 @@ impl Ctl {
             error,
             stderr,
         })
+    }
+
+    /// `csvctl --json ARGUMENTS`, not started yet.
+    pub(crate) fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
+        let mut command = Command::new(binary("csvctl"));
+        if let Some(socket) = &self.socket {
+            command.arg("--connect").arg(socket);
+        }
+        command.args(["--json", "--yes"]).args(arguments);
+        command
     }
 
     /// Runs a command that must succeed.

@@ -7,6 +7,7 @@
 mod bins;
 mod cluster;
 mod ctl;
+pub mod fire;
 mod guest;
 mod hosts;
 mod image;

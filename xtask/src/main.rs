@@ -4,6 +4,7 @@
 //! cargo xtask demo    set up, build, run the embedded three-node demo
 //! cargo xtask test    set up, build, run every check and test
 //! cargo xtask bench   set up, build, run the benchmarks beside the raw device
+//! cargo xtask faults  build, run rounds of random faults under verified load: 100, or as many as are given
 //! cargo xtask moves   build, move VMs under load again and again: 200 moves, or twice the number that is given
 //! cargo xtask lab     set up, build, run a scenario on emulated machines with a stock kernel
 //! ```
@@ -19,7 +20,7 @@ use std::process::ExitCode;
 
 use run::{Failure, cargo, root};
 
-const USAGE: &str = "usage: cargo xtask demo [DEMO OPTIONS] | test [--quick] | bench [NAME] | moves [ROUNDS] | lab SCENARIO | setup";
+const USAGE: &str = "usage: cargo xtask demo [DEMO OPTIONS] | test [--quick] | bench [NAME] | faults [--rounds N] [--seed N] | moves [ROUNDS] | lab SCENARIO | setup";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         "demo" => demo(&rest),
         "test" => test::run(&rest),
         "bench" => bench::run(&rest),
+        "faults" => faults(&rest),
         "moves" => moves(&rest),
         "lab" => lab(&rest),
         "setup" => packages::ensure(packages::TEST),
@@ -62,6 +64,13 @@ fn demo(options: &[String]) -> Result<(), Failure> {
     ])?;
     let target = run::target_dir();
     run::command(target.join("release/demo").as_os_str(), options, &root())
+}
+
+/// Builds the binaries in release mode and does things to nodes under load.
+fn faults(options: &[String]) -> Result<(), Failure> {
+    packages::ensure(packages::TEST)?;
+    cargo(&["build", "--release", "--locked", "--workspace", "--bins"])?;
+    run::command(run::target_dir().join("release/faults").as_os_str(), options, &root())
 }
 
 /// Builds the binaries in release mode and moves VMs under load.
