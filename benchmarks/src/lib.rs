@@ -25,6 +25,19 @@ pub fn median(values: &mut [f64]) -> f64 {
     }
 }
 
+/// The value below or at which this part (0 to 1) of the values lies, 0 for none.
+#[must_use]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "an index into what a program measured: small, and not negative"
+)]
+pub fn percentile(values: &mut [f64], part: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let rank = (values.len() as f64 * part).ceil() as usize;
+    values.get(rank.saturating_sub(1)).or(values.last()).copied().unwrap_or(0.0)
+}
+
 /// Prints the rows with their ratios, and whether each goal was reached in this run.
 pub fn print_table(title: &str, base: &str, ours: &str, rows: &[Row]) {
     println!("{title}");
