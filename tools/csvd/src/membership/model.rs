@@ -1,0 +1,569 @@
+//! Every way that ownership can go, with faults at any moment, explored to a bound.
+//!
+//! The world is the cluster's records (the real `ClusterState`, changed by the real commands), what each node has heard of
+//! them, the proposals that are under way, and the processes. The verdicts of what follows from the records (`heirs`, `view`)
+//! are the real ones too. From each state all of these can happen next, in every order: a proposal is applied, is lost, or is
+//! applied although its proposer has given it up or is dead; a node hears of the records, or not yet; a node is killed, freezes,
+//! wakes, starts again; a living node is taken for dead (whatever the failure detector may see, it can err no worse); a fence
+//! succeeds or fails; a coordinator cannot be opened; the coordinator is moved; a VM is handed over.
+//!
+//! Judged in every state, for processes that have not ended, frozen ones among them:
+//! - at most one coordinator is open, and never one of a lower term than the LUN has seen (A1, D5);
+//! - at most one guest runs, in the epoch that the record has or had (E5, H1);
+//! - what is fenced has ended (A4), and no two incarnations of a node have one epoch (A3).
+//!
+//! And from every state the good end stays in reach without further faults: a living node serves the volume, and the VM
+//! runs in one place or says why not (H6).
+//!
+//! Raft is taken at its word: the records are one sequence of changes. What it does with its messages is not modelled.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+
+use lockmgr::cluster::{
+    ClusterState, Command, FenceKind, Member, MemberState, VmRecord, VmState, VolumeRecord, VolumeState,
+};
+use lockmgr::{ClusterId, Epoch, NodeId, Term, VolumeId};
+use uuid::Uuid;
+
+use super::heirs;
+use crate::view;
+
+/// A number of records or of a command in [`Space`].
+type Id = u32;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Life {
+    Off,
+    Frozen,
+    Alive,
+}
+
+/// A node's process, with what it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Node {
+    life: Life,
+    /// 0 until it has joined.
+    epoch: u64,
+    /// The records that it knows.
+    view: Id,
+    /// The term of the coordinator that is open here; 0 for none.
+    serves: u64,
+    renounced: u64,
+    /// The epoch of the guest that runs here; 0 for none.
+    guest: u64,
+    /// The epoch of a guest that was halted to be handed over.
+    halted: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct World {
+    records: Id,
+    nodes: Vec<Node>,
+    /// Proposals under way; those of proposer 0 are nobody's any more.
+    pending: BTreeSet<(u16, Id)>,
+    /// The term in the LUN's owner block.
+    lun_term: u64,
+    faults_left: u8,
+    moves_left: u8,
+}
+
+/// All records and commands that occur, each once.
+#[derive(Default)]
+struct Space {
+    records: Vec<Arc<ClusterState>>,
+    record_ids: HashMap<String, Id>,
+    commands: Vec<Command>,
+    command_ids: HashMap<String, Id>,
+}
+
+impl Space {
+    fn record(&mut self, mut state: ClusterState) -> Id {
+        // The timeline is for people; it would make every state another one.
+        state.events.clear();
+        state.applied = 0;
+        let members: Vec<_> = state.members.values().map(|it| (it.epoch, it.state)).collect();
+        let key = format!("{members:?} {:?} {:?}", state.volumes, state.vms);
+        let next = Id::try_from(self.records.len()).expect("a small space");
+        let id = *self.record_ids.entry(key).or_insert(next);
+        if id == next {
+            self.records.push(Arc::new(state));
+        }
+        id
+    }
+
+    fn command(&mut self, command: Command) -> Id {
+        let next = Id::try_from(self.commands.len()).expect("a small space");
+        let id = *self.command_ids.entry(format!("{command:?}")).or_insert(next);
+        if id == next {
+            self.commands.push(command);
+        }
+        id
+    }
+
+    fn records(&self, id: Id) -> Arc<ClusterState> {
+        Arc::clone(&self.records[id as usize])
+    }
+}
+
+fn volume(state: &ClusterState) -> &VolumeRecord {
+    &state.volumes["vol1"]
+}
+
+fn vm(state: &ClusterState) -> &VmRecord {
+    &state.vms["web"]
+}
+
+fn number(index: usize) -> NodeId {
+    NodeId(u16::try_from(index + 1).expect("few nodes"))
+}
+
+/// All nodes are up, the first one serves the volume and runs the VM.
+fn start(space: &mut Space, nodes: usize, faults: u8, moves: u8) -> World {
+    let mut state = ClusterState { cluster: Some(ClusterId(Uuid::nil())), ..ClusterState::default() };
+    for id in (0..nodes).map(number) {
+        let (name, epoch) = (format!("n{id}"), Epoch(1));
+        let address = String::new();
+        let member = Member { id, name, address, epoch, state: MemberState::Up, joined_ms: 0 };
+        state.members.insert(id, member);
+    }
+    let owned = VolumeRecord {
+        name: "vol1".into(),
+        id: VolumeId(Uuid::nil()),
+        lun_uri: String::new(),
+        owner: NodeId(1),
+        owner_epoch: Epoch(1),
+        term: Term(1),
+        fence_kind: FenceKind::Agent,
+        state: VolumeState::Online,
+        reason: String::new(),
+    };
+    state.volumes.insert("vol1".into(), owned);
+    let run = VmRecord {
+        name: "web".into(),
+        id: Uuid::nil(),
+        owner: NodeId(1),
+        epoch: 1,
+        state: VmState::Running,
+        peer: None,
+        spec: Vec::new().into(),
+        saved: None,
+        reason: String::new(),
+        restarts_left: 0,
+    };
+    state.vms.insert("web".into(), run);
+    let records = space.record(state);
+    let mut idle =
+        Node { life: Life::Alive, epoch: 1, view: records, serves: 0, renounced: 0, guest: 0, halted: 0 };
+    let others = vec![idle; nodes - 1];
+    (idle.serves, idle.guest) = (1, 1);
+    let nodes = [vec![idle], others].concat();
+    World { records, nodes, pending: BTreeSet::new(), lun_term: 1, faults_left: faults, moves_left: moves }
+}
+
+/// What can happen next: whether it is a fault, and the world after it.
+struct Steps<'a> {
+    space: &'a mut Space,
+    from: &'a World,
+    found: Vec<(bool, World)>,
+}
+
+impl Steps<'_> {
+    fn all(mut self) -> Vec<(bool, World)> {
+        for &proposal in &self.from.pending {
+            self.arrive(proposal);
+        }
+        for index in 0..self.from.nodes.len() {
+            match self.from.nodes[index].life {
+                Life::Off => self.free(|world| world.nodes[index].life = Life::Alive),
+                Life::Frozen => {
+                    self.free(|world| world.nodes[index].life = Life::Alive);
+                    self.fault(|world| end(world, index));
+                }
+                Life::Alive => {
+                    self.fault(|world| world.nodes[index].life = Life::Frozen);
+                    self.fault(|world| end(world, index));
+                    self.act(index);
+                }
+            }
+        }
+        self.found
+    }
+
+    fn free(&mut self, change: impl FnOnce(&mut World)) {
+        let mut world = self.from.clone();
+        change(&mut world);
+        if world != *self.from {
+            self.found.push((false, world));
+        }
+    }
+
+    fn fault(&mut self, change: impl FnOnce(&mut World)) {
+        if self.from.faults_left > 0 {
+            let mut world = self.from.clone();
+            world.faults_left -= 1;
+            change(&mut world);
+            self.found.push((true, world));
+        }
+    }
+
+    /// A proposal is applied, or lost, or outlives its proposer's patience.
+    fn arrive(&mut self, proposal: (u16, Id)) {
+        let (proposer, command) = proposal;
+        let before = self.space.records(self.from.records);
+        let command = self.space.commands[command as usize].clone();
+        let after = before.after(command.clone()).map(|after| self.space.record(after));
+        self.free(|world| {
+            world.pending.remove(&proposal);
+            if let Ok(after) = after {
+                world.records = after;
+            }
+            let taken =
+                usize::from(proposer).checked_sub(1).filter(|index| world.nodes[*index].life != Life::Off);
+            if let Some(index) = taken {
+                answered(&mut world.nodes[index], index, &command, after);
+            }
+        });
+        // Losing it costs nothing: whoever still wants it says it again.
+        self.free(|world| {
+            world.pending.remove(&proposal);
+        });
+        if proposer != 0 && !self.from.pending.iter().any(|(late, _)| *late == 0) {
+            self.fault(|world| {
+                world.pending.remove(&proposal);
+                world.pending.insert((0, proposal.1));
+            });
+        }
+    }
+
+    /// What a living node does by itself.
+    fn act(&mut self, index: usize) {
+        let (me, node) = (number(index), self.from.nodes[index]);
+        let state = self.space.records(node.view);
+        self.free(|world| world.nodes[index].view = world.records);
+        if node.epoch == 0 {
+            let expect = state.members[&me].epoch;
+            return self.propose(index, Command::BeginEpoch { node: me, expect });
+        }
+        if view::is_over(&state, me, Epoch(node.epoch)) {
+            // It begins anew: all that it held ends with the process.
+            return self.free(|world| {
+                end(world, index);
+                world.nodes[index].life = Life::Alive;
+            });
+        }
+        self.judge(index, &state);
+        for command in heirs::appoint(&state, true) {
+            self.propose(index, command);
+        }
+        self.host(index, &state);
+        self.guest(index, &state);
+    }
+
+    /// Verdicts and fences of this node over the others.
+    fn judge(&mut self, index: usize, state: &ClusterState) {
+        for (other, member) in state.members.values().enumerate().filter(|(other, _)| *other != index) {
+            let (node, epoch) = (member.id, member.epoch);
+            let mark = |state| Command::MarkNode { node, epoch, state };
+            match member.state {
+                MemberState::Up => {
+                    let it = self.from.nodes[other];
+                    let wrong = it.life == Life::Alive && it.epoch == epoch.0;
+                    self.propose_if(wrong, index, mark(MemberState::Fencing), |_| {});
+                }
+                MemberState::Fencing | MemberState::FenceFailed => {
+                    // Whatever process the node has is ended, be it of a later incarnation.
+                    self.propose_if(false, index, mark(MemberState::Fenced), |world| end(world, other));
+                    if member.state == MemberState::Fencing {
+                        self.propose_if(true, index, mark(MemberState::FenceFailed), |_| {});
+                    }
+                }
+                MemberState::Down | MemberState::Fenced => {}
+            }
+        }
+    }
+
+    /// The volume's coordinator on this node.
+    fn host(&mut self, index: usize, state: &ClusterState) {
+        let (me, node, record) = (number(index), self.from.nodes[index], volume(state));
+        let mine = record.owner == me && record.owner_epoch.0 == node.epoch;
+        let term = record.term.0;
+        let report = |state| Command::SetVolumeState {
+            name: "vol1".into(),
+            expect_term: Term(term),
+            state,
+            reason: String::new(),
+        };
+        let appoint = |to: NodeId, to_epoch| Command::MoveVolume {
+            name: "vol1".into(),
+            expect_term: Term(term),
+            to,
+            to_epoch,
+        };
+        if node.serves > 0 && !(mine && node.serves == term) {
+            return self.free(|world| world.nodes[index].serves = 0);
+        }
+        if !mine {
+            return;
+        }
+        if node.serves == 0 && term <= node.renounced {
+            if record.state != VolumeState::Failed {
+                self.propose(index, appoint(me, Epoch(node.epoch)));
+            }
+        } else if node.serves == 0 {
+            let failed = |world: &mut World| world.nodes[index].renounced = term;
+            // A higher term on the LUN: somebody else was appointed since.
+            if self.from.lun_term > term {
+                return self.propose_if(false, index, report(VolumeState::Failed), failed);
+            }
+            self.propose_if(true, index, report(VolumeState::Failed), failed);
+            self.free(|world| {
+                world.lun_term = term;
+                world.nodes[index].serves = term;
+            });
+        } else {
+            if record.state != VolumeState::Online {
+                self.propose(index, report(VolumeState::Online));
+            }
+            let up = state.members.values().filter(|it| it.state == MemberState::Up && it.id != me);
+            for to in up.filter(|_| self.from.moves_left > 0).map(|it| (it.id, it.epoch)).collect::<Vec<_>>()
+            {
+                self.propose_if(false, index, appoint(to.0, to.1), |world| {
+                    world.moves_left -= 1;
+                    world.nodes[index].serves = 0;
+                    world.nodes[index].renounced = term;
+                });
+            }
+        }
+    }
+
+    /// The VM on this node.
+    fn guest(&mut self, index: usize, state: &ClusterState) {
+        let (me, node, record) = (number(index), self.from.nodes[index], vm(state));
+        if record.owner != me {
+            return;
+        }
+        if record.state == VmState::Failed && record.restarts_left > 0 && node.guest == 0 {
+            let start = record.update(|to| {
+                to.state = VmState::Starting;
+                to.epoch += 1;
+            });
+            self.propose(index, start);
+        }
+        let ran = |to: &mut VmRecord| to.state = VmState::Running;
+        let begun = matches!(record.state, VmState::Starting | VmState::Saved);
+        if begun && node.guest == record.epoch {
+            self.propose(index, record.update(ran));
+        }
+        if record.state == VmState::Saved
+            && record.saved.is_none()
+            && node.guest == 0
+            && node.halted == record.epoch
+        {
+            // It has arrived, with its memory: the commit was seen.
+            self.free(|world| {
+                world.nodes[index].guest = record.epoch;
+                world.nodes[index].halted = 0;
+            });
+        }
+        if record.state == VmState::Running && node.guest == record.epoch && self.from.moves_left > 0 {
+            self.hand_over(index, state);
+        }
+        if record.state == VmState::Running && node.guest == 0 && node.halted == record.epoch {
+            // The commit's outcome is not known: the next epoch is asked for, which that commit cannot pass.
+            self.propose(index, record.update(|to| to.epoch += 1));
+        }
+    }
+
+    fn hand_over(&mut self, index: usize, state: &ClusterState) {
+        let (me, record) = (number(index), vm(state));
+        let up =
+            state.members.values().enumerate().filter(|(_, it)| it.state == MemberState::Up && it.id != me);
+        for (other, to) in up.map(|(other, it)| (other, it.id)).collect::<Vec<_>>() {
+            if self.from.nodes[other].life != Life::Alive {
+                continue;
+            }
+            let commit = record.update(|vm| {
+                vm.owner = to;
+                vm.epoch += 1;
+                vm.state = VmState::Saved;
+            });
+            let epoch = record.epoch;
+            self.propose_if(false, index, commit, |world| {
+                world.moves_left -= 1;
+                world.nodes[index].guest = 0;
+                world.nodes[index].halted = epoch;
+                // Its memory waits there.
+                world.nodes[other].halted = epoch + 1;
+            });
+        }
+    }
+
+    fn propose(&mut self, index: usize, command: Command) {
+        self.propose_if(false, index, command, |_| {});
+    }
+
+    /// Proposes unless the node waits for another proposal of its own.
+    fn propose_if(&mut self, fault: bool, index: usize, command: Command, with: impl FnOnce(&mut World)) {
+        let proposer = number(index).0;
+        if self.from.pending.iter().any(|(other, _)| *other == proposer) {
+            return;
+        }
+        let proposal = (proposer, self.space.command(command));
+        let change = |world: &mut World| {
+            with(world);
+            world.pending.insert(proposal);
+        };
+        if fault { self.fault(change) } else { self.free(change) }
+    }
+}
+
+/// A process ends with all that it held. Its proposals may still arrive.
+fn end(world: &mut World, index: usize) {
+    let proposer = number(index).0;
+    let Node { view, .. } = world.nodes[index];
+    world.nodes[index] =
+        Node { life: Life::Off, epoch: 0, view, serves: 0, renounced: 0, guest: 0, halted: 0 };
+    let orphans: Vec<_> = world.pending.iter().filter(|(by, _)| *by == proposer).copied().collect();
+    for orphan in orphans {
+        world.pending.remove(&orphan);
+        world.pending.insert((0, orphan.1));
+    }
+}
+
+/// A proposer hears what became of its proposal.
+fn answered(
+    node: &mut Node,
+    index: usize,
+    command: &Command,
+    after: Result<Id, lockmgr::cluster::Rejection>,
+) {
+    let Ok(after) = after else { return };
+    node.view = after;
+    match command {
+        Command::BeginEpoch { expect, .. } => node.epoch = expect.0 + 1,
+        Command::UpdateVm(update) if update.to.owner == number(index) => {
+            let resumed = update.to.state == VmState::Running && node.halted == update.expect_epoch;
+            if update.to.epoch > update.expect_epoch && (resumed || update.to.state == VmState::Starting) {
+                node.guest = update.to.epoch;
+                node.halted = 0;
+            }
+        }
+        _ => {}
+    }
+}
+
+fn judge(space: &Space, world: &World) -> Result<(), &'static str> {
+    let state = space.records(world.records);
+    let present = || world.nodes.iter().filter(|node| node.life != Life::Off);
+    let check = |holds: bool, what| if holds { Ok(()) } else { Err(what) };
+    check(present().filter(|node| node.serves > 0).count() <= 1, "two coordinators are open")?;
+    check(
+        present().all(|node| node.serves == 0 || node.serves == world.lun_term),
+        "a term is served that is over",
+    )?;
+    check(present().filter(|node| node.guest > 0).count() <= 1, "two guests run")?;
+    check(
+        present().all(|node| node.guest <= vm(&state).epoch),
+        "a guest runs in an epoch that was never given",
+    )?;
+    for (node, member) in world.nodes.iter().zip(state.members.values()) {
+        check(
+            node.life == Life::Off || node.epoch <= member.epoch.0,
+            "a node has an epoch that was never given",
+        )?;
+        let same = node.life != Life::Off && node.epoch == member.epoch.0;
+        check(!(same && member.state == MemberState::Fenced), "a fenced incarnation is there")?;
+    }
+    Ok(())
+}
+
+/// The volume is served by who the records name, and the VM runs where they say or has failed for good.
+fn is_good(space: &Space, world: &World) -> bool {
+    let state = space.records(world.records);
+    let at = |node: NodeId| &world.nodes[usize::from(node.0) - 1];
+    let (volume, vm) = (volume(&state), vm(&state));
+    let served = at(volume.owner).life == Life::Alive && at(volume.owner).serves == volume.term.0;
+    let runs =
+        at(vm.owner).life == Life::Alive && at(vm.owner).guest == vm.epoch && vm.state == VmState::Running;
+    let told = vm.state == VmState::Failed && vm.restarts_left == 0 && !vm.reason.is_empty();
+    served && (runs || told)
+}
+
+/// Explores everything, and gives the number of states.
+fn explore(nodes: usize, faults: u8, moves: u8) -> usize {
+    let mut space = Space::default();
+    let first = start(&mut space, nodes, faults, moves);
+    let mut ids = HashMap::from([(first.clone(), 0_usize)]);
+    let (mut worlds, mut came_from) = (vec![first], vec![0]);
+    // For each state, those that lead to it without a fault.
+    let mut back: Vec<Vec<usize>> = vec![Vec::new()];
+    let mut queue = VecDeque::from([0]);
+    while let Some(at) = queue.pop_front() {
+        let from = worlds[at].clone();
+        if let Err(what) = judge(&space, &from) {
+            panic!("{what}:\n{}", story(&space, &worlds, &came_from, at));
+        }
+        for (fault, world) in (Steps { space: &mut space, from: &from, found: Vec::new() }).all() {
+            let next = worlds.len();
+            let id = *ids.entry(world.clone()).or_insert(next);
+            if id == next {
+                worlds.push(world);
+                came_from.push(at);
+                back.push(Vec::new());
+                queue.push_back(id);
+            }
+            if !fault {
+                back[id].push(at);
+            }
+        }
+    }
+    let mut reaches: Vec<bool> = worlds.iter().map(|world| is_good(&space, world)).collect();
+    let mut queue: VecDeque<_> = (0..worlds.len()).filter(|id| reaches[*id]).collect();
+    while let Some(id) = queue.pop_front() {
+        for &before in &back[id] {
+            if !std::mem::replace(&mut reaches[before], true) {
+                queue.push_back(before);
+            }
+        }
+    }
+    if let Some(stuck) = reaches.iter().position(|good| !good) {
+        panic!("no good end is in reach:\n{}", story(&space, &worlds, &came_from, stuck));
+    }
+    worlds.len()
+}
+
+/// How a state came about.
+fn story(space: &Space, worlds: &[World], came_from: &[usize], at: usize) -> String {
+    let mut steps = vec![at];
+    while let Some(&last) = steps.last().filter(|last| **last != 0) {
+        steps.push(came_from[last]);
+    }
+    let told = steps.iter().rev().map(|step| {
+        let world = &worlds[*step];
+        let state = space.records(world.records);
+        let members: Vec<_> = state.members.values().map(|it| (it.epoch.0, it.state)).collect();
+        let (volume, vm) = (volume(&state), vm(&state));
+        let pending: Vec<_> = world.pending.iter().map(|(by, id)| (by, &space.commands[*id as usize])).collect();
+        format!(
+            "members {members:?} volume {}/{} term {} {} vm {} epoch {} {} left {}\n   {:?}\n   {pending:?}\n",
+            volume.owner, volume.owner_epoch, volume.term, volume.state, vm.owner, vm.epoch, vm.state,
+            vm.restarts_left, world.nodes
+        )
+    });
+    told.collect()
+}
+
+// Invariants A1, A3, A4, D5, E5, H1 and H6
+#[test]
+fn two_nodes_with_a_fault_and_a_move_at_any_moment_keep_one_owner_of_everything() {
+    let states = explore(2, 1, 1);
+    assert!(states > 1_000, "the faults were not explored: {states}");
+}
+
+// Invariants A1, A3, A4, D5, E5, H1 and H6
+#[test]
+fn three_nodes_with_a_fault_at_any_moment_keep_one_owner_of_everything() {
+    let states = explore(3, 1, 0);
+    assert!(states > 1_000, "the faults were not explored: {states}");
+}
