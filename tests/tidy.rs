@@ -63,6 +63,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("hv/src/kvm/chips.rs", "reads the union in which KVM returns an interrupt controller"),
     ("hv/src/kvm/dirty.rs", "clears a part of KVM's log of written pages"),
     ("hv/src/kvm/mod.rs", "maps guest RAM into a virtual machine"),
+    ("hv/src/lazy.rs", "the kernel fills guest RAM by ioctls of userfaultfd"),
     ("hv/src/kvm/processor.rs", "KVM's extended state has a size that only the kernel knows"),
     ("hv/src/memory.rs", "guest RAM as buffers of I/O requests"),
     ("hv/src/vcpu.rs", "the signal handler writes into the page that KVM shares with a vCPU"),

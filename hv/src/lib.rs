@@ -15,6 +15,7 @@ pub mod cpu;
 mod devices;
 mod dirty;
 mod kvm;
+mod lazy;
 mod memory;
 pub mod snapshot;
 pub mod state;
@@ -32,6 +33,7 @@ pub use devices::virtio::limiter::DiskLimits;
 pub use devices::virtio::queue::DrainTimeout;
 pub use dirty::CHUNK_ALIGNMENT_PAGES;
 pub use kvm::{HostCaps, KvmError};
+pub use lazy::{LazyError, LazyRam, Userfault};
 pub use memory::{GuestRam, MemoryError, PAGE_BYTES};
 pub use vm::{DiskConfig, GuestEnd, Processor, RunState, Vm, VmConfig, VmError};
 

@@ -22,6 +22,7 @@ use crate::devices::virtio::limiter::DiskLimits;
 use crate::devices::virtio::queue::DrainTimeout;
 use crate::dirty::WrittenPages;
 use crate::kvm::{HostCaps, KvmError, Machine};
+use crate::lazy::{LazyError, LazyRam, Userfault};
 use crate::memory::{GuestRam, MemoryError};
 use crate::state::{self, STATE_VERSION, SavedMachine, StateError};
 use crate::throttle::Throttle;
@@ -100,6 +101,12 @@ pub enum VmError {
     /// A saved state does not fit.
     #[error(transparent)]
     State(#[from] StateError),
+    /// RAM cannot come lazily.
+    #[error(transparent)]
+    Lazy(#[from] LazyError),
+    /// RAM is not whole.
+    #[error("the rest of its memory cannot be read: {0}")]
+    Incomplete(String),
     /// This host cannot give the guest its processor.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Cpu(Vec<CpuProblem>),
@@ -173,6 +180,8 @@ pub struct Vm {
     board: Board,
     life: Arc<Life>,
     exits: Arc<AtomicU64>,
+    /// RAM that is still coming; protects that only.
+    lazy: Mutex<Option<Arc<LazyRam>>>,
     ram: GuestRam,
     /// What a move has to send; `None` while nobody asks for it. Held over calls to KVM, never together with another lock.
     written: Mutex<Option<WrittenPages>>,
@@ -250,6 +259,7 @@ impl Vm {
             board,
             life,
             exits,
+            lazy: Mutex::default(),
             ram,
             written: Mutex::default(),
             stopped_at: Mutex::default(),
@@ -283,6 +293,8 @@ impl Vm {
     /// When it does not run, or a vCPU does not answer.
     pub fn pause(&self) -> Result<(), VmError> {
         self.expect_state("paused", |state| matches!(state, RunState::Running))?;
+        // What follows a pause reads RAM, which must be whole then. The guest runs on meanwhile.
+        self.await_memory()?;
         self.vcpus.pause()?;
         // Read at once: whatever comes next takes time that the guest has not lived.
         *self.stopped_at() = Some(self.machine.clock()?);
@@ -349,11 +361,39 @@ impl Vm {
         Ok(())
     }
 
+    /// Lets RAM come from a saved VM while the guest runs: to be called before the state is restored, on a VM that nobody has
+    /// touched. `failed` is called, once, when a page cannot be had: the guest then stands still for ever.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or the saved VM is damaged.
+    pub fn fill_lazily(
+        &self,
+        fault: Userfault,
+        file: Arc<dyn BlockDevice>,
+        image: &state::SavedImage,
+        failed: impl Fn(String) + Send + Sync + 'static,
+    ) -> Result<(), VmError> {
+        self.expect_state("filled", |state| matches!(state, RunState::Created))?;
+        let lazy = LazyRam::start(fault, file, image, &self.ram, failed)?;
+        *self.lazy.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(lazy));
+        Ok(())
+    }
+
+    /// Returns when all of RAM is there. Only then others may read it.
+    ///
+    /// # Errors
+    /// Why it never will be.
+    pub fn await_memory(&self) -> Result<(), VmError> {
+        let lazy = self.lazy.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        lazy.map_or(Ok(()), |lazy| lazy.wait()).map_err(VmError::Incomplete)
+    }
+
     /// Begins to note which pages the guest and its devices write. Everything counts as not sent yet.
     ///
     /// # Errors
     /// When KVM refuses.
     pub fn track_writes(&self) -> Result<(), VmError> {
+        self.await_memory()?;
         let mut written = self.written();
         // A log that an earlier move has left on would begin with what that one has cleared.
         if written.take().is_some() {

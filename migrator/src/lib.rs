@@ -29,4 +29,4 @@ pub use report::{Blackout, Report, SaveFigures};
 pub use target::{Incoming, TargetAction, TargetAnswer, TargetEvent};
 
 /// Version of the messages and of the order of steps. Both sides of a move speak the same.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;

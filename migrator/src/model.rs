@@ -248,8 +248,9 @@ impl World {
                 });
             }
             Some(Todo::Copy) => {
-                // Without a target, or when it was cancelled, it comes to nothing by itself.
-                let (reaches, wanted) = (self.target_process == Process::Halted, self.may_cancel);
+                // Without a target (a quick move has none yet), or when it was cancelled, it comes to nothing by itself.
+                let reaches = !self.live || self.target_process == Process::Halted;
+                let wanted = self.may_cancel;
                 if reaches {
                     self.with(nexts, "copied", false, |world| done(world, Event::Copied));
                 }

@@ -110,9 +110,9 @@ pub enum Action {
     Propose(Change),
     /// Read the record.
     ReadRecord,
-    /// Pause the guest, drain, flush and close the disks, save RAM and state to the volume.
+    /// Pause the guest, drain, flush and close the disks, save the rest of RAM and the state to the volume.
     Save,
-    /// Send memory to the target while the guest runs, until little is left.
+    /// Send memory to the target, or in a quick move to the volume, while the guest runs, until little is left.
     Copy,
     /// Pause the guest, drain, flush and close the disks, send the rest of the memory and the state; done when the target
     /// has taken them.
@@ -245,7 +245,7 @@ impl Migration {
         match std::mem::replace(&mut self.phase, Phase::Ended) {
             Phase::New => self.begin(now_us, event),
             Phase::Preflight => self.checked(event),
-            Phase::Announcing => self.announcing(now_us, event),
+            Phase::Announcing => self.announcing(event),
             Phase::Copying => self.copying(now_us, event),
             Phase::Saving => self.saving(event),
             Phase::Preparing => self.preparing(event),
@@ -305,13 +305,13 @@ impl Migration {
     }
 
     /// Until it is certain what the record says; the guest runs meanwhile.
-    fn announcing(&mut self, now_us: u64, event: Event) -> Vec<Action> {
+    fn announcing(&mut self, event: Event) -> Vec<Action> {
         let announced = self.announced();
         match event {
-            Event::Cas(CasReply::Won) => self.announced_for_certain(now_us),
+            Event::Cas(CasReply::Won) => self.announced_for_certain(),
             Event::Cas(CasReply::Unknown) => self.go(Phase::Announcing, Action::ReadRecord),
             Event::Cas(CasReply::Lost(found)) | Event::Record(found) if found == Some(announced) => {
-                self.announced_for_certain(now_us)
+                self.announced_for_certain()
             }
             // It may still be applied later, so it is proposed again until the answer is certain.
             Event::Record(found) if found == Some(self.plan.record) => self.announce(),
@@ -333,13 +333,13 @@ impl Migration {
         }
     }
 
-    fn announced_for_certain(&mut self, now_us: u64) -> Vec<Action> {
+    fn announced_for_certain(&mut self) -> Vec<Action> {
         if let Some(reason) = self.cancelled.clone() {
             return self.put_back(self.announced(), self.plan.record.state, self.kept(reason));
         }
         match self.plan.kind {
             Kind::Live => self.go(Phase::Preparing, Action::PrepareTarget),
-            Kind::Quick { .. } => self.halt(now_us, Action::Save),
+            Kind::Quick { .. } => self.go(Phase::Copying, Action::Copy),
         }
     }
 
@@ -350,7 +350,10 @@ impl Migration {
 
     fn copying(&mut self, now_us: u64, event: Event) -> Vec<Action> {
         match (event, self.cancelled.clone()) {
-            (Event::Copied, None) => self.halt(now_us, Action::Halt),
+            (Event::Copied, None) => match self.plan.kind {
+                Kind::Live => self.halt(now_us, Action::Halt),
+                Kind::Quick { .. } => self.halt(now_us, Action::Save),
+            },
             (Event::Copied | Event::CopyFailed(_), Some(reason)) | (Event::CopyFailed(reason), None) => {
                 self.give_up_before_commit(reason)
             }

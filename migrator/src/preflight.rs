@@ -247,7 +247,7 @@ mod tests {
             ..facts()
         };
         let problems: Vec<String> = check(&needs(), &lacking).iter().map(ToString::to_string).collect();
-        for part in ["version 3", "no such device", "64 MiB", "1 CPUs", "no such file"] {
+        for part in ["version 4", "no such device", "64 MiB", "1 CPUs", "no such file"] {
             assert!(problems.iter().any(|problem| problem.contains(part)), "{part}: {problems:?}");
         }
         assert_eq!(problems.len(), 5);

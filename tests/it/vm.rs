@@ -136,3 +136,35 @@ fn a_disk_is_added_and_removed_while_the_vm_runs_and_belongs_to_it_meanwhile() {
     ctl.must(&["vm", "disk", "add", "two", extra]);
     ctl.must(&["vm", "stop", "one"]);
 }
+
+// Invariant H4
+#[test]
+fn a_saved_vm_goes_on_where_it_was_on_any_node() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    for kind in ["system", "scratch"] {
+        let image = cluster.mount(1).join(format!("{kind}.vhdx"));
+        Ctl::local().must(&["vhdx", "create", text(&image), "--size", "32M"]);
+    }
+    let guest = Guest::start(&cluster, "kept", "system.vhdx", "scratch.vhdx", 1024);
+    let mut acked = guest.progress(&cluster, 1, 0);
+    for (runs_on, node) in [(1, 2), (2, 1), (1, 1), (1, 3)] {
+        let saved = cluster.ctl(runs_on).must(&["vm", "save", "kept"]);
+        assert_eq!(saved["state"], "saved", "{saved}");
+        let again = cluster.ctl(runs_on).run(&["vm", "save", "kept"]).expect_err("it runs nowhere");
+        assert_eq!(again.code, 4, "{again}");
+        let shown = cluster.ctl(node).must(&["vm", "start", "kept"]);
+        assert_eq!(
+            (&shown["owner"], &shown["state"]),
+            (&cluster.name(node).into(), &"running".into()),
+            "{shown}"
+        );
+        // The same boot: its records go on, and it checks the memory that it comes back to.
+        acked = guest.progress(&cluster, node, acked.sequence);
+    }
+    cluster.ctl(3).must(&["vm", "stop", "kept"]);
+    let folder = TempDir::new().unwrap();
+    guest.verify(&cluster, "scratch.vhdx", acked, folder.path());
+}

@@ -80,6 +80,8 @@ fn carry_out(runner: &Arc<Runner>, op: control::Op) -> Result<control_reply::Res
             let to = VolumePath { volume: to.volume, path: to.path };
             runner.save(&to).map(control_reply::Result::Save)
         }
+        Op::CopyMemory(to) => runner.copy_memory(&VolumePath { volume: to.volume, path: to.path }).map(done),
+        Op::AwaitMemory(_) => runner.await_memory().map(done),
         Op::Abandon(abandon) => runner.abandon(&abandon.disks).map(done),
         Op::Activate(_) => runner.activate().map(done),
         Op::Console(console) => Ok(control_reply::Result::Console(read_console(runner, &console))),

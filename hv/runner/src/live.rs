@@ -41,6 +41,9 @@ impl Runner {
     /// # Errors
     /// When the VM is not live, or KVM refuses.
     pub fn track(&self, on: bool) -> Result<(), Failure> {
+        if !on {
+            self.give_up_copy();
+        }
         let _work = self.work_in("followed", &[Phase::Live])?;
         let tracked = match on {
             true => self.vm().track_writes(),

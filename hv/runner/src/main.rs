@@ -14,6 +14,8 @@ use hv_runner::{Ended, Failure, Runner, serve_control};
 const EXIT_FAILED: u8 = 1;
 /// The node's lease is over.
 const EXIT_LEASE_OVER: u8 = 3;
+/// A part of the guest's memory cannot be read.
+const EXIT_MEMORY_LOST: i32 = 4;
 
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
@@ -48,12 +50,17 @@ fn run_vm(config: RunnerConfig) -> Result<ExitCode, Failure> {
     let server = serve_control(runner, &socket, node, &vm)?;
     println!("{}", serde_json::json!({ "state": state }));
     let why = ended.recv().unwrap_or(Ended::Stopped);
+    if let Ended::MemoryLost(reason) = &why {
+        tracing::error!(reason, vm, "a part of the guest's memory cannot be read: it ends here");
+        // The processors that wait for that part never leave the kernel by themselves.
+        std::process::exit(EXIT_MEMORY_LOST);
+    }
     tracing::info!(?why, vm, "ending");
     // Requests that are being answered get their answers; nobody can ask anything new.
     drop(server);
     drop(std::fs::remove_file(&socket));
     Ok(match why {
-        Ended::Stopped => ExitCode::SUCCESS,
+        Ended::Stopped | Ended::MemoryLost(_) => ExitCode::SUCCESS,
         Ended::LeaseOver(_) => ExitCode::from(EXIT_LEASE_OVER),
     })
 }

@@ -8,6 +8,7 @@
 //! **Invariants:** the disks are open for writing only in `Live`; before the hand-over the source may always go on
 //! (`abandon`), and whether the hand-over happened is not known here: the supervisor reads the record (H1).
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -16,7 +17,8 @@ use std::time::{Duration, Instant};
 use blockio::{BlockDevice, Tripwire};
 use hv::control::{DiskPlace, SaveReply, StatusReply, VmRunState};
 use hv::{
-    BootSource, DiskConfig, DiskLimits, Firmware, NetConfig, Processor, RunState, Vm, VmConfig, VmError,
+    BootSource, DiskConfig, DiskLimits, Firmware, NetConfig, Processor, RunState, Userfault, Vm, VmConfig,
+    VmError,
 };
 use lockmgr::Epoch;
 
@@ -24,6 +26,7 @@ use crate::config::{BUILTIN, DiskSpec, ProcessorSpec, RunnerConfig, VolumePath};
 use crate::disk::{RunnerDisk, of_slot};
 use crate::failure::Failure;
 use crate::images::Works;
+use crate::saved::Copying;
 use crate::volume::Volumes;
 use crate::{lease, privileges, saved, tap};
 
@@ -41,6 +44,10 @@ pub struct Runner {
     /// Where each disk lies, for those who must not wait for work. A leaf.
     shown: Mutex<Vec<Shown>>,
     works: Works,
+    /// RAM on its way to a file. Taken under `work`.
+    copying: Mutex<Option<Copying>>,
+    /// Set by whoever wants a copy of RAM no longer.
+    copy_off: AtomicBool,
     ended: Sender<Ended>,
 }
 
@@ -58,6 +65,8 @@ pub enum Ended {
     Stopped,
     /// The node's right to do I/O is over; why.
     LeaseOver(String),
+    /// The guest runs without a part of its memory, which cannot be read; why.
+    MemoryLost(String),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +98,8 @@ impl Runner {
         config.check()?;
         // First of all, while this is the only thread.
         let net = config.net.as_ref().map(|net| tap::card(net, config.vm_id)).transpose()?;
+        // Without rights nobody may hear of pages that the kernel itself misses.
+        let fault = config.restore_from.as_ref().and_then(|_| open_fault());
         privileges::drop_all()?;
         let lease = lease::open(&config.lease_page)?;
         let (ended, told) = channel();
@@ -99,8 +110,12 @@ impl Runner {
         lease::watch(lease, epoch, volumes.gates(), move |why| drop(over.send(Ended::LeaseOver(why))))?;
         let mut disks = RunnerDisk::all(&config.disks);
         let vm = match &config.restore_from {
-            Some(from) => restored(&config, &volumes, &mut disks, net, from)
-                .map(|vm| (vm, Phase::Incoming { loaded: true })),
+            Some(from) => {
+                let lost = ended.clone();
+                let lost = move |why| drop(lost.send(Ended::MemoryLost(why)));
+                restored(&config, &volumes, (&mut disks, net), from, fault, lost)
+                    .map(|vm| (vm, Phase::Incoming { loaded: true }))
+            }
             None if config.incoming => {
                 incoming(&config, &volumes, &mut disks, net).map(|vm| (vm, Phase::Incoming { loaded: false }))
             }
@@ -109,9 +124,11 @@ impl Runner {
         // Nobody waits for grants of a process that is about to end.
         let (vm, phase) = vm.inspect_err(|_| volumes.detach())?;
         let shown = Mutex::new(shown(&disks));
-        let (work, phase) = (Mutex::new(disks), Mutex::new(phase));
+        let copy_off = AtomicBool::new(false);
+        let (work, phase, copying) = (Mutex::new(disks), Mutex::new(phase), Mutex::default());
+        let works = Works::default();
         let runner =
-            Arc::new(Self { config, vm, volumes, work, phase, shown, works: Works::default(), ended });
+            Arc::new(Self { config, vm, volumes, work, phase, shown, works, copying, copy_off, ended });
         watch_end(&runner)?;
         Ok((runner, told))
     }
@@ -140,6 +157,47 @@ impl Runner {
         self.vm.resume().map_err(|error| not_now(&error))
     }
 
+    /// Writes RAM to a file while the guest runs, for a save that follows.
+    ///
+    /// # Errors
+    /// What failed; the VM runs on, and a save writes everything.
+    pub fn copy_memory(&self, to: &VolumePath) -> Result<(), Failure> {
+        let _work = self.work_in("saved", &[Phase::Live])?;
+        *self.copying() = None;
+        self.copy_off.store(false, Ordering::Relaxed);
+        let copying = Copying::begin(to, self.volumes.create_file(to)?, &self.vm, &self.copy_off);
+        if copying.is_err() {
+            self.copy_no_more();
+        }
+        *self.copying() = Some(copying?);
+        Ok(())
+    }
+
+    /// Returns when all of its memory is here, so that the file that it comes from is of no use any more.
+    ///
+    /// # Errors
+    /// Why it cannot be read.
+    pub fn await_memory(&self) -> Result<(), Failure> {
+        self.vm.await_memory().map_err(|error| not_now(&error))
+    }
+
+    /// Ends a copy of RAM that is under way.
+    pub(crate) fn give_up_copy(&self) {
+        self.copy_off.store(true, Ordering::Relaxed);
+    }
+
+    fn copying(&self) -> MutexGuard<'_, Option<Copying>> {
+        self.copying.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Written pages are noted no more.
+    fn copy_no_more(&self) {
+        *self.copying() = None;
+        if let Err(error) = self.vm.untrack_writes() {
+            tracing::warn!(%error, "written pages are still noted; the next save or move puts it right");
+        }
+    }
+
     /// Pauses, drains, closes the disks, and writes RAM and state to a file. On any error the VM goes on as before.
     ///
     /// # Errors
@@ -156,6 +214,7 @@ impl Runner {
             Err(failure) => {
                 tracing::warn!(%failure, "saving failed, the VM goes on");
                 self.go_on(&mut disks, ran)?;
+                self.copy_no_more();
                 Err(failure)
             }
         }
@@ -173,8 +232,15 @@ impl Runner {
         }
         self.close_disks(disks)?;
         let drain_ms = watch.lap_ms();
-        let file = self.volumes.create_file(to)?;
-        let ram = saved::write_ram(&file, &self.vm)?;
+        let begun = self.copying().take().filter(|copying| copying.to == *to);
+        let (file, ram) = match begun {
+            Some(copying) => copying.finish(&self.vm)?,
+            None => {
+                let file = self.volumes.create_file(to)?;
+                let ram = saved::write_ram(&file, &self.vm)?;
+                (file, ram)
+            }
+        };
         let memory_ms = watch.lap_ms();
         let stats = saved::write_state(&file, &self.vm, ram, &self.config)?;
         let state_ms = watch.lap_ms();
@@ -201,6 +267,7 @@ impl Runner {
         }
         self.go_on(&mut disks, ran)?;
         *self.phase() = Phase::Live;
+        self.copy_no_more();
         Ok(())
     }
 
@@ -514,15 +581,22 @@ fn incoming(
 fn restored(
     config: &RunnerConfig,
     volumes: &Volumes,
-    disks: &mut [RunnerDisk],
-    net: Option<NetConfig>,
+    (disks, net): (&mut [RunnerDisk], Option<NetConfig>),
     from: &VolumePath,
+    fault: Option<Userfault>,
+    lost: impl Fn(String) + Send + Sync + 'static,
 ) -> Result<Vm, Failure> {
     let file = volumes.open_file(from)?;
     let image = saved::read(&file, from, config)?;
     let vm = incoming(config, volumes, disks, net)?;
-    saved::load(&file, from, &image, &vm)?;
+    saved::load(&file, from, &image, &vm, fault, lost)?;
     Ok(vm)
+}
+
+/// Without it memory is read before the guest runs, which takes longer and needs no rights.
+fn open_fault() -> Option<Userfault> {
+    let opened = Userfault::open();
+    opened.inspect_err(|error| tracing::warn!(%error, "memory cannot come while the guest runs")).ok()
 }
 
 fn build(

@@ -1,10 +1,12 @@
 //! A VM saved in one place goes on in another: nothing is lost, nothing runs twice.
 
+use std::sync::Arc;
+
 use crate::support::{Disks, RAM_BYTES, empty, kvm_is_here, text, wait_ack_beyond, wait_console, writer};
 use blockio::{BlockDevice, ImageFile, MemoryDevice};
-use hv::snapshot::{self, SavedBy, SnapshotError};
+use hv::snapshot::{self, RamWriter, SavedBy, SnapshotError};
 use hv::state::SavedMachine;
-use hv::{RunState, Vm, VmError};
+use hv::{RunState, Userfault, Vm, VmError};
 
 fn by() -> SavedBy {
     SavedBy { vm: vec![1; 16], epoch: 4 }
@@ -152,7 +154,7 @@ fn a_state_that_does_not_fit_is_refused() {
     }
     let target = empty(disks.configs(false));
     target.restore_state(&good).unwrap();
-    let small = std::sync::Arc::new(MemoryDevice::new(4096));
+    let small = Arc::new(MemoryDevice::new(4096));
     assert!(target.attach_disk(1, small).is_err(), "a disk of another size");
 }
 
@@ -179,7 +181,8 @@ fn a_damaged_file_is_refused() {
         flip(at);
     }
     let image = snapshot::read_contents(&file).unwrap();
-    flip((1 << 20) + image.runs[0].offset);
+    let first = (0..).find(|page| image.present[page / 8] >> (page % 8) & 1 == 1).unwrap();
+    flip((1 << 20) + first as u64 * hv::PAGE_BYTES);
     let target = empty(disks.configs(false));
     let read = snapshot::read_ram(&file, &image, target.ram());
     assert!(matches!(read, Err(SnapshotError::Damaged(_))));
@@ -202,4 +205,86 @@ fn a_save_without_its_end_is_no_saved_vm() {
     let file = save(&vm);
     snapshot::write_ram(&file, vm.ram()).unwrap(); // a second save over it that never gets to its state
     assert!(matches!(snapshot::read_contents(&file), Err(SnapshotError::NotSaved(_))));
+}
+
+/// Saves while the guest runs, as a quick move does: RAM first, again what is written meanwhile, the rest in the pause.
+fn save_running(vm: &Vm, file: &MemoryDevice) {
+    let pages = RAM_BYTES / hv::PAGE_BYTES;
+    let take = || {
+        vm.fetch_written().unwrap();
+        vm.take_written(0, pages).unwrap()
+    };
+    vm.track_writes().unwrap();
+    let mut writer = RamWriter::begin(file, vm.ram().clone()).unwrap();
+    drop(take());
+    writer.write_touched(file).unwrap();
+    for _ in 0..3 {
+        writer.write(file, 0, &take()).unwrap();
+    }
+    vm.pause().unwrap();
+    vm.drain().unwrap();
+    let machine = vm.save_state().unwrap();
+    writer.write(file, 0, &take()).unwrap();
+    snapshot::write_state(file, writer.finish(), machine, &by()).unwrap();
+}
+
+/// A guest whose RAM comes from the file while it runs.
+fn load_lazily(disks: &Disks, file: &Arc<MemoryDevice>) -> Vm {
+    let vm = empty(disks.configs(false));
+    let image = snapshot::read_contents(&**file).unwrap();
+    let fault = Userfault::open().unwrap();
+    vm.fill_lazily(fault, file.clone(), &image, |why| panic!("{why}")).unwrap();
+    vm.restore_state(image.machine.as_ref().unwrap()).unwrap();
+    vm
+}
+
+// Invariant H4
+#[test]
+fn a_guest_that_is_saved_while_it_runs_goes_on_before_its_memory_is_there_and_misses_nothing() {
+    if !kvm_is_here() || Userfault::open().is_err() {
+        return;
+    }
+    let disks = Disks::new();
+    let mut vm = writer(disks.configs(true));
+    vm.resume().unwrap();
+    let mut acked = wait_ack_beyond(&vm, 0);
+    for _ in 0..3 {
+        let file = Arc::new(MemoryDevice::new(0));
+        save_running(&vm, &file);
+        drop(vm);
+        vm = load_lazily(&disks, &file);
+        disks.attach_to(&vm);
+        vm.resume().unwrap();
+        acked = wait_ack_beyond(&vm, acked.sequence);
+        vm.await_memory().unwrap();
+        acked = wait_ack_beyond(&vm, acked.sequence);
+    }
+    vm.pause().unwrap();
+    vm.detach_disks().unwrap();
+    let report = disks.verify(acked);
+    assert!(report.is_clean() && report.records_promised > 0, "{report:?}");
+}
+
+// Invariant H7
+#[test]
+fn a_page_that_is_damaged_in_the_file_never_appears_and_whoever_waits_is_told() {
+    if !kvm_is_here() || Userfault::open().is_err() {
+        return;
+    }
+    let disks = Disks::new();
+    let vm = writer(disks.configs(true));
+    vm.resume().unwrap();
+    wait_ack_beyond(&vm, 0);
+    let file = Arc::new(MemoryDevice::new(0));
+    save_running(&vm, &file);
+    drop(vm);
+    let image = snapshot::read_contents(&*file).unwrap();
+    // The guest's image lies at 1 MiB of RAM, and RAM at 1 MiB of the file.
+    file.write_at(2 << 20, &[0xaa; 4096]).unwrap();
+    let vm = empty(disks.configs(false));
+    let (tell, told) = std::sync::mpsc::channel();
+    vm.fill_lazily(Userfault::open().unwrap(), file, &image, move |why| drop(tell.send(why))).unwrap();
+    let error = vm.await_memory().unwrap_err().to_string();
+    assert!(error.contains("checksum"), "{error}");
+    assert!(told.recv().unwrap().contains("checksum"));
 }

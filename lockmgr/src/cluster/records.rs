@@ -215,7 +215,7 @@ pub struct VmRecord {
     pub epoch: u64,
     /// What it does.
     pub state: VmState,
-    /// The other node of a move in progress.
+    /// The other node of a move in progress; the owner itself of a VM that a user has saved.
     pub peer: Option<NodeId>,
     /// Its configuration, opaque here.
     pub spec: Bytes,

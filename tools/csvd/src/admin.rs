@@ -326,6 +326,10 @@ impl pb::admin_server::Admin for Admin {
         answer(vm::stop(&self.core, request.into_inner()).await)
     }
 
+    async fn vm_save(&self, request: Request<pb::VmRequest>) -> Answer<pb::Vm> {
+        answer(vm::save(&self.core, request.into_inner()).await)
+    }
+
     async fn vm_pause(&self, request: Request<pb::VmRequest>) -> Answer<pb::Vm> {
         answer(vm::pause(&self.core, request.into_inner()).await)
     }

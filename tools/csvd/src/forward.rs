@@ -110,6 +110,7 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
         NodeOp::LogRead(request) => NodeAnswer::Log(admin::logs::read_here(core, request).await?),
         NodeOp::VmStart(request) => NodeAnswer::Vm(vms::start(core, &request.name).await?),
         NodeOp::VmStop(request) => NodeAnswer::Vm(vms::stop(core, &request.name, request.force).await?),
+        NodeOp::VmSave(request) => NodeAnswer::Vm(vms::save(core, &request.name).await?),
         NodeOp::VmPause(request) => NodeAnswer::Vm(vms::pause(core, &request.name).await?),
         NodeOp::VmResume(request) => NodeAnswer::Vm(vms::resume(core, &request.name).await?),
         NodeOp::VmDisk(request) => NodeAnswer::Vm(vms::change_disk(core, request).await?),

@@ -48,7 +48,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83, 100"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 44, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83, 100"
     )]
     pub(crate) op: Option<NodeOp>,
 }
@@ -77,6 +77,8 @@ pub(crate) enum NodeOp {
     VmStop(pb::VmStopRequest),
     #[prost(message, tag = "8")]
     VmPause(pb::VmRequest),
+    #[prost(message, tag = "44")]
+    VmSave(pb::VmRequest),
     #[prost(message, tag = "9")]
     VmResume(pb::VmRequest),
     #[prost(message, tag = "10")]

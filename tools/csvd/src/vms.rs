@@ -18,6 +18,7 @@ mod images;
 mod migration;
 mod processor;
 mod runner;
+mod save;
 mod trouble;
 
 use std::collections::HashMap;
@@ -48,6 +49,7 @@ pub(crate) use trouble::is_halted;
 
 pub(crate) use processor::publish as publish_processor;
 use runner::{Content, Runner};
+pub(crate) use save::save;
 
 /// Longest name of a VM.
 const NAME_BYTES_MAX: usize = 64;
@@ -216,12 +218,13 @@ fn check_name(name: &str) -> Result<(), Error> {
 
 /// A VM that runs nowhere comes to this node, so that it starts here.
 pub(crate) async fn claim_stopped(core: &Arc<Core>, name: &str) -> Result<(), Error> {
-    let state = core.state();
+    // Not older than what the user has just seen done on another node.
+    let state = core.cluster.read().await.map_err(|error| crate::core::refused(&error))?;
     let record = view::vm(&state, name)?;
-    // What is saved belongs to its owner, which may go on with it at any moment: also one that is being cut off (A4).
+    // What a move has saved belongs to its owner, which may go on with it at any moment: also one that is being cut off (A4).
     let idle = match record.state {
         VmState::Stopped | VmState::Failed => true,
-        VmState::Saved => view::is_certainly_off(&state, record.owner),
+        VmState::Saved => save::is_put_by(record) || view::is_certainly_off(&state, record.owner),
         _ => false,
     };
     if !idle || record.owner == core.me || state.is_closed(core.me) {
@@ -287,7 +290,7 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
                 return Err(during(error));
             }
             if let Some(file) = saved {
-                migration::remove_state(core, file);
+                migration::remove_when_read(core, &runner, file);
             }
             described(core, name)
         }

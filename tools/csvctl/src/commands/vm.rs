@@ -10,6 +10,7 @@ mod list;
 mod migrate;
 mod pause;
 mod resume;
+mod save;
 mod show;
 mod start;
 mod stop;
@@ -33,6 +34,8 @@ pub(crate) enum VmCommand {
     Pause(VmName),
     /// Let a paused VM go on
     Resume(VmName),
+    /// Save a VM's memory and state to the volume; start it to let it go on, on any node
+    Save(VmName),
     /// List the VMs
     List(list::List),
     /// Show one VM
@@ -61,6 +64,7 @@ impl VmCommand {
             Self::Stop(command) => command.run(context).await,
             Self::Pause(vm) => pause::run(vm, context).await,
             Self::Resume(vm) => resume::run(vm, context).await,
+            Self::Save(vm) => save::run(vm, context).await,
             Self::List(command) => command.run(context).await,
             Self::Show(vm) => show::run(vm, context).await,
             Self::Console(command) => command.run(context).await,

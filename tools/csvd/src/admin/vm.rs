@@ -69,6 +69,10 @@ pub(super) async fn stop(core: &Arc<Core>, request: pb::VmStopRequest) -> Result
     at_owner(core, &request.name.clone(), NodeOp::VmStop(request)).await
 }
 
+pub(super) async fn save(core: &Arc<Core>, request: pb::VmRequest) -> Result<pb::Vm, Error> {
+    at_owner(core, &request.name.clone(), NodeOp::VmSave(request)).await
+}
+
 pub(super) async fn pause(core: &Arc<Core>, request: pb::VmRequest) -> Result<pb::Vm, Error> {
     at_owner(core, &request.name.clone(), NodeOp::VmPause(request)).await
 }

@@ -15,6 +15,8 @@ use wire::{Connection, Local, RefuseAll, connect_unix, service};
 const QUICK: Duration = Duration::from_secs(10);
 /// Longest time for requests that write the VM's memory or flush its disks.
 const LONG: Duration = Duration::from_secs(120);
+/// Longest time for a pass over a VM's memory between process and volume; the guest runs meanwhile.
+const COPY: Duration = Duration::from_secs(3600);
 
 /// The control socket of one process. Each caller has a connection of its own, so that a call that waits for console
 /// output holds nobody up.
@@ -77,6 +79,17 @@ impl Control {
             Answer::Save(saved) => Ok(saved),
             _ => Err(unexpected()),
         }
+    }
+
+    /// Writes memory to a file on the volume while the guest runs; a save to the same file writes the rest.
+    pub(super) async fn copy_memory(&self, volume: &str, path: &str) -> Result<(), Error> {
+        let op = Op::CopyMemory(pb::CopyMemory { volume: volume.to_owned(), path: path.to_owned() });
+        self.ask(op, COPY).await.map(drop)
+    }
+
+    /// Returns when the memory of a guest that goes on from a saved state is all there.
+    pub(super) async fn await_memory(&self) -> Result<(), Error> {
+        self.ask(Op::AwaitMemory(pb::AwaitMemory {}), COPY).await.map(drop)
     }
 
     /// Undoes a save: the guest runs on, its disks in the images that are named.

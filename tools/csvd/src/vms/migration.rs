@@ -27,6 +27,7 @@ use hv_runner::config::VolumePath;
 use lockmgr::cluster::{ClusterState, Member, MemberState, ProposeError, VmRecord, VmState};
 use migrator::{CasReply, Change, RecordView};
 
+use super::runner::Runner;
 use crate::core::Core;
 use crate::view;
 
@@ -137,6 +138,19 @@ pub(super) fn remove_state(core: &Arc<Core>, file: VolumePath) {
         {
             tracing::warn!(volume = file.volume, path = file.path, %error, "saved state not removed");
         }
+    });
+}
+
+/// The same, when the memory that comes from it is all there.
+pub(super) fn remove_when_read(core: &Arc<Core>, runner: &Arc<Runner>, file: VolumePath) {
+    let (core, runner) = (Arc::clone(core), Arc::clone(runner));
+    let runtime = core.runtime.clone();
+    runtime.spawn(async move {
+        // A process that is gone reads nothing any more, and its memory is of no use without what the guest did since.
+        if let Err(error) = runner.control().await_memory().await {
+            tracing::warn!(vm = runner.name, %error, "the memory of a VM did not come");
+        }
+        remove_state(&core, file);
     });
 }
 

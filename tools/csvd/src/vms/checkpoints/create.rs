@@ -51,6 +51,10 @@ async fn of_running(core: &Arc<Core>, record: &VmRecord, name: &str) -> Result<(
         volume: state_volume(core, &spec)?,
         path: format!(".{}-{name}-{}.checkpoint", record.name, &Uuid::new_v4().simple().to_string()[..8]),
     };
+    // The guest stands still for what it writes last only. Without the copy it does for all of its memory.
+    if let Err(error) = runner.control().copy_memory(&file.volume, &file.path).await {
+        tracing::warn!(vm = record.name, %error, "memory not copied before the pause");
+    }
     runner
         .control()
         .save(&file.volume, &file.path)

@@ -237,6 +237,9 @@ impl Source<'_> {
     }
 
     async fn copy(&mut self) -> Event {
+        if let Some(file) = &self.file {
+            return self.copy_to(file).await;
+        }
         let progress = Arc::clone(&self.progress);
         let begun = Copy::begin(self.core, &self.runner, &self.of, self.blackout_max, progress).await;
         let copied = match begun {
@@ -249,6 +252,18 @@ impl Source<'_> {
                 self.copy = None;
                 Event::CopyFailed(reason)
             }
+        }
+    }
+
+    /// A quick move: memory goes to the volume while the guest runs.
+    async fn copy_to(&self, file: &VolumePath) -> Event {
+        let copied = tokio::select! {
+            copied = self.runner.control().copy_memory(&file.volume, &file.path) => copied,
+            () = self.progress.cancel.cancelled() => Err(Error::failed("it was cancelled")),
+        };
+        match copied {
+            Ok(()) => Event::Copied,
+            Err(error) => Event::CopyFailed(error.message),
         }
     }
 
@@ -310,10 +325,10 @@ impl Source<'_> {
             Ok(status) => Err(Error::failed(format!("its process says {:?}", status.state()))),
             Err(error) => Err(error),
         };
-        match &self.file {
-            Some(file) => remove_state(self.core, file.clone()),
-            None => self.follow_no_more().await,
+        if let Some(file) = &self.file {
+            remove_state(self.core, file.clone());
         }
+        self.follow_no_more().await;
         match resumed {
             Ok(()) => Event::Resumed,
             Err(error) => {

@@ -13,7 +13,7 @@ use migrator::protocol::{FromTarget, Move, Saved, ToTarget};
 use migrator::{Incoming, RecordView, TargetAction, TargetAnswer, TargetEvent};
 
 use super::arrival::Arrival;
-use super::{facts, propose, read_record, remove_state};
+use super::{facts, propose, read_record, remove_state, remove_when_read};
 use crate::core::{Core, refused};
 use crate::view;
 use crate::vms::runner::{Content, Runner};
@@ -355,7 +355,11 @@ impl Attempt {
     /// The guest runs and the record says so: the saved state is of no use any more.
     fn clean_up(&mut self, core: &Arc<Core>) {
         if let Some(saved) = self.saved.take().filter(|saved| !saved.is_streamed()) {
-            remove_state(core, VolumePath { volume: saved.volume, path: saved.path });
+            let file = VolumePath { volume: saved.volume, path: saved.path };
+            match &self.runner {
+                Some(runner) => remove_when_read(core, runner, file),
+                None => remove_state(core, file),
+            }
         }
     }
 }
