@@ -3,7 +3,7 @@
 //! ```text
 //!   source                                        target
 //!   opening  -----------------------------------> which move, which of how many streams      record::Opening
-//!   pages, zeros, pages ...  -------------------> into RAM, in the order of this stream
+//!   pages, plain or packed, zeros, pages ... ---> into RAM, in the order of this stream
 //!   state (stream 0 only), end -----------------> the number of pages must agree
 //!            <----------------------------------- answer: ready, or why not
 //! ```
@@ -11,6 +11,7 @@
 //! pass has to wait for the slowest stream. **Invariant:** every length and address is checked before it is used (H7); what
 //! is written lies in RAM, and memory that is taken is bounded by a constant.
 
+mod choice;
 mod receive;
 mod record;
 mod send;

@@ -5,7 +5,8 @@ use std::io::{self, Read, Write};
 use hv::GuestRam;
 
 use super::record::{
-    self, HEADER_BYTES, Kind, PAGE, RUN_BYTES_MAX, Record, STATE_BYTES_MAX, StreamError, read_whole,
+    self, HEADER_BYTES, Kind, PACKED_HEADER_BYTES, PAGE, RUN_BYTES_MAX, Record, STATE_BYTES_MAX, StreamError,
+    read_whole,
 };
 
 /// What came over one stream.
@@ -32,6 +33,7 @@ pub fn receive(stream: &mut impl Read, ram: &GuestRam) -> Result<Received, Strea
         let record = Record::parse(header)?;
         match record.kind {
             Kind::Pages => received.pages += take_pages(stream, ram, record, &mut buffer)?,
+            Kind::Packed => received.pages += take_packed(stream, ram, record, &mut buffer)?,
             Kind::Zeros => received.pages += take_zeros(ram, record)?,
             Kind::State => take_state(stream, record, &mut received)?,
             Kind::End if record.place == received.pages && record.length == 0 => return Ok(received),
@@ -53,6 +55,32 @@ fn take_pages(
     let payload = &mut buffer[..length];
     stream.read_exact(payload)?;
     ram.write_linear(record.place, payload)?;
+    Ok((length / PAGE) as u64)
+}
+
+/// A frame is unpacked into as many bytes as it announces, which are bounded like those of plain pages.
+fn take_packed(
+    stream: &mut impl Read,
+    ram: &GuestRam,
+    record: Record,
+    buffer: &mut [u8],
+) -> Result<u64, StreamError> {
+    let invalid = StreamError::Invalid("packed pages");
+    let header = PACKED_HEADER_BYTES as usize;
+    if !(header + 1..=RUN_BYTES_MAX).contains(&(record.length as usize)) || !aligned(record) {
+        return Err(invalid);
+    }
+    let payload = read_whole(stream, record.length)?;
+    let (length, frame) = payload.split_at(header);
+    let length = u32::from_le_bytes(length.try_into().expect("four bytes")) as usize;
+    if !(1..=RUN_BYTES_MAX).contains(&length) || !length.is_multiple_of(PAGE) {
+        return Err(invalid);
+    }
+    let unpacked = zstd::bulk::decompress_to_buffer(frame, &mut buffer[..length]);
+    if unpacked.ok() != Some(length) {
+        return Err(invalid);
+    }
+    ram.write_linear(record.place, &buffer[..length])?;
     Ok((length / PAGE) as u64)
 }
 
@@ -108,6 +136,33 @@ mod tests {
         let mut all = vec![0; usize::try_from(RAM_BYTES).unwrap()];
         ram.read_linear(0, &mut all).expect("all of RAM");
         all
+    }
+
+    #[test]
+    fn pages_that_go_packed_arrive_as_they_were() {
+        let (source, target) = (ram(), ram());
+        for page in 0..200 {
+            stamp(&source, page, u8::try_from(page % 251).unwrap());
+        }
+        let mut sender = Sender::new(Vec::new(), source.clone());
+        sender.always_pack();
+        sender.send(&Pages { first: 0, bits: vec![u64::MAX; 4], fresh: true }).unwrap();
+        let stream = sender.finish(Some(b"state")).unwrap();
+        assert!(stream.len() < 200 * PAGE / 10, "{} bytes", stream.len());
+        receive(&mut &stream[..], &target).unwrap();
+        assert!(content(&source) == content(&target), "memory differs");
+        // Hostile: a frame of more than it says, of less, and none.
+        let frame = zstd::bulk::compress(&[7; 2 * PAGE], 1).unwrap();
+        for (says, frame) in
+            [(PAGE, &frame[..]), (3 * PAGE, &frame), (2 * PAGE, &frame[..frame.len() - 1]), (PAGE, b"no")]
+        {
+            let mut bad = vec![5, 0, 0, 0];
+            bad.extend(u32::try_from(frame.len() + 4).unwrap().to_le_bytes());
+            bad.extend(0u64.to_le_bytes());
+            bad.extend(u32::try_from(says).unwrap().to_le_bytes());
+            bad.extend(frame);
+            assert!(receive(&mut &bad[..], &ram()).is_err(), "{says}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //!   record:   kind u8 | 0 0 0 | length u32 | place u64 | payload
 //!             1 pages   length: bytes of payload, whole pages    place: offset in RAM, counting RAM only
 //!             2 zeros   length: pages; no payload                place: the same
+//!             5 packed  length: bytes of payload, u32 bytes of pages | a zstd frame   place: as for pages
 //!             3 state   length: bytes of payload                 place: 0
 //!             4 end     length: 0                                place: pages sent on this stream, with zeros
 //!   answer:   code u8 (1 ready, 2 refused) | length u32 | reason in UTF-8
@@ -24,6 +25,8 @@ pub(super) const RUN_BYTES_MAX: usize = 256 << 10;
 /// The state of processors and devices; most of it is the guest's console.
 pub(super) const STATE_BYTES_MAX: u32 = 16 << 20;
 pub(super) const HEADER_BYTES: usize = 16;
+/// In front of a frame: bytes of the pages in it.
+pub(super) const PACKED_HEADER_BYTES: u32 = 4;
 const OPENING_BYTES_MAX: u32 = 4096;
 const REASON_BYTES_MAX: u32 = 4096;
 
@@ -102,6 +105,7 @@ pub(super) enum Kind {
     Zeros = 2,
     State = 3,
     End = 4,
+    Packed = 5,
 }
 
 impl Record {
@@ -119,6 +123,7 @@ impl Record {
             2 => Kind::Zeros,
             3 => Kind::State,
             4 => Kind::End,
+            5 => Kind::Packed,
             _ => return Err(StreamError::Invalid("a record of an unknown kind")),
         };
         if bytes[1..4] != [0; 3] {

@@ -1,10 +1,16 @@
 //! The source's end of one memory stream.
 
+use std::fmt;
 use std::io::{Read, Write};
+use std::time::Instant;
 
 use hv::GuestRam;
+use zstd::bulk::Compressor;
 
-use super::record::{self, Kind, PAGE, RUN_BYTES_MAX, Record, STATE_BYTES_MAX, StreamError};
+use super::choice::{Choice, Cost};
+use super::record::{
+    self, Kind, PACKED_HEADER_BYTES, PAGE, RUN_BYTES_MAX, Record, STATE_BYTES_MAX, StreamError,
+};
 
 const WORD_BITS: u64 = 64;
 
@@ -19,20 +25,45 @@ pub struct Pages {
     pub fresh: bool,
 }
 
+/// The fastest level that finds anything.
+const LEVEL: i32 = 1;
+
 /// Sends RAM over one connection.
-#[derive(Debug)]
 pub struct Sender<S> {
     stream: S,
     ram: GuestRam,
     buffer: Vec<u8>,
     pages: u64,
     bytes: u64,
+    choice: Choice,
+    always_packs: bool,
+    packer: Option<Compressor<'static>>,
+    packed: Vec<u8>,
+}
+
+impl<S> fmt::Debug for Sender<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sender")
+            .field("pages", &self.pages)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<S: Write> Sender<S> {
     /// For a stream whose opening was sent.
     pub fn new(stream: S, ram: GuestRam) -> Self {
-        Self { stream, ram, buffer: vec![0; RUN_BYTES_MAX], pages: 0, bytes: 0 }
+        Self {
+            stream,
+            ram,
+            buffer: vec![0; RUN_BYTES_MAX],
+            pages: 0,
+            bytes: 0,
+            choice: Choice::default(),
+            always_packs: false,
+            packer: None,
+            packed: Vec::new(),
+        }
     }
 
     /// Bytes sent so far, before encryption.
@@ -72,7 +103,7 @@ impl<S: Write> Sender<S> {
             }
             let offset = first * hv::PAGE_BYTES + at as u64;
             sent = match (zero, fresh) {
-                (false, _) => self.put(Kind::Pages, offset, &whole[at..end]),
+                (false, _) => self.put_pages(offset, &whole[at..end]),
                 (true, false) => self.put_zeros(offset, (end - at) / PAGE),
                 (true, true) => Ok(()),
             };
@@ -80,6 +111,54 @@ impl<S: Write> Sender<S> {
         }
         self.buffer = buffer;
         sent
+    }
+
+    /// Packs, whatever it costs.
+    #[cfg(test)]
+    pub(super) fn always_pack(&mut self) {
+        self.always_packs = true;
+    }
+
+    /// Plain or packed, whichever is known to be faster now.
+    fn put_pages(&mut self, place: u64, pages: &[u8]) -> Result<(), StreamError> {
+        let (begun, sent_before) = (now(), self.bytes);
+        let wanted = self.choice.pack_next() || self.always_packs;
+        let packed = if wanted { self.pack(pages)? } else { None };
+        let packing_ns = since(begun);
+        let begun = now();
+        match packed {
+            Some(length) if length < pages.len() => self.put_packed(place, pages.len(), length)?,
+            _ => self.put(Kind::Pages, place, pages)?,
+        }
+        self.choice.after(Cost {
+            plain_bytes: pages.len() as u64,
+            packed_bytes: packed.map(|length| length as u64),
+            packing_ns,
+            sent_bytes: self.bytes - sent_before,
+            sending_ns: since(begun),
+        });
+        Ok(())
+    }
+
+    /// Into `packed`; gives its length. What does not get smaller gives none.
+    fn pack(&mut self, pages: &[u8]) -> Result<Option<usize>, StreamError> {
+        if self.packer.is_none() {
+            self.packer = Some(Compressor::new(LEVEL)?);
+            self.packed = vec![0; RUN_BYTES_MAX];
+        }
+        let packer = self.packer.as_mut().expect("made above");
+        let room = pages.len().min(RUN_BYTES_MAX - PACKED_HEADER_BYTES as usize);
+        Ok(packer.compress_to_buffer(pages, &mut self.packed[..room]).ok().or(Some(pages.len())))
+    }
+
+    fn put_packed(&mut self, place: u64, plain_bytes: usize, length: usize) -> Result<(), StreamError> {
+        let whole = u32::try_from(length).expect("at most a run") + PACKED_HEADER_BYTES;
+        self.put_header(Record { kind: Kind::Packed, length: whole, place })?;
+        self.stream.write_all(&u32::try_from(plain_bytes).expect("at most a run").to_le_bytes())?;
+        self.stream.write_all(&self.packed[..length])?;
+        self.bytes += u64::from(whole);
+        self.pages += (plain_bytes / PAGE) as u64;
+        Ok(())
     }
 
     fn put(&mut self, kind: Kind, place: u64, payload: &[u8]) -> Result<(), StreamError> {
@@ -127,6 +206,15 @@ impl<S: Write> Sender<S> {
         self.stream.flush()?;
         Ok(self.stream)
     }
+}
+
+#[expect(clippy::disallowed_methods, reason = "measures what the next decision rests on")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+fn since(begun: Instant) -> u64 {
+    u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Waits for the target's answer on a finished stream.
