@@ -88,6 +88,10 @@ impl Driver {
     }
 
     pub(super) fn start(&mut self, features: u64) {
+        self.start_with(features, QUEUE_SIZE);
+    }
+
+    pub(super) fn start_with(&mut self, features: u64, queue_size: u16) {
         self.set(0x70, 0);
         self.posted = 0;
         self.ram.write(AVAIL, &[0; 4]).unwrap();
@@ -99,7 +103,7 @@ impl Driver {
             self.set(0x20, u32::try_from(value).unwrap());
         }
         self.set(0x70, 11);
-        self.set(0x38, QUEUE_SIZE.into());
+        self.set(0x38, queue_size.into());
         for (register, address) in [(0x80, DESCRIPTORS), (0x90, AVAIL), (0xa0, USED)] {
             self.set(register, u32::try_from(address).unwrap());
             self.set(register + 4, 0);

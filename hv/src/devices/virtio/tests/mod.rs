@@ -2,5 +2,6 @@
 
 mod driver;
 mod hostile;
+mod rate;
 mod requests;
 mod transport;
