@@ -489,7 +489,75 @@ impl Header {
 
 #[cfg(test)]
 mod tests {
+    use blockio::MemoryDevice;
+    use proptest::prelude::*;
+
     use super::*;
+
+    const BYTES: u64 = 4 << 20;
+
+    /// A saved VM with pages here and there.
+    fn saved() -> Vec<u8> {
+        let (file, ram) = (MemoryDevice::new(0), GuestRam::new(BYTES).expect("a little memory"));
+        for page in [0, 1, 7, 200, 255] {
+            ram.write_linear(page * PAGE_BYTES, &[9; PAGE_LEN]).expect("in RAM");
+        }
+        let machine = SavedMachine {
+            version: crate::state::STATE_VERSION,
+            memory_bytes: BYTES,
+            ..SavedMachine::default()
+        };
+        let written = write_ram(&file, &ram).expect("memory");
+        write_state(&file, written, machine, &SavedBy { vm: vec![1; 16], epoch: 3 }).expect("memory");
+        let mut bytes = vec![0; usize::try_from(file.geometry().size_bytes).expect("small")];
+        file.read_at(0, &mut bytes).expect("memory");
+        bytes
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+        // Invariant H7
+        #[test]
+        fn a_damaged_file_with_right_checksums_is_refused_or_holds_together(
+            damages in proptest::collection::vec((any::<bool>(), 0_usize..512, any::<u64>(), 1_usize..=8), 1..5),
+            cut in proptest::option::of(0_u64..(6 << 20)),
+        ) {
+            let mut bytes = saved();
+            let contents = usize::try_from(RAM_OFFSET + BYTES).expect("small");
+            for (in_header, at, value, len) in damages {
+                let at = if in_header { 8 + at % 32 } else { contents + at };
+                bytes[at..at + len].copy_from_slice(&value.to_le_bytes()[..len]);
+            }
+            // Whoever makes such a file makes its checksums too.
+            let said = u64::from_le_bytes(bytes[24..32].try_into().expect("eight bytes"));
+            let said = usize::try_from(said).unwrap_or(usize::MAX).min(bytes.len() - contents);
+            let sum = crc32c::crc32c(&bytes[contents..contents + said]);
+            bytes[32..36].copy_from_slice(&sum.to_le_bytes());
+            let sum = crc32c::crc32c(&bytes[16..HEADER_BYTES]);
+            bytes[12..16].copy_from_slice(&sum.to_le_bytes());
+            let file = MemoryDevice::new(0);
+            file.set_len(bytes.len() as u64).expect("memory");
+            file.write_at(0, &bytes).expect("memory");
+            if let Some(cut) = cut {
+                file.set_len(cut / 512 * 512).expect("memory");
+            }
+            let ram = GuestRam::new(BYTES).expect("a little memory");
+            if let Ok(image) = read_contents(&file)
+                && read_ram(&file, &image, &ram).is_ok()
+            {
+                // What is not listed is zero; what is, has its sum.
+                let pages = PageSums::of_image(&image, BYTES).expect("it was read");
+                let mut page = [0; PAGE_LEN];
+                for number in 0..BYTES / PAGE_BYTES {
+                    ram.read_linear(number * PAGE_BYTES, &mut page).expect("in RAM");
+                    let sound =
+                        if pages.has(number) { pages.check(number, &page).is_ok() } else { is_zero(&page) };
+                    prop_assert!(sound, "page {}", number);
+                }
+            }
+        }
+    }
 
     #[test]
     fn runs_end_at_gaps_and_at_the_longest_transfer() {

@@ -66,11 +66,16 @@ fn load_elf(ram: &GuestRam, image: &[u8]) -> Result<Kernel, BootError> {
     let lowest = Some(GuestAddress(HIGH_RAM_START));
     let loaded = Elf::load(ram.map(), None, &mut Cursor::new(image), lowest)
         .map_err(|error| BootError::Kernel(error.to_string()))?;
+    // The loader places what the file has; the room that a segment wants after that is only a number.
+    let end = loaded.kernel_end;
+    if end > ram.bytes().min(HOLE_START) {
+        return Err(BootError::Kernel(format!("it needs {end} bytes of RAM below 3 GiB")));
+    }
     let start = match loaded.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(entry) => Start::Pvh { entry: entry.raw_value() },
         _ => Start::Linux64 { entry: loaded.kernel_load.raw_value(), header: Vec::new() },
     };
-    Ok(Kernel { start, end: loaded.kernel_end })
+    Ok(Kernel { start, end })
 }
 
 fn load_bz_image(ram: &GuestRam, image: &[u8]) -> Result<Kernel, BootError> {
@@ -104,6 +109,9 @@ fn load_bz_image(ram: &GuestRam, image: &[u8]) -> Result<Kernel, BootError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
+    use super::super::{BootSource, Firmware};
     use super::*;
 
     fn bz_image() -> Vec<u8> {
@@ -155,22 +163,57 @@ mod tests {
         }
     }
 
-    #[test]
-    fn an_image_of_noise_does_no_harm() {
+    /// Whatever the image says, a kernel that is taken ends in RAM.
+    fn loaded_or_refused(image: &[u8]) {
         let ram = GuestRam::new(16 << 20).unwrap();
-        let mut noise = 0x9e37_79b9_7f4a_7c15_u64;
-        for start in [bz_image(), hv_guest::IMAGE.to_vec()] {
-            for _ in 0..400 {
-                let mut image = start.clone();
-                for _ in 0..4 {
-                    noise ^= noise << 13;
-                    noise ^= noise >> 7;
-                    noise ^= noise << 17;
-                    let at = usize::try_from(noise >> 8).unwrap() % image.len().min(0x300);
-                    image[at] = noise.to_le_bytes()[0];
-                }
-                drop(load(&ram, &image));
+        if let Ok(kernel) = load(&ram, image) {
+            assert!(kernel.end <= ram.bytes(), "{:#x}", kernel.end);
+            let source = BootSource {
+                kernel: image,
+                initrd: Some(&[7; 5000]),
+                cmdline: "x",
+                firmware: Firmware::Acpi,
+            };
+            drop(super::super::load(&ram, &source, 2, &[]));
+        }
+    }
+
+    /// Numbers at which sums overflow, and ordinary ones.
+    fn number() -> impl Strategy<Value = u64> {
+        prop_oneof![any::<u64>(), 0..0x40_0000_u64, Just(u64::MAX), Just(u64::MAX - 4095), Just(1 << 63)]
+    }
+
+    proptest! {
+        // Invariant H7.
+        #[test]
+        fn any_damaged_image_is_a_kernel_inside_of_ram_or_refused(
+            elf in any::<bool>(),
+            damages in proptest::collection::vec((0_usize..0x300, number(), 1_usize..=8), 0..6),
+            cut in proptest::option::of(0_usize..0x2000),
+        ) {
+            let mut image = if elf { hv_guest::IMAGE.to_vec() } else { bz_image() };
+            let end = image.len();
+            for (at, value, bytes) in damages {
+                let at = at % (end - 8);
+                image[at..at + bytes].copy_from_slice(&value.to_le_bytes()[..bytes]);
             }
+            image.truncate(cut.unwrap_or(end));
+            loaded_or_refused(&image);
+        }
+
+        // Invariant H7.
+        #[test]
+        fn any_segment_of_an_elf_image_ends_inside_of_ram_or_is_refused(
+            place in number(), in_file in number(), in_memory in number(), offset in number()
+        ) {
+            let mut image = hv_guest::IMAGE.to_vec();
+            let headers = usize::try_from(u64::from_le_bytes(image[32..40].try_into().unwrap())).unwrap();
+            let loads = (0..usize::from(image[56])).map(|number| headers + number * 56);
+            let first = loads.into_iter().find(|at| image[*at] == 1).expect("a segment that is loaded");
+            for (field, value) in [(8, offset), (24, place), (32, in_file), (40, in_memory)] {
+                image[first + field..first + field + 8].copy_from_slice(&value.to_le_bytes());
+            }
+            loaded_or_refused(&image);
         }
     }
 }

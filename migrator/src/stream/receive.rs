@@ -214,6 +214,36 @@ mod tests {
         }
     }
 
+    /// A record with its payload, mostly one that is taken, and the pages that it has.
+    fn any_record() -> impl Strategy<Value = (Vec<u8>, u64)> {
+        let place = prop_oneof![
+            8 => (0..RAM_BYTES / PAGE as u64).prop_map(|page| page * PAGE as u64),
+            1 => any::<u64>(),
+            1 => Just(u64::MAX - PAGE as u64 + 1),
+            1 => Just(RAM_BYTES),
+        ];
+        (1_u8..=6, 0_u32..70, place, prop_oneof![6 => Just(0_u32), 1 => any::<u32>()]).prop_map(
+            |(kind, pages, place, lie)| {
+                let content = vec![pages.to_le_bytes()[0]; pages as usize * PAGE];
+                let (payload, length) = match kind {
+                    1 => (content.clone(), content.len()),
+                    5 => {
+                        let said = u32::try_from(content.len()).unwrap().wrapping_add(lie).to_le_bytes();
+                        let packed = [&said[..], &zstd::bulk::compress(&content, 1).unwrap()].concat();
+                        let length = packed.len();
+                        (packed, length)
+                    }
+                    _ => (Vec::new(), pages as usize),
+                };
+                let mut record = vec![kind, 0, 0, 0];
+                record.extend(u32::try_from(length).unwrap().wrapping_add(lie).to_le_bytes());
+                record.extend(place.to_le_bytes());
+                record.extend(payload);
+                (record, if matches!(kind, 1 | 2 | 5) { u64::from(pages) } else { 0 })
+            },
+        )
+    }
+
     proptest! {
         // Invariant H7
         #[test]
@@ -224,18 +254,34 @@ mod tests {
         // Invariant H7
         #[test]
         fn a_good_stream_with_changed_bytes_is_taken_or_refused(
-            at in 0usize..9000, with in any::<u8>(), cut in 0usize..9000
+            at in 0usize..9000, with in any::<u8>(), cut in 0usize..9000, packed in any::<bool>()
         ) {
             let source = ram();
             stamp(&source, 1, 3);
             stamp(&source, 2, 4);
             let mut sender = Sender::new(Vec::new(), source);
+            if packed {
+                sender.always_pack();
+            }
             sender.send(&Pages { first: 0, bits: vec![0b1111], fresh: false }).unwrap();
             let mut stream = sender.finish(Some(b"state")).unwrap();
             let end = stream.len();
             stream[at % end] = with;
             stream.truncate(cut.max(1));
             let _outcome = receive(&mut &stream[..], &ram());
+        }
+
+        // Invariant H7
+        #[test]
+        fn records_of_any_length_and_place_are_taken_or_refused_and_counted_right(
+            records in proptest::collection::vec(any_record(), 0..8)
+        ) {
+            let mut stream: Vec<u8> = records.iter().flat_map(|(record, _)| record.clone()).collect();
+            let pages: u64 = records.iter().map(|(_, pages)| pages).sum();
+            stream.extend(Record { kind: Kind::End, length: 0, place: pages }.to_bytes());
+            if let Ok(received) = receive(&mut &stream[..], &ram()) {
+                prop_assert_eq!(received.pages, pages);
+            }
         }
 
         // Invariant H7

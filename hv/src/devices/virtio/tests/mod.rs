@@ -4,4 +4,5 @@ mod driver;
 mod hostile;
 mod rate;
 mod requests;
+mod targets;
 mod transport;
