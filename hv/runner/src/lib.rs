@@ -21,6 +21,7 @@ mod path;
 mod privileges;
 pub mod report;
 mod runner;
+mod sandbox;
 mod saved;
 mod tap;
 mod volume;

@@ -28,7 +28,7 @@ use crate::failure::Failure;
 use crate::images::Works;
 use crate::saved::Copying;
 use crate::volume::Volumes;
-use crate::{lease, privileges, saved, tap};
+use crate::{lease, privileges, sandbox, saved, tap};
 
 const WATCH_STACK_BYTES: usize = 256 << 10;
 
@@ -101,6 +101,7 @@ impl Runner {
         // Without rights nobody may hear of pages that the kernel itself misses.
         let fault = config.restore_from.as_ref().and_then(|_| open_fault());
         privileges::drop_all()?;
+        sandbox::enter()?;
         let lease = lease::open(&config.lease_page)?;
         let (ended, told) = channel();
         let (over, cut) = (ended.clone(), ended.clone());

@@ -3,8 +3,9 @@
 //! **Invariant:** its csvfs client is told to be gone only after the process has ended: until then it may write.
 
 use std::fmt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -33,6 +34,9 @@ const END_WITHIN: Duration = Duration::from_secs(30);
 const CONSOLE_BYTES: usize = 1 << 20;
 /// Of what a process says before it dies, so much is kept.
 const WORDS_BYTES_MAX: u64 = 4096;
+
+/// What the kernel sends to a process that makes a system call that is forbidden to it.
+const SIGSYS: i32 = 31;
 
 /// A running `hv` process.
 #[derive(Debug)]
@@ -160,7 +164,7 @@ impl Runner {
             drop(std::fs::remove_file(socket));
             let asked = *watched.stopping.borrow();
             let how = match &status {
-                Ok(status) => format!("its process ended ({status})"),
+                Ok(status) => how_it_ended(*status),
                 Err(error) => format!("its process cannot be watched: {error}"),
             };
             let in_order = asked || status.is_ok_and(|status| status.success());
@@ -272,6 +276,15 @@ impl Runner {
             Err(_) => Ok(shown(now)),
         }
     }
+}
+
+fn how_it_ended(status: ExitStatus) -> String {
+    // Nobody else sends this signal.
+    if status.signal() == Some(SIGSYS) {
+        return "its process was ended by the kernel: it made a system call that is forbidden to it"
+            .to_owned();
+    }
+    format!("its process ended ({status})")
 }
 
 fn config(
@@ -431,4 +444,15 @@ pub(super) async fn forget_client(core: &Arc<Core>, serial: u64) {
 #[expect(clippy::disallowed_methods, reason = "measures the start of a process, for people")]
 fn now() -> Instant {
     Instant::now()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forbidden_system_call_is_told_from_other_ends() {
+        assert!(how_it_ended(ExitStatus::from_raw(SIGSYS)).contains("forbidden"));
+        assert_eq!(how_it_ended(ExitStatus::from_raw(9)), "its process ended (signal: 9 (SIGKILL))");
+    }
 }
