@@ -122,6 +122,8 @@ fn until_ready(qemu: &Qemu) -> Result<(), Failure> {
 fn one(here: &mut Qemu, there: &mut Qemu, settings: &Settings) -> Result<Move, Failure> {
     settings.apply(here)?;
     settings.apply(there)?;
+    // A source has arrived by a move before: what it said of that one is over.
+    here.forget_events();
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let uri = format!("tcp:127.0.0.1:{port}");
     there.ask("migrate-incoming", &json!({"uri": uri}))?;

@@ -84,6 +84,11 @@ impl Qemu {
         }
     }
 
+    /// Forgets the events that came before the last answer.
+    pub(crate) fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
     /// Waits for an event and gives its time in seconds.
     pub(crate) fn event(&mut self, name: &str) -> Result<f64, Failure> {
         let time = &self.next_event(name)?["timestamp"];
