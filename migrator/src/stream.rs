@@ -4,6 +4,8 @@
 //!   source                                        target
 //!   opening  -----------------------------------> which move, which of how many streams      record::Opening
 //!   pages, plain or packed, zeros, pages ... ---> into RAM, in the order of this stream
+//!   mark     -----------------------------------> after each pass
+//!            <----------------------------------- answer: it has arrived
 //!   state (stream 0 only), end -----------------> the number of pages must agree
 //!            <----------------------------------- answer: ready, or why not
 //! ```

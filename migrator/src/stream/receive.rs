@@ -20,11 +20,16 @@ pub struct Received {
 
 static ZEROS: [u8; RUN_BYTES_MAX] = [0; RUN_BYTES_MAX];
 
-/// Takes everything up to the end of the stream into RAM. The answer is still due.
+/// Takes everything up to the end of the stream into RAM. The answer is still due. `marked` is called where the source waits for
+/// a word that everything before has arrived.
 ///
 /// # Errors
 /// When the connection breaks, or what comes breaks the rules: nothing outside of RAM has been written then.
-pub fn receive(stream: &mut impl Read, ram: &GuestRam) -> Result<Received, StreamError> {
+pub fn receive<S: Read>(
+    stream: &mut S,
+    ram: &GuestRam,
+    mut marked: impl FnMut(&mut S) -> io::Result<()>,
+) -> Result<Received, StreamError> {
     let mut received = Received::default();
     let mut buffer = vec![0; RUN_BYTES_MAX];
     loop {
@@ -37,7 +42,8 @@ pub fn receive(stream: &mut impl Read, ram: &GuestRam) -> Result<Received, Strea
             Kind::Zeros => received.pages += take_zeros(ram, record)?,
             Kind::State => take_state(stream, record, &mut received)?,
             Kind::End if record.place == received.pages && record.length == 0 => return Ok(received),
-            Kind::End => return Err(StreamError::Invalid("pages are missing")),
+            Kind::Mark if record.place == received.pages && record.length == 0 => marked(stream)?,
+            Kind::End | Kind::Mark => return Err(StreamError::Invalid("pages are missing")),
         }
     }
 }
@@ -124,6 +130,10 @@ mod tests {
 
     const RAM_BYTES: u64 = 4 << 20;
 
+    fn unmarked(_: &mut &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+
     fn ram() -> GuestRam {
         GuestRam::new(RAM_BYTES).expect("a little memory")
     }
@@ -149,7 +159,7 @@ mod tests {
         sender.send(&Pages { first: 0, bits: vec![u64::MAX; 4], fresh: true }).unwrap();
         let stream = sender.finish(Some(b"state")).unwrap();
         assert!(stream.len() < 200 * PAGE / 10, "{} bytes", stream.len());
-        receive(&mut &stream[..], &target).unwrap();
+        receive(&mut &stream[..], &target, unmarked).unwrap();
         assert!(content(&source) == content(&target), "memory differs");
         // Hostile: a frame of more than it says, of less, and none.
         let frame = zstd::bulk::compress(&[7; 2 * PAGE], 1).unwrap();
@@ -161,7 +171,7 @@ mod tests {
             bad.extend(0u64.to_le_bytes());
             bad.extend(u32::try_from(says).unwrap().to_le_bytes());
             bad.extend(frame);
-            assert!(receive(&mut &bad[..], &ram()).is_err(), "{says}");
+            assert!(receive(&mut &bad[..], &ram(), unmarked).is_err(), "{says}");
         }
     }
 
@@ -177,9 +187,27 @@ mod tests {
         stamp(&source, 5, 9);
         sender.send(&Pages { first: 0, bits: vec![0b10_1000], fresh: false }).unwrap();
         let stream = sender.finish(Some(b"state")).unwrap();
-        let received = receive(&mut &stream[..], &target).unwrap();
+        let received = receive(&mut &stream[..], &target, unmarked).unwrap();
         assert_eq!(received, Received { pages: 202, state: Some(b"state".to_vec()) });
         assert!(content(&source) == content(&target), "memory differs");
+    }
+
+    #[test]
+    fn who_waits_at_a_mark_hears_when_everything_before_it_has_arrived() {
+        let (source, target) = (ram(), ram());
+        stamp(&source, 1, 3);
+        let (near, mut far) = std::os::unix::net::UnixStream::pair().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let marked = |stream: &mut std::os::unix::net::UnixStream| answer(stream, Ok(()));
+                receive(&mut far, &target, marked).unwrap()
+            });
+            let mut sender = Sender::new(near, source.clone());
+            sender.send(&Pages { first: 0, bits: vec![0b10], fresh: true }).unwrap();
+            sender.settle().unwrap();
+            assert!(content(&source) == content(&target), "memory differs");
+            sender.finish(None).unwrap();
+        });
     }
 
     // Invariant H7
@@ -204,12 +232,14 @@ mod tests {
             [record(Kind::State, 0, 0), record(Kind::State, 0, 0)].concat(),
             record(Kind::End, 0, 1),
             record(Kind::End, 1, 0),
+            record(Kind::Mark, 0, 1),
+            record(Kind::Mark, 1, 0),
             vec![9; HEADER_BYTES],
             vec![1, 1, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
         ];
         for stream in bad {
             let target = ram();
-            assert!(receive(&mut &stream[..], &target).is_err(), "{:?}", &stream[..HEADER_BYTES]);
+            assert!(receive(&mut &stream[..], &target, unmarked).is_err(), "{:?}", &stream[..HEADER_BYTES]);
             assert!(content(&target).iter().all(|byte| *byte == 0));
         }
     }
@@ -222,7 +252,7 @@ mod tests {
             1 => Just(u64::MAX - PAGE as u64 + 1),
             1 => Just(RAM_BYTES),
         ];
-        (1_u8..=6, 0_u32..70, place, prop_oneof![6 => Just(0_u32), 1 => any::<u32>()]).prop_map(
+        (1_u8..=7, 0_u32..70, place, prop_oneof![6 => Just(0_u32), 1 => any::<u32>()]).prop_map(
             |(kind, pages, place, lie)| {
                 let content = vec![pages.to_le_bytes()[0]; pages as usize * PAGE];
                 let (payload, length) = match kind {
@@ -248,7 +278,7 @@ mod tests {
         // Invariant H7
         #[test]
         fn any_bytes_are_a_stream_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..400)) {
-            let _outcome = receive(&mut &bytes[..], &ram());
+            let _outcome = receive(&mut &bytes[..], &ram(), unmarked);
         }
 
         // Invariant H7
@@ -268,7 +298,7 @@ mod tests {
             let end = stream.len();
             stream[at % end] = with;
             stream.truncate(cut.max(1));
-            let _outcome = receive(&mut &stream[..], &ram());
+            let _outcome = receive(&mut &stream[..], &ram(), unmarked);
         }
 
         // Invariant H7
@@ -279,7 +309,7 @@ mod tests {
             let mut stream: Vec<u8> = records.iter().flat_map(|(record, _)| record.clone()).collect();
             let pages: u64 = records.iter().map(|(_, pages)| pages).sum();
             stream.extend(Record { kind: Kind::End, length: 0, place: pages }.to_bytes());
-            if let Ok(received) = receive(&mut &stream[..], &ram()) {
+            if let Ok(received) = receive(&mut &stream[..], &ram(), unmarked) {
                 prop_assert_eq!(received.pages, pages);
             }
         }

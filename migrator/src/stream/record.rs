@@ -8,6 +8,7 @@
 //!             5 packed  length: bytes of payload, u32 bytes of pages | a zstd frame   place: as for pages
 //!             3 state   length: bytes of payload                 place: 0
 //!             4 end     length: 0                                place: pages sent on this stream, with zeros
+//!             6 mark    length: 0                                place: as for the end; an answer is due, and more records follow
 //!   answer:   code u8 (1 ready, 2 refused) | length u32 | reason in UTF-8
 //! ```
 //! All numbers are little-endian.
@@ -106,6 +107,7 @@ pub(super) enum Kind {
     State = 3,
     End = 4,
     Packed = 5,
+    Mark = 6,
 }
 
 impl Record {
@@ -124,6 +126,7 @@ impl Record {
             3 => Kind::State,
             4 => Kind::End,
             5 => Kind::Packed,
+            6 => Kind::Mark,
             _ => return Err(StreamError::Invalid("a record of an unknown kind")),
         };
         if bytes[1..4] != [0; 3] {

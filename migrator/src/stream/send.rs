@@ -183,12 +183,17 @@ impl<S: Write> Sender<S> {
         Ok(self.stream.write_all(&record.to_bytes())?)
     }
 
-    /// Everything so far is on its way.
+    /// Returns when everything so far has arrived.
     ///
     /// # Errors
-    /// When the connection breaks.
-    pub fn flush(&mut self) -> Result<(), StreamError> {
-        Ok(self.stream.flush()?)
+    /// When the connection breaks, or the target refuses what it got.
+    pub fn settle(&mut self) -> Result<(), StreamError>
+    where
+        S: Read,
+    {
+        self.put_header(Record { kind: Kind::Mark, length: 0, place: self.pages })?;
+        self.stream.flush()?;
+        record::read_answer(&mut self.stream)
     }
 
     /// The last words, with the state on one of the streams. The stream is then only read from.

@@ -143,7 +143,7 @@ fn memory(nodes: &Nodes, source: &GuestRam, target: &GuestRam, count: usize) -> 
     thread::scope(|scope| -> Result<(), Failure> {
         let mut ends = Vec::new();
         for (number, (near, mut far)) in streams.into_iter().enumerate() {
-            ends.push(scope.spawn(move || stream::receive(&mut far, target).map(drop)));
+            ends.push(scope.spawn(move || stream::receive(&mut far, target, |_| Ok(())).map(drop)));
             ends.push(scope.spawn(move || {
                 let mut sender = stream::Sender::new(near, source.clone());
                 for first in (0..pages).step_by(usize::try_from(stream::CHUNK_PAGES).expect("small")) {

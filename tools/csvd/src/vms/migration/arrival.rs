@@ -87,7 +87,7 @@ impl Arrival {
     /// Takes one stream to its end.
     fn take(&self, mut stream: Stream, opening: &Opening) -> Result<(), String> {
         self.begin(&stream, opening)?;
-        match receive(&mut stream, &self.ram) {
+        match receive(&mut stream, &self.ram, |stream| answer(stream, Ok(()))) {
             Ok(received) => self.one_has_ended(received),
             Err(error) => self.decide(Err(error.to_string())),
         }

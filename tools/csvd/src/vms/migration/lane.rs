@@ -18,7 +18,7 @@ const WAITING_MAX: usize = 4;
 
 enum Work {
     Send(Pages),
-    /// Everything before it has gone out.
+    /// Everything before it has arrived.
     Settle(oneshot::Sender<()>),
     /// The end, with the state on one of the lanes.
     Finish(Option<Vec<u8>>),
@@ -72,7 +72,7 @@ impl Lane {
         }
     }
 
-    /// Returns when everything has gone out, or when nothing has moved for `limit`.
+    /// Returns when everything has arrived, or when nothing has moved for `limit`.
     pub(super) async fn settle(&self, limit: Duration) -> Result<(), String> {
         let (tell, mut told) = oneshot::channel();
         self.work.send(Work::Settle(tell)).await.map_err(|_| self.broken())?;
@@ -123,7 +123,7 @@ fn carry(
                 sent_bytes.store(sender.bytes(), Ordering::Relaxed);
             }
             Work::Settle(tell) => {
-                sender.flush()?;
+                sender.settle()?;
                 let _ = tell.send(());
             }
             Work::Finish(state) => {
