@@ -53,7 +53,8 @@ impl<D: BlockDevice> GatedDevice<D> {
         Self { inner, right, held: Mutex::new(Vec::new()), refusals }
     }
 
-    /// Asks again for every held request. The owner of the lease calls this when the right has changed.
+    /// Asks again for every held request, and has the device do so: it may hold what this gate let through, which
+    /// [`Self::held`] does not show. The owner of the lease calls this whenever the right may have changed.
     pub fn reconsider(&self) {
         let held = std::mem::take(&mut *self.held.lock().unwrap_or_else(PoisonError::into_inner));
         for request in held {
@@ -62,7 +63,7 @@ impl<D: BlockDevice> GatedDevice<D> {
         self.inner.rights_changed();
     }
 
-    /// Number of requests that wait for the right.
+    /// Number of requests that wait for the right in the gate. The device may hold more.
     #[must_use]
     pub fn held(&self) -> usize {
         self.held.lock().unwrap_or_else(PoisonError::into_inner).len()

@@ -39,9 +39,8 @@ pub(crate) fn watch(
                         gates.all().iter().for_each(|gate| gate.reconsider());
                         return over(why);
                     }
-                    Permission::Granted => {
-                        gates.all().iter().filter(|gate| gate.held() > 0).for_each(|gate| gate.reconsider());
-                    }
+                    // What waits may be behind the gate, where its own count does not show it.
+                    Permission::Granted => gates.all().iter().for_each(|gate| gate.reconsider()),
                     Permission::Wait => {}
                 }
                 seen = lease.wait_change(seen, LOOK);
@@ -49,4 +48,54 @@ pub(crate) fn watch(
         })
         .map(drop)
         .map_err(|error| Failure::new(format!("cannot start a thread: {error}"), "check the limits"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Sender, channel};
+    use std::sync::{Arc, Mutex};
+
+    use blockio::{BlockDevice, GatedDevice, Geometry, IoRequest};
+    use lockmgr::clock::boottime_ms;
+    use lockmgr::lease::LeasePage;
+    use lockmgr::{Millis, NodeId};
+
+    use super::*;
+
+    /// A bound, not a pause.
+    const PATIENCE: Duration = Duration::from_secs(300);
+
+    /// A device with a request that waits for its right.
+    struct Waiting(Mutex<Sender<()>>);
+
+    impl BlockDevice for Waiting {
+        fn geometry(&self) -> Geometry {
+            Geometry { size_bytes: 0, block_bytes: 512, can_discard: false }
+        }
+
+        fn submit(&self, _request: IoRequest) {}
+
+        fn rights_changed(&self) {
+            // Who was told once does not wait any more.
+            drop(self.0.lock().expect("no panic while it is held").send(()));
+        }
+    }
+
+    // Invariant B3: the right is asked twice, so what the gate let through may wait behind it.
+    #[test]
+    fn a_request_that_waits_behind_the_gate_goes_on_when_the_lease_is_there() {
+        let folder = tempfile::TempDir::new().expect("a folder");
+        let (path, epoch) = (folder.path().join("lease"), Epoch(1));
+        let mut page = LeasePage::create(&path, NodeId(1), epoch).expect("a page");
+        page.renew(Millis(boottime_ms().0 + 3_600_000));
+        let lease = open(&path).expect("it is there");
+        let (tell, told) = channel();
+        let device: Arc<dyn BlockDevice> = Arc::new(Waiting(Mutex::new(tell)));
+        let gate = Arc::new(GatedDevice::new(device, Arc::new(lease.clone().right_of(epoch))));
+        let gates = Gates::default();
+        gates.add(&gate);
+        watch(lease, epoch, gates, |_| ()).expect("a thread");
+        told.recv_timeout(PATIENCE).expect("it hears of the lease");
+        assert_eq!(gate.held(), 0, "the gate knows of nothing that waits");
+    }
 }

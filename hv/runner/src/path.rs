@@ -50,7 +50,7 @@ impl Gates {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, gate: &Arc<Gate>) {
+    pub(crate) fn add(&self, gate: &Arc<Gate>) {
         let mut gates = self.lock();
         gates.retain(|gate| gate.strong_count() > 0);
         gates.push(Arc::downgrade(gate));

@@ -126,8 +126,55 @@ impl LeaseKeeper {
     }
 }
 
+/// What waits may be behind a gate, where its own count does not show it: all are asked.
 fn reconsider(gates: &[Arc<Gate>]) {
-    for gate in gates.iter().filter(|gate| gate.held() > 0) {
+    for gate in gates {
         gate.reconsider();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use blockio::{Geometry, IoRequest, Permission, WriteRight};
+
+    use super::*;
+
+    struct Granted;
+
+    impl WriteRight for Granted {
+        fn check(&self) -> Permission {
+            Permission::Granted
+        }
+    }
+
+    /// A device with a request that waits for its right.
+    #[derive(Default)]
+    struct Waiting {
+        told: AtomicBool,
+    }
+
+    impl BlockDevice for Waiting {
+        fn geometry(&self) -> Geometry {
+            Geometry { size_bytes: 0, block_bytes: 512, can_discard: false }
+        }
+
+        fn submit(&self, _request: IoRequest) {}
+
+        fn rights_changed(&self) {
+            self.told.store(true, Ordering::SeqCst);
+        }
+    }
+
+    // Invariant B3: the right is asked twice, so what the gate let through may wait behind it.
+    #[test]
+    fn a_renewal_reaches_what_waits_behind_a_gate_that_holds_nothing() {
+        let device = Arc::new(Waiting::default());
+        let behind = Arc::clone(&device) as Arc<dyn BlockDevice>;
+        let gate = Arc::new(GatedDevice::new(behind, Arc::new(Granted)));
+        assert_eq!(gate.held(), 0);
+        reconsider(&[gate]);
+        assert!(device.told.load(Ordering::SeqCst));
     }
 }
