@@ -339,9 +339,10 @@ fn a_directory_that_lies_in_itself_is_taken_out() {
 
 #[test]
 fn other_damage_is_named_and_mended() {
-    let cases: [(&str, &str, fn(&mut Tables<'_>)); 5] = [
+    type Damage = fn(&mut Tables<'_>);
+    let cases: [(&str, &str, Damage); 5] = [
         ("a row of orphans cannot be read", "set aside", |t| {
-            t.put_raw("orphans", &[1, 2], &[]).expect("a write")
+            t.put_raw("orphans", &[1, 2], &[]).expect("a write");
         }),
         ("attribute of an inode", "attribute", |t| t.put_xattr(5000, b"user.x", b"1").expect("a write")),
         ("a row of replies cannot be read", "set aside", |t| {
