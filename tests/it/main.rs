@@ -9,6 +9,7 @@ mod cpu;
 mod drain;
 mod faults;
 mod fences;
+mod files;
 mod images;
 mod live;
 mod luns;
