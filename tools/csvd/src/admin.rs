@@ -44,7 +44,7 @@ use crate::node_socket::listen;
 use crate::{drain, membership, settings};
 
 /// Longest wait for the present. Without a quorum there is none, and what is known here is what can be answered.
-const PRESENT_WITHIN: Duration = Duration::from_millis(500);
+const PRESENT_WITHIN: Duration = Duration::from_secs(2);
 
 /// The socket, while it is served.
 #[derive(Debug)]
@@ -92,9 +92,7 @@ pub(crate) fn serve(core: &Arc<Core>) -> Result<Served, Error> {
 
 /// Returns when this node knows what was acknowledged anywhere before, if that can be known.
 async fn await_present(core: &Core) {
-    if core.cluster.status().leader.is_some()
-        && let Err(_) | Ok(Err(_)) = tokio::time::timeout(PRESENT_WITHIN, core.cluster.read()).await
-    {
+    if let Err(_) | Ok(Err(_)) = tokio::time::timeout(PRESENT_WITHIN, core.cluster.read()).await {
         tracing::debug!("no quorum answers: the admin interface goes on with what is known here");
     }
 }
