@@ -8,7 +8,8 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
     packages::ensure(packages::TEST)?;
     cargo(&["build", "--release", "--workspace", "--bins", "--locked"])?;
     let release = target_dir().join("release");
-    let known = ["node_io", "mount_io", "vhdx_io", "nbd_io", "memory", "migration", "failover"];
+    let known =
+        ["node_io", "mount_io", "clients", "scale", "vhdx_io", "nbd_io", "memory", "migration", "failover"];
     let chosen: Vec<&str> = match options {
         [] => known.to_vec(),
         [name] if known.contains(&name.as_str()) => vec![name],
