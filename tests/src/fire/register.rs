@@ -15,6 +15,7 @@ use super::Dice;
 /// Blocks of a file.
 pub(super) const BLOCKS: u64 = 256;
 const BLOCK_BYTES: usize = 4096;
+const PIECE_BYTES: usize = 16 * BLOCK_BYTES;
 const WORDS: usize = BLOCK_BYTES / 8;
 
 /// What one file must hold.
@@ -59,15 +60,14 @@ impl Register {
         Ok(())
     }
 
-    /// The numbers of all blocks, read at once: each at least what was acknowledged before, at most what was tried since.
+    /// The numbers of all blocks: each at least what was acknowledged before, at most what was tried since.
     fn numbers(&self, path: &Path) -> io::Result<Vec<u64>> {
         let all =
             |of: &[AtomicU64]| of.iter().map(|number| number.load(Ordering::SeqCst)).collect::<Vec<_>>();
         let at_least = all(&self.acked);
-        let bytes = std::fs::read(path)?;
+        let bytes = all_blocks(&File::open(path)?)?;
         let at_most = all(&self.attempted);
-        let zeros = vec![0; BLOCK_BYTES];
-        let mut blocks = bytes.chunks(BLOCK_BYTES).chain(std::iter::repeat(zeros.as_slice()));
+        let mut blocks = bytes.chunks(BLOCK_BYTES);
         let bounds = at_least.into_iter().zip(at_most);
         (0..BLOCKS)
             .zip(bounds)
@@ -117,6 +117,17 @@ impl Register {
         }
         Err(format!("words {:x?} at its begin, torn or of another block", [word(0), life, word(2), number]))
     }
+}
+
+/// Reads the file in pieces that the kernel asks for at once. It may cut a longer read anywhere, in the middle of a block too, and
+/// a block whose halves are read one after the other may be written in between.
+fn all_blocks(file: &File) -> io::Result<Vec<u8>> {
+    let len = BLOCK_BYTES * usize::try_from(BLOCKS).expect("a file that fits into memory");
+    let mut bytes = vec![0; len];
+    for (piece, at) in bytes.chunks_mut(PIECE_BYTES).zip((0_u64..).step_by(PIECE_BYTES)) {
+        read_or_zeros(file, piece, at)?;
+    }
+    Ok(bytes)
 }
 
 /// Reads what the file has, zeros beyond its end.
