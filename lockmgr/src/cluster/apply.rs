@@ -87,17 +87,6 @@ impl ClusterState {
         Ok(given)
     }
 
-    /// What these records become by a command. The cluster's own records change by consensus only; this is for models, which
-    /// ask what could happen.
-    ///
-    /// # Errors
-    /// Why the command is refused.
-    pub fn after(&self, command: Command) -> Result<Self, Rejection> {
-        let mut after = self.clone();
-        after.apply(command, Position { index: 0, node: NodeId(0), at_ms: 0 })?;
-        Ok(after)
-    }
-
     fn note(&mut self, at: Position, kind: String, subject: String, text: String) {
         while self.events.len() >= EVENTS_MAX {
             self.events.pop_front();
