@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use cluster_tests::Cluster;
+use cluster_tests::{Cluster, until};
 
 use crate::{device_present, text};
 
@@ -53,8 +53,9 @@ fn the_read_cache_is_changed_while_the_volume_is_used_and_says_how_it_does() {
     let name = volume(&cluster);
     let shown = cluster.ctl(1).must(&["volume", "show", &name]);
     assert_eq!(shown["cache"], "off", "{shown}");
-    let caches = cluster.ctl(1).must(&["volume", "cache", &name, "--size", "64M"]);
-    assert_eq!(caches["caches"].as_array().map(Vec::len), Some(3), "{caches}");
+    // Nodes that are up are asked: on a busy machine that may take a moment.
+    let set = || cluster.ctl(1).run(&["volume", "cache", &name, "--size", "64M"]).unwrap_or_default();
+    until("a cache on each node", set, |set| set["caches"].as_array().map(Vec::len) == Some(3));
     let path = cluster.mount(1).join("file");
     fs::write(&path, vec![1; 200_000]).unwrap();
     for byte in [1_u8, 2, 3] {

@@ -19,7 +19,7 @@ use crate::{forward, view};
 /// Longest time that a new volume may take until it is mounted here.
 const MOUNTED_WITHIN_MS: u64 = 30_000;
 /// Longest time that another node may take to tell how it reaches its volumes.
-const ROWS_WITHIN: Duration = Duration::from_secs(2);
+const ROWS_WITHIN: Duration = Duration::from_secs(5);
 /// Longest time to wait for this node to learn of a move that is done.
 const RECORD_WITHIN: Duration = Duration::from_secs(2);
 
