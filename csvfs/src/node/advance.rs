@@ -314,7 +314,7 @@ impl Inode {
         let mut state = self.lock();
         match state.grant.recalled(to, at) {
             OnRecall::Ignore => {}
-            OnRecall::AnswerNow => out.requests.push(self.core.answer(self.ino, state.grant.mode, at)),
+            OnRecall::AnswerNow => out.requests.extend(self.core.answer(self.ino, state.grant.mode, at)),
             OnRecall::Drain => self.step(&mut state, &mut out),
         }
         drop(state);

@@ -183,21 +183,23 @@ impl Core {
             None => {
                 // A grant that came along with an answer may still be on its way: it is taken back by this.
                 self.memory.raise_floor(ino, (at, (0, 0)));
-                let id = self.answer(ino, Mode::Null, at);
-                self.session.dispatch(id);
+                if let Some(id) = self.answer(ino, Mode::Null, at) {
+                    self.session.dispatch(id);
+                }
             }
         }
     }
 
-    /// Keeps an answer to a recall of something that is not held (any more).
-    pub(super) fn answer(&self, ino: u64, held: Mode, at: Seq) -> u64 {
-        let release = pb::ReleaseGrant {
-            ino,
-            to: pb::GrantMode::from(held).into(),
-            recall_seq: self.recall_number(at),
-            commit: None,
-        };
-        self.session.keep(Op::ReleaseGrant(release), |_| {})
+    /// Keeps an answer to a recall of something that is not held (any more). None for the recall of a former coordinator:
+    /// its successor was told what is held, and an answer without a number would take away what that one has granted since.
+    pub(super) fn answer(&self, ino: u64, held: Mode, at: Seq) -> Option<u64> {
+        let number = self.recall_number(at);
+        if number == 0 {
+            return None;
+        }
+        let release =
+            pb::ReleaseGrant { ino, to: pb::GrantMode::from(held).into(), recall_seq: number, commit: None };
+        Some(self.session.keep(Op::ReleaseGrant(release), |_| {}))
     }
 
     /// The number of a recall, as far as it means something to the coordinator of now.

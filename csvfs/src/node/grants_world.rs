@@ -13,7 +13,7 @@ use lockmgr::{ClientId, Epoch, Millis, Mode, NodeId, ResourceId};
 use super::{Grant, OnRecall, Seq};
 
 /// Seeds that are always run; each that has found a mistake stays here.
-const KEPT: [u64; 6] = [1, 2, 3, 0x5eed, 0xdead_beef, 4_711_471_147];
+const KEPT: [u64; 7] = [1, 2, 3, 0x5eed, 0xdead_beef, 4_711_471_147, 1_795_669_759_153_654];
 
 const CLIENTS: usize = 5;
 const RESOURCES: usize = 3;
@@ -347,6 +347,8 @@ impl World {
             } = message
             {
                 let (attempt, term) = (self.clients[client].attempt, self.term);
+                // Without a value nothing is left to be done: the claim has said what is held.
+                let to = if value.is_some() { to } else { Mode::Exclusive };
                 let ask = Ask::Release { to, recall: 0, number, value };
                 self.serve(Message::ToCoordinator { client, life, attempt, term, resource, ask });
             }
@@ -408,11 +410,13 @@ impl World {
         }
     }
 
-    /// A recall of what is not held (any more).
-    fn answer(&mut self, client: usize, resource: usize, (term, number): Seq) {
+    /// A recall of what is not held (any more). Not of a former coordinator: its successor knows what is held, and the
+    /// answer could overtake, or be overtaken by, what it grants.
+    fn answer(&mut self, client: usize, resource: usize, (term, recall): Seq) {
         let to = self.clients[client].views[resource].grant.mode;
-        let recall = if term == self.term { number } else { 0 };
-        self.ask(client, resource, Ask::Release { to, recall, number: 0, value: None });
+        if term == self.term {
+            self.ask(client, resource, Ask::Release { to, recall, number: 0, value: None });
+        }
     }
 
     fn ask(&mut self, client: usize, resource: usize, ask: Ask) {

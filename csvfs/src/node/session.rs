@@ -114,7 +114,7 @@ struct Kept {
     done: Done,
     /// The attempt under which it is under way; 0: it waits.
     sent_under: u64,
-    /// The term in which it was first sent, for what has a meaning only in that term.
+    /// The term in which it was made, for what has a meaning only in that term.
     first_term: u64,
 }
 
@@ -177,7 +177,8 @@ impl Session {
         let mut state = self.lock();
         let id = state.next_id;
         state.next_id += 1;
-        state.kept.insert(id, Kept { op, done: Box::new(done), sent_under: 0, first_term: 0 });
+        let kept = Kept { op, done: Box::new(done), sent_under: 0, first_term: state.term };
+        state.kept.insert(id, kept);
         id
     }
 
@@ -293,9 +294,7 @@ impl Session {
         let completed_below = state.kept.keys().next().copied().unwrap_or(id);
         let (term, attempt) = (state.term, state.attempt);
         let kept = state.kept.get_mut(&id)?;
-        if kept.first_term == 0 {
-            kept.first_term = term;
-        } else if kept.first_term != term {
+        if kept.first_term != term {
             forget_old_term(&mut kept.op);
         }
         kept.sent_under = attempt;
@@ -511,10 +510,14 @@ fn into_distances(numbers: &mut [u64]) {
     }
 }
 
-/// The number of a recall means nothing to another coordinator.
+/// The number of a recall means nothing to another coordinator. Without a commit the release itself means nothing either: the
+/// claim has said what is held since, and what is lowered now may be what was granted after it.
 fn forget_old_term(op: &mut Op) {
     if let Op::ReleaseGrant(release) = op {
         release.recall_seq = 0;
+        if release.commit.is_none() {
+            release.to = pb::GrantMode::from(lockmgr::Mode::Exclusive).into();
+        }
     }
 }
 
@@ -547,5 +550,38 @@ fn judge(outcome: Result<pb::Reply, LinkError>, attempt: u64) -> Verdict {
             let pb::Reply { term, at, known, held, .. } = reply;
             Verdict::Answer(Ok(Answered { term, attempt, at, known, held, result }))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lockmgr::Mode;
+
+    use super::*;
+
+    fn for_the_next_coordinator(commit: Option<pb::Commit>) -> pb::ReleaseGrant {
+        let release =
+            pb::ReleaseGrant { ino: 7, to: pb::GrantMode::from(Mode::Null).into(), recall_seq: 5, commit };
+        let mut op = Op::ReleaseGrant(release);
+        forget_old_term(&mut op);
+        let Op::ReleaseGrant(release) = op else { unreachable!("it is still a release") };
+        release
+    }
+
+    // Invariant C6: what a new coordinator has granted is not taken away by an answer to the old one.
+    #[test]
+    fn an_answer_to_a_former_coordinator_lowers_nothing_that_was_granted_since() {
+        let answer = for_the_next_coordinator(None);
+        assert_eq!(
+            (Mode::from(answer.to()), answer.recall_seq),
+            (Mode::Exclusive, 0),
+            "nothing can be above that"
+        );
+        let carrying = for_the_next_coordinator(Some(pb::Commit::default()));
+        assert_eq!(
+            (Mode::from(carrying.to()), carrying.recall_seq),
+            (Mode::Null, 0),
+            "claimed as what it was"
+        );
     }
 }

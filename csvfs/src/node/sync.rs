@@ -391,7 +391,7 @@ impl Inode {
         let mut out = Out::default();
         let mut state = self.lock();
         if let Some(at) = state.grant.released(number, stamp) {
-            out.requests.push(self.core.answer(self.ino, state.grant.mode, at));
+            out.requests.extend(self.core.answer(self.ino, state.grant.mode, at));
         }
         // What it committed is what the attributes are, for who keeps some of the grant.
         if let Some(attr) = attr.filter(|_| state.grant.mode != Mode::Null) {
