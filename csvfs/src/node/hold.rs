@@ -89,12 +89,16 @@ impl Inode {
         state.attr.filter(|_| valid)
     }
 
-    /// What a lookup said, with what only this node knows yet.
-    pub(super) fn with_local_changes(&self, attr: Attr) -> Attr {
+    /// What an answer at `stamp` said, with what only this node knows yet; nothing if this node has given up writing since,
+    /// or is about to.
+    pub(super) fn with_local_changes(&self, attr: Attr, stamp: Seq) -> Option<Attr> {
         let state = self.lock();
         match state.attr {
-            Some(own) if state.grant.mode == Mode::Exclusive => own.over(attr),
-            _ => attr,
+            Some(own) if state.grant.mode == Mode::Exclusive => Some(own.over(attr)),
+            _ => {
+                let leaving = state.grant.release.is_some_and(|release| release.from == Mode::Exclusive);
+                (!leaving && self.core.memory.written_up_to(self.ino) <= stamp).then_some(attr)
+            }
         }
     }
 

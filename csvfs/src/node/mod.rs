@@ -246,8 +246,9 @@ impl Node {
     }
 
     fn ask_for(&self, ino: u64) -> Result<Attr, FsError> {
-        let attr = self.ask_attr(Op::GetAttr(pb::GetAttr { ino, cache: true }))?;
-        Ok(self.with_local_changes(attr))
+        let answered = self.core.ask(Op::GetAttr(pb::GetAttr { ino, cache: true }))?;
+        let attr = names::attr_of(&answered)?;
+        Ok(self.with_local_changes(attr, answered.stamp()))
     }
 
     /// Names the kernel that keeps pages of files; `false` when there is one already.
@@ -361,11 +362,15 @@ impl Node {
         self.core.ask(op).map(|answered| answered.result)
     }
 
-    fn with_local_changes(&self, attr: Attr) -> Attr {
-        match self.core.peek(attr.ino) {
-            Some(inode) => inode.with_local_changes(attr),
-            None => attr,
-        }
+    /// What an answer at `stamp` said of an inode, with what only this node knows yet. An answer that was given before this
+    /// node's own last changes had arrived does not count: it is asked again.
+    fn with_local_changes(&self, attr: Attr, stamp: grants::Seq) -> Attr {
+        let known = match self.core.peek(attr.ino) {
+            Some(inode) => inode.with_local_changes(attr, stamp),
+            None => (self.core.memory.written_up_to(attr.ino) <= stamp).then_some(attr),
+        };
+        // Who cannot ask again has at least been told this.
+        known.unwrap_or_else(|| self.core.pin(attr.ino).inode.attr().unwrap_or(attr))
     }
 
     /// An answer to a change that was given before, and does not say what changed: everything may have.

@@ -9,6 +9,7 @@ use lockmgr::ClientId;
 use pb::reply::Result as Answer;
 use pb::request::Op;
 
+use super::grants::Seq;
 use super::session::Answered;
 use super::{Attr, Creation, DirEntry, DirPage, File, FileKind, FsError, Node, SetAttr};
 use crate::proto as pb;
@@ -32,7 +33,7 @@ impl Node {
         let answered = self.core.ask(Op::Lookup(pb::Lookup { parent, name: name.clone(), cache: true }))?;
         let attr = attr_of(&answered)?;
         self.core.learn_name(parent, &name, attr.ino, answered.stamp());
-        Ok(self.with_local_changes(attr))
+        Ok(self.with_local_changes(attr, answered.stamp()))
     }
 
     /// As [`Node::lookup`], if that takes no message. Never blocks.
@@ -73,11 +74,11 @@ impl Node {
         let mut request = new_inode(parent, name, FileKind::Regular, creation)?;
         request.exclusive = exclusive;
         (request.open, request.cache) = (true, true);
-        let attr = self.create_named(request)?;
+        let (attr, stamp) = self.create_named(request)?;
         if attr.kind != FileKind::Regular {
             return Err(FsError::invalid(libc::EEXIST, "the name exists and is no regular file"));
         }
-        Ok((self.with_local_changes(attr), self.opened(attr)))
+        Ok((self.with_local_changes(attr, stamp), self.opened(attr)))
     }
 
     /// Creates a regular file without a name, and opens it: it goes with its last close, unless it is `linkable` and
@@ -141,10 +142,10 @@ impl Node {
 
     fn make(&self, mut request: pb::Create) -> Result<Attr, FsError> {
         request.exclusive = true;
-        self.create_named(request)
+        self.create_named(request).map(|(attr, _)| attr)
     }
 
-    fn create_named(&self, request: pb::Create) -> Result<Attr, FsError> {
+    fn create_named(&self, request: pb::Create) -> Result<(Attr, Seq), FsError> {
         let (parent, name) = (request.parent, request.name.clone());
         let _changing = self.core.changing([parent], false);
         let answered = self.core.ask(Op::Create(request))?;
@@ -152,7 +153,7 @@ impl Node {
         self.changed_unseen(&answered);
         self.core.changed_here(parent, &[&name], answered.stamp());
         self.core.learn_name(parent, &name, attr.ino, answered.stamp());
-        Ok(attr)
+        Ok((attr, answered.stamp()))
     }
 
     /// Where a symbolic link points.
@@ -186,7 +187,7 @@ impl Node {
         self.changed_unseen(&answered);
         self.core.changed_here(parent, &[&name], answered.stamp());
         self.core.learn_name(parent, &name, ino, answered.stamp());
-        Ok(self.with_local_changes(attr))
+        Ok(self.with_local_changes(attr, answered.stamp()))
     }
 
     /// Removes a name that is not a directory's.
@@ -257,7 +258,7 @@ impl Node {
         let stamp = answered.stamp();
         match answered.result {
             Answer::DirPage(page) => {
-                let page = self.checked_page(page)?;
+                let page = self.checked_page(page, stamp)?;
                 self.core.learn_page(ino, cookie, &page, stamp);
                 Ok(page)
             }
@@ -265,11 +266,11 @@ impl Node {
         }
     }
 
-    fn checked_page(&self, page: pb::DirPage) -> Result<DirPage, FsError> {
+    fn checked_page(&self, page: pb::DirPage, stamp: Seq) -> Result<DirPage, FsError> {
         let entries = page.entries.into_iter().map(|entry| {
             let attr =
                 entry.attr.ok_or_else(|| FsError::Protocol("a directory entry without attributes".into()))?;
-            let attr = self.with_local_changes(Attr::checked(&attr)?);
+            let attr = self.with_local_changes(Attr::checked(&attr)?, stamp);
             Ok(DirEntry { name: entry.name.to_vec(), cookie: entry.cookie, attr })
         });
         Ok(DirPage { entries: entries.collect::<Result<_, FsError>>()?, end: page.end, parent: page.parent })
@@ -361,7 +362,7 @@ impl Node {
     }
 }
 
-fn attr_of(answered: &Answered) -> Result<Attr, FsError> {
+pub(super) fn attr_of(answered: &Answered) -> Result<Attr, FsError> {
     match &answered.result {
         Answer::Attr(attr) => Attr::checked(attr),
         other => Err(unexpected("a request for attributes", other)),

@@ -45,6 +45,8 @@ pub(super) struct Memory {
     list: Mutex<VecDeque<u64>>,
     /// Up to where recalls and answers say nothing of grants any more. Rank 3: taken under the table and a file.
     floors: Mutex<Vec<(Seq, Seq)>>,
+    /// The answers to releases of EX: older ones do not know what this node had changed. Rank 3, as the floors.
+    written: Mutex<Vec<Seq>>,
 }
 
 impl Default for Memory {
@@ -54,6 +56,7 @@ impl Default for Memory {
             names: Arc::default(),
             list: Mutex::default(),
             floors: Mutex::new(vec![Default::default(); FLOORS]),
+            written: Mutex::new(vec![Default::default(); FLOORS]),
         }
     }
 }
@@ -75,6 +78,20 @@ impl Memory {
         let mut floors = self.floors.lock().unwrap_or_else(PoisonError::into_inner);
         let floor = &mut floors[Self::slot(ino)];
         *floor = (floor.0.max(recall), floor.1.max(answer));
+    }
+
+    /// Up to where answers do not know what this node has changed in an inode, or in another one that shares its slot.
+    pub(super) fn written_up_to(&self, ino: u64) -> Seq {
+        let _rank = rank::Held::enter(rank::MEMORY);
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)[Self::slot(ino)]
+    }
+
+    /// A release of EX was answered at `stamp`.
+    pub(super) fn raise_written(&self, ino: u64, stamp: Seq) {
+        let _rank = rank::Held::enter(rank::MEMORY);
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = &mut written[Self::slot(ino)];
+        *last = (*last).max(stamp);
     }
 
     fn list(&self) -> Ranked<std::sync::MutexGuard<'_, VecDeque<u64>>> {

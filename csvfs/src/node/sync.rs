@@ -353,9 +353,9 @@ impl Inode {
             recall_seq: self.core.recall_number(at),
             commit: (!snapshot.is_empty()).then(|| snapshot.commit(self.ino)),
         };
-        let carried = release.commit.is_some();
+        let (carried, wrote) = (release.commit.is_some(), state.grant.mode == Mode::Exclusive);
         let id = self.ask(Op::ReleaseGrant(release), out, move |inode, outcome| {
-            inode.released(number, carried, outcome);
+            inode.released(number, (carried, wrote), outcome);
         });
         state.grant.releasing(carried.then_some(id));
         if to == Mode::Null {
@@ -372,8 +372,16 @@ impl Inode {
         }
     }
 
-    fn released(self: &Arc<Self>, number: u64, carried: bool, outcome: Result<Answered, FsError>) {
+    fn released(
+        self: &Arc<Self>,
+        number: u64,
+        (carried, wrote): (bool, bool),
+        outcome: Result<Answered, FsError>,
+    ) {
         let stamp = outcome.as_ref().map_or((0, 0), Answered::stamp);
+        if wrote {
+            self.core.memory.raise_written(self.ino, stamp);
+        }
         let asked_at = self.core.names_now();
         let attr = outcome.as_ref().ok().and_then(|answered| match &answered.result {
             pb::reply::Result::Attr(attr) => Attr::checked(attr).ok(),
