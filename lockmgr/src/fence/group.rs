@@ -101,18 +101,22 @@ impl ProcessGroup {
                 return Ok(ended);
             }
             self.kill()?;
-            for member in &members {
-                if !member.wait_end(deadline).map_err(self.failed("wait for"))? {
-                    let pid = member.pid.as_raw_nonzero().get();
-                    return Err(GroupError::StillThere {
-                        group: self.id(),
-                        pid,
-                        limit_ms: limit.as_millis(),
-                    });
-                }
-            }
+            members.iter().try_for_each(|member| self.await_end(member, deadline, limit))?;
             ended += members.len();
         }
+    }
+
+    fn await_end(
+        &self,
+        member: &Process,
+        deadline: crate::Millis,
+        limit: Duration,
+    ) -> Result<(), GroupError> {
+        if member.wait_end(deadline).map_err(self.failed("wait for"))? {
+            return Ok(());
+        }
+        let pid = member.pid.as_raw_nonzero().get();
+        Err(GroupError::StillThere { group: self.id(), pid, limit_ms: limit.as_millis() })
     }
 
     /// Kills every member but the calling process, which is one, and waits until each has ended. Gives their number.
@@ -130,14 +134,7 @@ impl ProcessGroup {
             }
             for member in &others {
                 member.kill().map_err(self.failed("kill a member of"))?;
-                if !member.wait_end(deadline).map_err(self.failed("wait for"))? {
-                    let pid = member.pid.as_raw_nonzero().get();
-                    return Err(GroupError::StillThere {
-                        group: self.id(),
-                        pid,
-                        limit_ms: limit.as_millis(),
-                    });
-                }
+                self.await_end(member, deadline, limit)?;
             }
             ended += others.len();
         }
