@@ -193,13 +193,14 @@ impl Core {
     /// Keeps an answer to a recall of something that is not held (any more). None for the recall of a former coordinator:
     /// its successor was told what is held, and an answer without a number would take away what that one has granted since.
     pub(super) fn answer(&self, ino: u64, held: Mode, at: Seq) -> Option<u64> {
-        let number = self.recall_number(at);
-        if number == 0 {
+        // A recall may overtake the answer to the attach that it follows: it is of the coordinator to come then.
+        let (term, recall_seq) = at;
+        if term < self.session.term() {
             return None;
         }
         let release =
-            pb::ReleaseGrant { ino, to: pb::GrantMode::from(held).into(), recall_seq: number, commit: None };
-        Some(self.session.keep(Op::ReleaseGrant(release), |_| {}))
+            pb::ReleaseGrant { ino, to: pb::GrantMode::from(held).into(), recall_seq, commit: None };
+        Some(self.session.keep_for(term, Op::ReleaseGrant(release), |_| {}))
     }
 
     /// The number of a recall, as far as it means something to the coordinator of now.

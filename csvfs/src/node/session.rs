@@ -174,10 +174,21 @@ impl Session {
     /// Gives `op` its id without sending it: may be called under a file's lock, so that the file's state and what is
     /// claimed for it change as one. [`Session::dispatch`] must follow.
     pub(super) fn keep(&self, op: Op, done: impl FnOnce(Result<Answered, FsError>) + Send + 'static) -> u64 {
+        self.keep_for(0, op, done)
+    }
+
+    /// The same for what has a meaning only in `term`, which may be one that this node has yet to hear of.
+    pub(super) fn keep_for(
+        &self,
+        term: u64,
+        op: Op,
+        done: impl FnOnce(Result<Answered, FsError>) + Send + 'static,
+    ) -> u64 {
         let mut state = self.lock();
         let id = state.next_id;
         state.next_id += 1;
-        let kept = Kept { op, done: Box::new(done), sent_under: 0, first_term: state.term };
+        let first_term = term.max(state.term);
+        let kept = Kept { op, done: Box::new(done), sent_under: 0, first_term };
         state.kept.insert(id, kept);
         id
     }
@@ -294,7 +305,7 @@ impl Session {
         let completed_below = state.kept.keys().next().copied().unwrap_or(id);
         let (term, attempt) = (state.term, state.attempt);
         let kept = state.kept.get_mut(&id)?;
-        if kept.first_term != term {
+        if kept.first_term < term {
             forget_old_term(&mut kept.op);
         }
         kept.sent_under = attempt;
