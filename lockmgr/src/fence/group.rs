@@ -14,9 +14,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, getpgrp, getpid, kill_process_group};
+use rustix::process::{Pid, Signal, getpid, kill_process_group};
 
-use super::process::{Process, deadline_in, start_ticks};
+use super::process::{Process, deadline_in, group_of, start_ticks};
 
 /// Why a group is not certain to have ended.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -65,17 +65,17 @@ impl ProcessGroup {
     /// # Errors
     /// When this process leads no group, or when `/proc` cannot be read.
     pub fn own() -> io::Result<Self> {
-        let group = getpid();
-        if getpgrp() != group {
+        let own = Self { group: getpid(), leader_start: None, boot: None };
+        if !own.is_own() {
             return Err(io::Error::other(
                 "this process leads no process group; start it in a session of its own",
             ));
         }
-        let leader_start = start_ticks(group);
+        let leader_start = start_ticks(own.group);
         if leader_start.is_none() {
             return Err(io::Error::other("cannot read this process's start time in /proc"));
         }
-        Ok(Self { group, leader_start, boot: Some(boot_id()?) })
+        Ok(Self { leader_start, boot: Some(boot_id()?), ..own })
     }
 
     /// The group's number: the pid of its leader.
@@ -89,7 +89,7 @@ impl ProcessGroup {
     /// # Errors
     /// When a member may still be alive.
     pub fn end(&self, limit: Duration) -> Result<usize, GroupError> {
-        if self.group == getpgrp() {
+        if self.is_own() {
             return Err(GroupError::Own(self.id()));
         }
         let deadline = deadline_in(limit);
@@ -143,7 +143,7 @@ impl ProcessGroup {
     /// Whether the calling process is a member.
     #[must_use]
     pub fn is_own(&self) -> bool {
-        self.group == getpgrp()
+        group_of(getpid()) == Some(self.id())
     }
 
     /// The processes of the group that have not ended.
@@ -234,6 +234,8 @@ fn all_pids() -> Result<Vec<Pid>, GroupError> {
 
 #[cfg(test)]
 mod tests {
+    use rustix::process::setpgid;
+
     use super::*;
 
     #[test]
@@ -258,7 +260,9 @@ mod tests {
     // Invariant A8
     #[test]
     fn a_process_does_not_end_its_own_group() {
-        let own = ProcessGroup { group: getpgrp(), leader_start: None, boot: None };
+        // Refused to one that leads its session: it leads its group already.
+        let _ = setpgid(None, None);
+        let own = ProcessGroup::own().expect("this process leads a group");
         assert_eq!(own.end(Duration::from_secs(1)), Err(GroupError::Own(own.id())));
     }
 }

@@ -74,22 +74,28 @@ impl Process {
         self.wait_end(Millis(0))
     }
 
-    /// Its process group, `None` when it has been reaped. 0 is a group of another pid namespace, or of the kernel.
-    ///
-    /// Read from `/proc/PID/status`, not from `stat`: that one waits for a process which is just executing a program, and such
-    /// a one may itself wait for the node that is to be fenced, because it closes a file on that node's mount.
+    /// Its process group, as [`group_of`] gives it.
     pub(super) fn group(&self) -> Option<i32> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid.as_raw_nonzero())).ok()?;
-        match status.lines().find_map(|line| line.strip_prefix("NSpgid:")) {
-            Some(groups) => groups.split_ascii_whitespace().next()?.parse().ok(),
-            // A kernel without pid namespaces.
-            None => stat_field(self.pid, 2),
-        }
+        group_of(self.pid)
     }
 
     /// When it was started, in clock ticks since the machine was.
     pub(super) fn start_ticks(&self) -> Option<u64> {
         start_ticks(self.pid)
+    }
+}
+
+/// The process group of a process, `None` when it has been reaped. 0 is a group of another pid namespace, or of the kernel:
+/// the calling process's own, too, may be one (`getpgrp` of rustix does not allow for it).
+///
+/// Read from `/proc/PID/status`, not from `stat`: that one waits for a process which is just executing a program, and such
+/// a one may itself wait for the node that is to be fenced, because it closes a file on that node's mount.
+pub(super) fn group_of(pid: Pid) -> Option<i32> {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()?;
+    match status.lines().find_map(|line| line.strip_prefix("NSpgid:")) {
+        Some(groups) => groups.split_ascii_whitespace().next()?.parse().ok(),
+        // A kernel without pid namespaces.
+        None => stat_field(pid, 2),
     }
 }
 

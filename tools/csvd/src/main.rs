@@ -90,14 +90,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// Executes the program anew, with the same arguments. Returns only when that fails.
+/// Executes the program anew, with the same arguments, in the session that it has. Returns only when that fails.
 fn begin_anew() -> Error {
     use std::os::unix::process::CommandExt;
     let program = match std::env::current_exe() {
         Ok(program) => program,
         Err(error) => return Error::failed(format!("finding the program to begin anew: {error}")),
     };
-    let error = std::process::Command::new(&program).args(std::env::args_os().skip(1)).exec();
+    let args = std::env::args_os().skip(1).filter(|arg| arg != "--new-session");
+    let error = std::process::Command::new(&program).args(args).exec();
     Error::failed(format!("execute {} anew: {error}", program.display()))
         .hint("start the daemon again: it joins with a new epoch")
 }
@@ -108,9 +109,7 @@ fn run(args: &Args) -> Result<Afterwards, Error> {
         return Err(Error::conflict(format!("{} is a node with volumes, not a witness", config.name))
             .hint("a witness joins with `csvctl node join --witness`"));
     }
-    // One that begins anew leads its session already.
-    let leads = rustix::process::getsid(None).is_ok_and(|session| session == rustix::process::getpid());
-    if args.new_session && !leads {
+    if args.new_session {
         rustix::process::setsid().map_err(|error| Error::failed(format!("making a session: {error}")))?;
     }
     log::start(&config.log_file())?;
