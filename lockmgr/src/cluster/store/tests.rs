@@ -72,6 +72,28 @@ async fn vote_log_and_snapshot_survive_a_restart() {
     assert_eq!(machine.watch().borrow().events.len(), 6);
 }
 
+// Invariant D1
+#[tokio::test]
+async fn what_was_acknowledged_is_there_after_a_crash() {
+    let (before, after) = (tempfile::tempdir().expect("folder"), tempfile::tempdir().expect("folder"));
+    let (mut log, _machine, _closer) = open(&before);
+    log.save_vote(&Vote::new_committed(3, 2)).await.expect("vote");
+    for index in 1..=300 {
+        log.blocking_append([event(index)]).await.expect("append");
+        if index % 100 == 50 {
+            // Lazy, so the last that was made durable is older than the last that was written.
+            log.save_committed(Some(log_id(1, index))).await.expect("committed");
+        }
+    }
+    // The file as it is in this moment, neither closed nor tidied up.
+    let crashed = after.path().join("cluster.redb");
+    std::fs::copy(before.path().join("cluster.redb"), crashed).expect("copy");
+    let (mut log, _machine, _closer) = open(&after);
+    assert_eq!(log.read_vote().await.expect("vote"), Some(Vote::new_committed(3, 2)));
+    assert_eq!(log.get_log_state().await.expect("state").last_log_id, Some(log_id(1, 300)));
+    assert_eq!(log.try_get_log_entries(..).await.expect("entries").len(), 300);
+}
+
 #[tokio::test]
 async fn an_older_snapshot_never_replaces_a_newer_one_on_disk() {
     let folder = tempfile::tempdir().expect("folder");
