@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use cluster_tests::{Cluster, Ctl, Guest, PATIENCE};
+use cluster_tests::{Cluster, Ctl, Guest, PATIENCE, until};
 use tempfile::TempDir;
 
 use crate::{device_present, text};
@@ -167,4 +167,29 @@ fn a_saved_vm_goes_on_where_it_was_on_any_node() {
     cluster.ctl(3).must(&["vm", "stop", "kept"]);
     let folder = TempDir::new().unwrap();
     guest.verify(&cluster, "scratch.vhdx", acked, folder.path());
+}
+
+#[test]
+fn a_memory_that_nobody_reads_any_more_goes_with_the_next_start_or_with_its_vm() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let ctl = cluster.ctl(1);
+    ctl.must(&["vm", "create", "left", "--memory", "64M", "--kernel", "builtin:dirtier"]);
+    let epoch = ctl.must(&["vm", "start", "left"])["epoch"].as_u64().expect("it is in an epoch");
+    let memory = |vm: &str, epoch: u64| cluster.mount(1).join(format!(".{vm}-{epoch}.vmstate"));
+    // As a daemon leaves them that ends while its guest still reads; the second could have a reader in the next epoch.
+    let (old, young, strange) = (memory("left", epoch - 1), memory("left", epoch), memory("left-over", 0));
+    for file in [&old, &young, &strange] {
+        fs::write(file, "a memory").expect("the volume takes it");
+    }
+    ctl.must(&["vm", "stop", "--force", "left"]);
+    ctl.must(&["vm", "start", "left"]);
+    until("the old memory goes", || old.exists().into(), |there| there == &false);
+    assert!(young.exists() && strange.exists(), "others stay");
+    ctl.must(&["vm", "stop", "--force", "left"]);
+    ctl.must(&["vm", "delete", "left"]);
+    until("the memory of a VM that is gone goes", || young.exists().into(), |there| there == &false);
+    assert!(strange.exists(), "that of another one stays");
 }

@@ -15,6 +15,7 @@ mod disks;
 mod ha;
 mod hotplug;
 mod images;
+mod leftovers;
 mod migration;
 mod processor;
 mod runner;
@@ -292,6 +293,7 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
             if let Some(file) = saved {
                 migration::remove_when_read(core, &runner, file);
             }
+            leftovers::sweep(core, name);
             described(core, name)
         }
         Err(error) => {
@@ -639,6 +641,7 @@ pub(crate) async fn delete(core: &Arc<Core>, name: &str, dry_run: bool) -> Resul
     for file in memories.filter_map(migration::parse_saved) {
         migration::remove_state(core, file);
     }
+    leftovers::sweep(core, name);
     Ok(())
 }
 
