@@ -453,6 +453,17 @@ impl Vm {
         set.take(&self.machine, first_page, pages)?.ok_or(VmError::Chunk { first_page, pages })
     }
 
+    /// The written pages that were not taken, a bit each for all of RAM; they count as written still. Of a VM that is paused and
+    /// drained these are the last ones.
+    ///
+    /// # Errors
+    /// [`VmError::NotTracked`], or when KVM refuses.
+    pub fn rest_of_written(&self) -> Result<Vec<u64>, VmError> {
+        let mut written = self.written();
+        let pages = written.as_mut().ok_or(VmError::NotTracked)?;
+        Ok(pages.rest(&self.machine, &self.ram)?)
+    }
+
     /// Gives a disk its content, once its writer elsewhere is gone. It must have the size that the guest knows.
     ///
     /// # Errors

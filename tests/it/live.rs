@@ -62,9 +62,13 @@ fn a_vm_that_moves_live_goes_on_and_loses_no_acknowledged_sector() {
 
 /// A VM whose memory changes all the time; it says FAIL when a page is not as it left it.
 fn start_dirtier(cluster: &Cluster, name: &str, options: &str) {
+    start_dirtier_with(cluster, name, "64M", options);
+}
+
+fn start_dirtier_with(cluster: &Cluster, name: &str, memory: &str, options: &str) {
     let cmdline = format!("role=dirtier {options}");
     let ctl = cluster.ctl(1);
-    let vm = ["vm", "create", name, "--memory", "64M", "--kernel", "builtin:dirtier", "--cmdline", &cmdline];
+    let vm = ["vm", "create", name, "--memory", memory, "--kernel", "builtin:dirtier", "--cmdline", &cmdline];
     ctl.must(&vm);
     ctl.must(&["vm", "start", name]);
 }
@@ -97,6 +101,23 @@ fn memory_that_is_written_all_the_time_arrives_whole() {
         seen = passes(&cluster, to, "dirty", seen + 1);
     }
     cluster.ctl(3).must(&["vm", "stop", "--force", "dirty"]);
+}
+
+// Invariant H4
+#[test]
+fn memory_on_both_sides_of_the_hole_for_devices_is_followed() {
+    if !can_run() {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    // Two pieces of RAM, each with a log of its own.
+    start_dirtier_with(&cluster, "wide", "4G", "set=4 rate=0");
+    let mut seen = passes(&cluster, 1, "wide", 0);
+    for to in [2, 1] {
+        migrate(&cluster, 3, "wide", to);
+        seen = passes(&cluster, to, "wide", seen + 1);
+    }
+    cluster.ctl(3).must(&["vm", "stop", "--force", "wide"]);
 }
 
 // Invariant H6

@@ -1,7 +1,7 @@
 //! A live move as this process sees it: it tells which pages are written, halts, and hands out or takes its state.
 //!
 //! ```text
-//!   source:  track -> (fetch -> take, take ...)*  while the guest runs -> halt -> fetch -> take ... -> gone, or abandon
+//!   source:  track -> (fetch -> take, take ...)*  while the guest runs -> halt, with the rest -> gone, or abandon
 //!   target:  RAM is filled from outside -> load -> activate
 //! ```
 //! RAM itself is copied by the node's daemon, which holds the network and the keys, through the memfd. **Invariant:** a VM
@@ -18,6 +18,9 @@ use prost::Message;
 use crate::disk::RunnerDisk;
 use crate::failure::Failure;
 use crate::runner::{Phase, Runner, Stopwatch, not_now};
+
+/// The written pages of so much RAM fit into the answer to a halt: 2 MiB of bits, beside the state.
+const REST_RAM_BYTES_MAX: u64 = 64 << 30;
 
 impl Runner {
     /// Which memfd holds the RAM.
@@ -96,7 +99,6 @@ impl Runner {
         }
     }
 
-    /// What is written from here on is written by nobody: the pages fetched after this are the last ones (H3).
     fn stop_and_save(&self, disks: &mut [RunnerDisk], ran: bool) -> Result<HaltReply, Failure> {
         let mut watch = Stopwatch::start();
         if ran {
@@ -106,7 +108,13 @@ impl Runner {
         self.close_disks(disks)?;
         let drain_ms = watch.lap_ms();
         let state = self.vm().save_state().map_err(|error| not_now(&error))?.encode_to_vec();
-        Ok(HaltReply { drain_ms, state_ms: watch.lap_ms(), state })
+        // Nobody writes any more: what was not taken by now is the last there is (H3).
+        let rest = if self.vm().ram().bytes() <= REST_RAM_BYTES_MAX {
+            self.vm().rest_of_written().map_err(|error| not_now(&error))?
+        } else {
+            Vec::new()
+        };
+        Ok(HaltReply { drain_ms, state_ms: watch.lap_ms(), state, rest })
     }
 
     /// Takes over a state; RAM is complete.

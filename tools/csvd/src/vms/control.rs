@@ -47,11 +47,6 @@ impl Control {
         call(&connection.map_err(|_| late(limit))??, op, limit).await
     }
 
-    /// A VM that came over the network: RAM is there, this is the rest.
-    pub(super) async fn load(&self, state: Vec<u8>) -> Result<(), Error> {
-        self.ask(Op::Load(pb::Load { state }), LONG).await.map(drop)
-    }
-
     /// Ends the noting of written pages, and lets the guest run as fast as it can.
     pub(super) async fn untrack(&self) -> Result<(), Error> {
         self.ask(Op::Track(pb::Track { on: false }), LONG).await.map(drop)
@@ -176,15 +171,29 @@ impl Session {
         }
     }
 
+    /// A VM that came over the network: RAM is there, this is the rest.
+    pub(super) async fn load(&self, state: Vec<u8>) -> Result<(), Error> {
+        call(&self.0, Op::Load(pb::Load { state }), LONG).await.map(drop)
+    }
+
+    /// The process owns the VM from here on: disks are opened for writing, the guest runs.
+    pub(super) async fn activate(&self) -> Result<(), Error> {
+        call(&self.0, Op::Activate(pb::Activate {}), LONG).await.map(drop)
+    }
+
     /// Holds the guest back for this share of its time.
     pub(super) async fn hold_back(&self, percent: u8) -> Result<(), Error> {
         call(&self.0, Op::Throttle(pb::Throttle { percent: percent.into() }), QUICK).await.map(drop)
     }
 
-    /// Pauses the guest, flushes and closes the disks, gives the state.
-    pub(super) async fn halt(&self) -> Result<pb::HaltReply, Error> {
+    /// Pauses the guest, flushes and closes the disks, gives the state and which of its `pages` are left to send.
+    pub(super) async fn halt(&self, pages: u64) -> Result<pb::HaltReply, Error> {
         match call(&self.0, Op::Halt(pb::Halt {}), LONG).await? {
-            Answer::Halt(halted) => Ok(halted),
+            Answer::Halt(halted)
+                if halted.rest.is_empty() || halted.rest.len() as u64 == pages.div_ceil(64) =>
+            {
+                Ok(halted)
+            }
             _ => Err(unexpected()),
         }
     }

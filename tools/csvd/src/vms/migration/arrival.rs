@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use wire::{Stream, StreamEnd};
 
 use crate::core::Core;
+use crate::vms::control::Session;
 use crate::vms::runner::Runner;
 
 /// What came of it, for all streams: ready, or why not.
@@ -24,7 +25,8 @@ type Outcome = Option<Result<(), String>>;
 /// A VM whose memory is coming.
 pub(crate) struct Arrival {
     runtime: Handle,
-    runner: Arc<Runner>,
+    /// To the process, open already: the guest stands still when it is needed.
+    session: Session,
     ram: GuestRam,
     /// Rank: a leaf; nothing is waited for under it.
     gathered: Mutex<Gathered>,
@@ -43,7 +45,7 @@ struct Gathered {
 
 impl std::fmt::Debug for Arrival {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Arrival").field("runner", &self.runner).finish_non_exhaustive()
+        f.debug_struct("Arrival").finish_non_exhaustive()
     }
 }
 
@@ -60,11 +62,16 @@ impl Arrival {
         let ram = super::copy::ram_of(runner.pid, &session).await?;
         Ok(Arc::new(Self {
             runtime: core.runtime.clone(),
-            runner: Arc::clone(runner),
+            session,
             ram,
             gathered: Mutex::default(),
             outcome: watch::Sender::new(None),
         }))
+    }
+
+    /// The VM belongs to this node: its guest runs when this returns.
+    pub(super) async fn activate(&self) -> Result<(), api::Error> {
+        self.session.activate().await
     }
 
     /// Ends all streams; the source learns why where it still listens.
@@ -125,8 +132,9 @@ impl Arrival {
             }
             gathered.state.take()
         };
+        tracing::debug!("all memory streams of a move have ended");
         let loaded = match state {
-            Some(state) => self.runtime.block_on(self.runner.control().load(state)),
+            Some(state) => self.runtime.block_on(self.session.load(state)),
             None => Err(api::Error::failed("no stream has brought the VM's state")),
         };
         self.decide(loaded.map_err(|error| error.message));

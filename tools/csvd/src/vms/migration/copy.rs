@@ -113,9 +113,7 @@ impl Copy {
 
     /// Takes and sends all written pages, part by part; with `touched` those instead, to a target that has nothing yet.
     async fn send_parts(&self, part_pages: u64, touched: Option<&[u64]>) -> Result<(), String> {
-        let all = self.ram.bytes() / PAGE_BYTES;
-        for first in (0..all).step_by(usize::try_from(part_pages).expect("a part is small")) {
-            let pages = part_pages.min(all - first);
+        for (first, pages) in parts(&self.ram, part_pages) {
             let taken = self.session.take(first, pages).await.map_err(|error| error.message)?;
             let bits = match touched {
                 Some(touched) => words_of(touched, first, pages).to_vec(),
@@ -150,11 +148,13 @@ impl Copy {
     }
 
     /// Halts the guest and sends the rest. When this returns well, the target has everything.
-    pub(super) async fn halt(mut self) -> Result<SaveFigures, String> {
-        let halted = self.session.halt().await.map_err(|error| error.message)?;
+    pub(super) async fn halt(&mut self) -> Result<SaveFigures, String> {
+        let pages = self.ram.bytes() / PAGE_BYTES;
+        let halted = self.session.halt(pages).await.map_err(|error| error.message)?;
         let begun = now();
+        tracing::debug!(drain_ms = halted.drain_ms, state_ms = halted.state_ms, "guest halted for its move");
         let limit = self.blackout_max + GRACE;
-        let rest = self.send_rest(halted.state);
+        let rest = self.send_rest(&halted.rest, halted.state);
         match tokio::time::timeout(limit, rest).await {
             Ok(sent) => sent?,
             Err(_) => {
@@ -173,9 +173,13 @@ impl Copy {
         })
     }
 
-    async fn send_rest(&mut self, state: Vec<u8>) -> Result<(), String> {
-        self.fetch().await?;
-        self.send_parts(PART_PAGES_HALTED, None).await?;
+    async fn send_rest(&mut self, rest: &[u64], state: Vec<u8>) -> Result<(), String> {
+        if rest.is_empty() {
+            self.fetch().await?;
+            self.send_parts(PART_PAGES_HALTED, None).await?;
+        } else {
+            self.send_part(0, rest, false).await?;
+        }
         let mut state = Some(state);
         for lane in &self.lanes {
             lane.finish(state.take()).await?;
@@ -193,6 +197,21 @@ impl Copy {
     fn streams(&self) -> u32 {
         u32::try_from(self.lanes.len()).expect("bounded when they were opened")
     }
+}
+
+/// First page and number of pages of each part; none goes over the end of a piece of RAM.
+fn parts(ram: &GuestRam, part_pages: u64) -> Vec<(u64, u64)> {
+    let mut parts = Vec::new();
+    let mut first = 0;
+    for region in ram.regions() {
+        let end = first + region.bytes / PAGE_BYTES;
+        while first < end {
+            let pages = part_pages.min(end - first);
+            parts.push((first, pages));
+            first += pages;
+        }
+    }
+    parts
 }
 
 /// As many as there are cores: each has a thread that encrypts.

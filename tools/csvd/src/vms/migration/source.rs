@@ -57,9 +57,22 @@ pub(crate) async fn migrate(
     };
     let reason = if request.reason.is_empty() { "as asked".to_owned() } else { request.reason };
     let progress = Arc::clone(&moving.progress);
-    let (copy, start) = (None, now());
-    let mut source =
-        Source { core, record, runner, to, spec, file, blackout_max, of, reason, progress, copy, start };
+    let (copy, over, start) = (None, false, now());
+    let mut source = Source {
+        core,
+        record,
+        runner,
+        to,
+        spec,
+        file,
+        blackout_max,
+        of,
+        reason,
+        progress,
+        copy,
+        over,
+        start,
+    };
     source.run().await
 }
 
@@ -147,8 +160,10 @@ struct Source<'a> {
     /// Why it moves, for the events.
     reason: String,
     progress: Arc<Progress>,
-    /// The memory of a live move, while it is on its way.
+    /// The memory of a live move, until the guest runs somewhere.
     copy: Option<Copy>,
+    /// The process here is to be ended: the VM is not this node's any more.
+    over: bool,
     start: Instant,
 }
 
@@ -182,8 +197,13 @@ impl Source<'_> {
                     todo.extend(machine.step(self.now_us(), event));
                 }
                 Carried::Nothing => {}
-                Carried::End(Ok(report)) => return Ok(self.finished(&report).await),
-                Carried::End(Err(failure)) => return Err(self.failed(&failure)),
+                Carried::End(outcome) => {
+                    self.let_go();
+                    return match outcome {
+                        Ok(report) => Ok(self.finished(&report).await),
+                        Err(failure) => Err(self.failed(&failure)),
+                    };
+                }
             }
         }
         Err(Error::failed(format!("vm migrate {}: the move ended without an outcome", self.record.name)))
@@ -207,14 +227,19 @@ impl Source<'_> {
             Action::Copy => Carried::Event(self.copy().await),
             Action::Halt => Carried::Event(self.halt().await),
             Action::PrepareTarget => Carried::Event(self.prepare().await),
-            Action::ActivateTarget => Carried::Event(self.activate().await),
+            Action::ActivateTarget => {
+                let answer = self.activate().await;
+                self.let_go();
+                Carried::Event(answer)
+            }
             Action::CancelTarget => {
                 drop(self.tell(&ToTarget::Cancel(self.of.clone())).await);
                 Carried::Nothing
             }
             Action::ResumeSource { epoch } => Carried::Event(self.resume(epoch).await),
             Action::EndSource => {
-                self.end_source();
+                self.runner.release();
+                self.over = true;
                 Carried::Nothing
             }
             Action::CancelRefused(_) => Carried::Nothing,
@@ -268,12 +293,16 @@ impl Source<'_> {
     }
 
     async fn halt(&mut self) -> Event {
-        let Some(copy) = self.copy.take() else {
+        let Some(copy) = &mut self.copy else {
             return Event::SaveFailed("no memory was sent".to_owned());
         };
         match copy.halt().await {
             Ok(figures) => Event::Saved(figures),
-            Err(reason) => Event::SaveFailed(reason),
+            Err(reason) => {
+                // The target sees its streams end.
+                self.copy = None;
+                Event::SaveFailed(reason)
+            }
         }
     }
 
@@ -347,9 +376,16 @@ impl Source<'_> {
         }
     }
 
-    /// The process never runs the guest again: it has closed the disks, and is ended without being waited for.
-    fn end_source(&self) {
-        self.runner.release();
+    /// Takes down what the move has left here. The process of a VM that has moved is halted for good and has closed its disks:
+    /// it is ended only now, because giving back a GiB of memory keeps a core busy for a tenth of a second, which the guest
+    /// would stand still for.
+    fn let_go(&mut self) {
+        if let Some(copy) = self.copy.take() {
+            self.core.runtime.spawn_blocking(move || drop(copy));
+        }
+        if !std::mem::take(&mut self.over) {
+            return;
+        }
         let runner = Arc::clone(&self.runner);
         self.core.runtime.spawn(async move {
             if let Err(error) = runner.stop(true).await {

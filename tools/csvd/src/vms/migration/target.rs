@@ -10,7 +10,7 @@ use bytes::Bytes;
 use hv_runner::config::VolumePath;
 use lockmgr::cluster::{ProposeError, VmRecord, VmState};
 use migrator::protocol::{FromTarget, Move, Saved, ToTarget};
-use migrator::{Incoming, RecordView, TargetAction, TargetAnswer, TargetEvent};
+use migrator::{CasReply, Change, Incoming, RecordView, TargetAction, TargetAnswer, TargetEvent};
 
 use super::arrival::Arrival;
 use super::{facts, propose, read_record, remove_state, remove_when_read};
@@ -28,7 +28,7 @@ const COPY_WITHIN: Duration = Duration::from_millis(30);
 #[derive(Debug, Default)]
 pub(crate) struct Moves {
     /// Rank: above the attempts' own locks; nothing is awaited under it.
-    attempts: Mutex<HashMap<Move, Arc<tokio::sync::Mutex<Attempt>>>>,
+    attempts: Mutex<HashMap<Move, SharedAttempt>>,
     /// Those whose memory is expected. Rank: a leaf.
     arrivals: Mutex<HashMap<Move, Weak<Arrival>>>,
     /// What moves from this node took besides memory, in microseconds; 0 before the first one.
@@ -36,11 +36,11 @@ pub(crate) struct Moves {
 }
 
 impl Moves {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Move, Arc<tokio::sync::Mutex<Attempt>>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Move, SharedAttempt>> {
         self.attempts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn of(&self, core: &Core, of: &Move) -> Arc<tokio::sync::Mutex<Attempt>> {
+    fn of(&self, core: &Core, of: &Move) -> SharedAttempt {
         let mut attempts = self.lock();
         let attempt = attempts.entry(of.clone()).or_insert_with(|| {
             let machine = Incoming::new(of.from, core.me, of.epoch);
@@ -96,6 +96,9 @@ impl Moves {
     }
 }
 
+/// Rank: above the decision about its VM.
+type SharedAttempt = Arc<tokio::sync::Mutex<Attempt>>;
+
 /// One move to this node.
 #[derive(Debug)]
 struct Attempt {
@@ -135,111 +138,161 @@ type Tell = Option<tokio::sync::oneshot::Sender<TargetAnswer>>;
 /// Takes one event to its end, and goes on looking while the attempt waits.
 async fn follow(
     core: Arc<Core>,
-    attempt: Arc<tokio::sync::Mutex<Attempt>>,
+    attempt: SharedAttempt,
     of: Move,
     event: TargetEvent,
     saved: Option<Saved>,
     tell: Tell,
 ) {
-    let mut attempt_now = attempt.lock().await;
-    if saved.is_some() {
-        attempt_now.saved = saved;
-    }
-    let was_waiting = attempt_now.machine.is_waiting();
-    attempt_now.take(&core, event, tell).await;
-    let waiting = attempt_now.machine.is_waiting();
+    let was_waiting = {
+        let mut attempt = attempt.lock().await;
+        if saved.is_some() {
+            attempt.saved = saved;
+        }
+        attempt.machine.is_waiting()
+    };
+    take(&core, &attempt, event, tell).await;
+    let waiting = attempt.lock().await.machine.is_waiting();
     if !waiting {
         // Nothing is here, or it is in the record what is: who asks again is answered from the record.
         core.vms.moves.forget(&of);
     }
-    drop(attempt_now);
     if waiting && !was_waiting {
         let runtime = core.runtime.clone();
         runtime.spawn(look(core, attempt, of));
     }
 }
 
-/// A message may be lost: the record tells what has become of the move.
-async fn look(core: Arc<Core>, attempt: Arc<tokio::sync::Mutex<Attempt>>, of: Move) {
+/// A message may be lost: the record tells what has become of the move. As soon as this node's copy of the records has the
+/// commit, without the source's word, which comes later: the guest stands still.
+async fn look(core: Arc<Core>, attempt: SharedAttempt, of: Move) {
+    let mut committed = Some(Box::pin(committed(&core, &of)));
     loop {
         tokio::select! {
             () = core.done.cancelled() => return,
             () = tokio::time::sleep(LOOK_EVERY) => {}
+            () = async { committed.as_mut().expect("polled while it is there").await }, if committed.is_some() => {
+                committed = None;
+            }
         }
-        let mut attempt = attempt.lock().await;
-        if !attempt.machine.is_waiting() {
+        if !see_process(&core, &attempt).await {
             return;
         }
-        let ended = attempt.runner.as_ref().is_some_and(|runner| runner.has_ended());
-        if ended && !attempt.machine.is_running() {
-            attempt.runner = None;
-            attempt.arrival = None;
-            attempt.take(&core, TargetEvent::ProcessEnded("its process ended".to_owned()), None).await;
-        }
-        attempt.take(&core, TargetEvent::Look, None).await;
-        if !attempt.machine.is_waiting() {
+        take(&core, &attempt, TargetEvent::Look, None).await;
+        if !attempt.lock().await.machine.is_waiting() {
             core.vms.moves.forget(&of);
             return;
         }
     }
 }
 
+/// Returns when this node's copy of the records says that the source owns the VM no longer in the epoch of the move.
+async fn committed(core: &Core, of: &Move) {
+    let mut state = core.cluster.watch();
+    let epoch = of.epoch;
+    let come = state.wait_for(|state| state.vms.get(&of.vm).is_some_and(|record| record.epoch > epoch));
+    if come.await.is_err() {
+        // Raft has ended here: nothing will come.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Notices the end of the process; gives whether the attempt still waits for something.
+async fn see_process(core: &Arc<Core>, attempt: &SharedAttempt) -> bool {
+    let ended = {
+        let mut attempt = attempt.lock().await;
+        if !attempt.machine.is_waiting() {
+            return false;
+        }
+        let ended = attempt.runner.as_ref().is_some_and(|runner| runner.has_ended());
+        let lost = ended && !attempt.machine.is_running();
+        if lost {
+            attempt.runner = None;
+            attempt.arrival = None;
+        }
+        lost
+    };
+    if ended {
+        let event = TargetEvent::ProcessEnded("its process ended".to_owned());
+        take(core, attempt, event, None).await;
+    }
+    true
+}
+
+/// Carries out what follows from one event. While the outcome is proposed the attempt is not held: the source, which may ask
+/// for the answer now, need not wait for it.
+async fn take(core: &Arc<Core>, attempt: &SharedAttempt, event: TargetEvent, mut tell: Tell) {
+    let mut now = attempt.lock().await;
+    let told = event == TargetEvent::Activate;
+    let mut decision = None;
+    let mut todo = VecDeque::from(now.machine.step(event));
+    while let Some(action) = todo.pop_front() {
+        tracing::debug!(vm = now.of.vm, ?action, "move to this node");
+        if let TargetAction::Answer(answer) = action {
+            if let Some(tell) = tell.take() {
+                let _gone = tell.send(answer);
+            }
+            continue;
+        }
+        if decision.is_none() {
+            decision = Some(core.vms.decide(&now.of.vm).await);
+        }
+        let event = match action {
+            TargetAction::Load => now.load(core).await,
+            TargetAction::ReadRecord => TargetEvent::Record(now.record(core, told).await),
+            TargetAction::Start => now.start(core).await,
+            TargetAction::Discard => {
+                now.discard().await;
+                continue;
+            }
+            TargetAction::Propose(change) => {
+                // The source waits for the answer, which is certain already; the record can follow.
+                if let Some(TargetAction::Answer(answer)) = todo.front().cloned()
+                    && let Some(tell) = tell.take()
+                {
+                    todo.pop_front();
+                    let _gone = tell.send(answer);
+                }
+                let (vm, change) = (now.of.vm.clone(), now.with_saved(core, change).await);
+                drop(now);
+                let reply = propose_outcome(core, &vm, &change).await;
+                // The order of these two: whoever holds the attempt may wait for the decision.
+                decision = None;
+                now = attempt.lock().await;
+                TargetEvent::Cas(reply)
+            }
+            TargetAction::Answer(_) => unreachable!("answered above"),
+        };
+        todo.extend(now.machine.step(event));
+    }
+    if now.machine.is_running() && !now.machine.is_waiting() {
+        now.clean_up(core);
+    }
+}
+
+async fn propose_outcome(core: &Arc<Core>, vm: &str, change: &Change) -> CasReply {
+    match view::vm(&core.state(), vm).cloned() {
+        Ok(record) => propose(core, &record, change).await,
+        Err(_) => CasReply::Lost(None),
+    }
+}
+
 impl Attempt {
-    async fn take(&mut self, core: &Arc<Core>, event: TargetEvent, mut tell: Tell) {
-        let _decision = core.vms.decide(&self.of.vm).await;
-        let told = event == TargetEvent::Activate;
-        let mut todo = VecDeque::from(self.machine.step(event));
-        while let Some(action) = todo.pop_front() {
-            tracing::debug!(vm = self.of.vm, ?action, "move to this node");
-            let event = match action {
-                TargetAction::Load => self.load(core).await,
-                TargetAction::ReadRecord => TargetEvent::Record(self.record(core, told).await),
-                TargetAction::Start => self.start(core).await,
-                TargetAction::Discard => {
-                    self.discard().await;
-                    continue;
-                }
-                TargetAction::Propose(mut change) => {
-                    if change.to.state == VmState::Failed {
-                        change.saved = self.saved_in_record(core).await;
-                    }
-                    // The source waits for the answer, which is certain already; the record can follow.
-                    if let Some(TargetAction::Answer(answer)) = todo.front().cloned()
-                        && let Some(tell) = tell.take()
-                    {
-                        todo.pop_front();
-                        let _gone = tell.send(answer);
-                    }
-                    match view::vm(&core.state(), &self.of.vm).cloned() {
-                        Ok(record) => TargetEvent::Cas(propose(core, &record, &change).await),
-                        Err(_) => TargetEvent::Cas(migrator::CasReply::Lost(None)),
-                    }
-                }
-                TargetAction::Answer(answer) => {
-                    if let Some(tell) = tell.take() {
-                        let _gone = tell.send(answer);
-                    }
-                    continue;
-                }
-            };
-            todo.extend(self.machine.step(event));
+    /// What the record is to say, with the saved state as long as the VM can still be started from it.
+    async fn with_saved(&self, core: &Arc<Core>, mut change: Change) -> Change {
+        if change.to.state == VmState::Failed {
+            change.saved = self.saved_in_record(core).await;
         }
-        if self.machine.is_running() && !self.machine.is_waiting() {
-            self.clean_up(core);
-        }
+        change
     }
 
-    /// The VM's record. After the source's word that the commit stands, it is mostly in this node's own copy already, or is
-    /// about to come: the guest stands still, and asking the quorum takes longer.
+    /// The VM's record. A commit that is in this node's own copy stands. After the source's word it mostly is, or is about to
+    /// come: the guest stands still, and asking the quorum takes longer.
     async fn record(&self, core: &Arc<Core>, told: bool) -> Option<RecordView> {
-        let (vm, committed) = (&self.of.vm, self.of.epoch + 1);
-        if told {
-            let mut state = core.cluster.watch();
-            let come =
-                state.wait_for(|state| state.vms.get(vm).is_some_and(|record| record.epoch >= committed));
-            if let Ok(Ok(state)) = tokio::time::timeout(COPY_WITHIN, come).await {
-                return state.vms.get(vm).map(RecordView::from);
-            }
+        let vm = &self.of.vm;
+        let patience = if told { COPY_WITHIN } else { Duration::ZERO };
+        if tokio::time::timeout(patience, committed(core, &self.of)).await.is_ok() {
+            return core.state().vms.get(vm).map(RecordView::from);
         }
         read_record(core, vm).await
     }
@@ -304,11 +357,11 @@ impl Attempt {
         drop(state.wait_for(|state| state.vms.get(&vm).is_none_or(|record| record.epoch >= epoch)).await);
         core.vms.rehearsal.pass("start").await;
         let used_up = if self.is_streamed() { Ok(()) } else { self.use_up_saved(core).await };
-        let ready = match used_up {
-            Ok(()) => runner.control().activate().await,
-            Err(error) => Err(error),
+        let ready = match (used_up, &self.arrival) {
+            (Ok(()), Some(arrival)) => arrival.activate().await,
+            (Ok(()), None) => runner.control().activate().await,
+            (Err(error), _) => Err(error),
         };
-        self.arrival = None;
         match ready {
             Ok(()) => TargetEvent::Started,
             Err(error) => TargetEvent::StartFailed(error.message),
@@ -352,8 +405,12 @@ impl Attempt {
         }
     }
 
-    /// The guest runs and the record says so: the saved state is of no use any more.
+    /// The guest runs and the record says so: the saved state is of no use any more, and neither is this daemon's view of the
+    /// RAM. Taking the view down takes a while for each GiB that was written, which nobody waits for here.
     fn clean_up(&mut self, core: &Arc<Core>) {
+        if let Some(arrival) = self.arrival.take() {
+            core.runtime.spawn_blocking(move || drop(arrival));
+        }
         if let Some(saved) = self.saved.take().filter(|saved| !saved.is_streamed()) {
             let file = VolumePath { volume: saved.volume, path: saved.path };
             match &self.runner {
