@@ -20,6 +20,8 @@ use crate::{ClusterId, Epoch, NODES_MAX, NodeId, Term, VolumeId};
 pub(crate) struct Position {
     pub(crate) index: u64,
     pub(crate) node: NodeId,
+    /// The proposer's incarnation; 0 before it has begun one.
+    pub(crate) epoch: Epoch,
     pub(crate) at_ms: u64,
 }
 
@@ -36,6 +38,10 @@ impl ClusterState {
     /// Applies a command, or refuses it and changes nothing.
     pub(crate) fn apply(&mut self, command: Command, at: Position) -> Result<Given, Rejection> {
         check_sizes(&command)?;
+        // What happened is told by whoever saw it; whatever changes something is not his any more to say.
+        if !matches!(command, Command::Event { .. }) {
+            self.check_proposer(at)?;
+        }
         let (given, line) = match command {
             Command::CreateCluster { cluster, name, members } => self.create_cluster(cluster, name, members),
             Command::AddTicket { digest, expires_ms } => self.add_ticket(digest, expires_ms, at),
@@ -85,6 +91,33 @@ impl ClusterState {
         }?;
         self.note(at, line.kind.to_owned(), line.subject, line.text);
         Ok(given)
+    }
+
+    /// Whether the incarnation that proposed may still decide anything: one that was fenced, or that another has followed, may have
+    /// left proposals on the way, and nobody is there any more who would do what they announce (A4).
+    fn check_proposer(&self, at: Position) -> Result<(), Rejection> {
+        let Some(member) = self.members.get(&at.node).filter(|_| at.epoch > Epoch(0)) else { return Ok(()) };
+        let over = member.epoch > at.epoch || member.state == MemberState::Fenced;
+        if over {
+            let found = format!("epoch {}, {}", member.epoch, member.state);
+            return Err(conflict(
+                format!("proposer, node {}", member.name),
+                format!("epoch {}", at.epoch),
+                found,
+            ));
+        }
+        Ok(())
+    }
+
+    /// What these records become by a command of a node's incarnation. The cluster's own records change by consensus only; this is for models, which
+    /// ask what could happen.
+    ///
+    /// # Errors
+    /// Why the command is refused.
+    pub fn after(&self, command: Command, by: (NodeId, Epoch)) -> Result<Self, Rejection> {
+        let mut after = self.clone();
+        after.apply(command, Position { index: 0, node: by.0, epoch: by.1, at_ms: 0 })?;
+        Ok(after)
     }
 
     fn note(&mut self, at: Position, kind: String, subject: String, text: String) {

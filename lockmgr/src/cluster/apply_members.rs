@@ -132,7 +132,7 @@ mod tests {
     use crate::cluster::records::{VmRecord, VmState};
 
     fn at(at_ms: u64) -> Position {
-        Position { index: 9, node: NodeId(1), at_ms }
+        Position { index: 9, node: NodeId(1), epoch: Epoch(0), at_ms }
     }
 
     fn founded() -> ClusterState {

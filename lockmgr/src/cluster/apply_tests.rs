@@ -164,7 +164,7 @@ fn created() -> Machine {
 }
 
 fn proposal(command: Command, basis: u64) -> Proposal {
-    Proposal { id: Uuid::new_v4(), node: NodeId(1), at_ms: 5, basis, command }
+    Proposal { id: Uuid::new_v4(), node: NodeId(1), epoch: Epoch(0), at_ms: 5, basis, command }
 }
 
 /// What no command may break, whatever it was.
@@ -213,7 +213,7 @@ proptest! {
         let mut state = created().state;
         for (i, command) in commands.into_iter().enumerate() {
             let before = state.clone();
-            let at = Position { index: i as u64 + 2, node: NodeId(1), at_ms: 0 };
+            let at = Position { index: i as u64 + 2, node: NodeId(1), epoch: Epoch(0), at_ms: 0 };
             match state.apply(command, at) {
                 Ok(_) => check_step(&before, &state),
                 Err(_) => prop_assert_eq!(&before, &state, "a refusal changes nothing"),
@@ -390,4 +390,34 @@ fn a_baseline_is_frozen_once_and_the_newest_of_its_maker_is_found() {
     );
     assert_eq!(state.newest_baseline("two").map(|(version, _)| version), Some(2));
     assert_eq!(state.newest_baseline("three"), None);
+}
+
+// Invariant A4
+#[test]
+fn nothing_that_a_former_incarnation_has_left_on_the_way_changes_the_records() {
+    let mut machine = created();
+    let set = |epoch| {
+        let command = Command::Set { name: "balance".into(), value: Some("off".into()) };
+        Proposal { epoch: Epoch(epoch), ..proposal(command, 1) }
+    };
+    let node = NodeId(1);
+    let mut apply = |index, proposal: &Proposal| machine.apply(index, proposal).result;
+    assert_eq!(
+        apply(2, &proposal(Command::BeginEpoch { node, expect: Epoch(0) }, 1)),
+        Ok(Given::Epoch(Epoch(1)))
+    );
+    assert!(apply(3, &set(1)).is_ok(), "its own incarnation");
+    assert_eq!(
+        apply(4, &proposal(Command::BeginEpoch { node, expect: Epoch(1) }, 1)),
+        Ok(Given::Epoch(Epoch(2)))
+    );
+    assert!(matches!(apply(5, &set(1)), Err(Rejection::Conflict { .. })), "one that another has followed");
+    assert!(apply(6, &set(2)).is_ok());
+    for (index, state) in [(7, MemberState::Fencing), (8, MemberState::Fenced)] {
+        let mark = proposal(Command::MarkNode { node, epoch: Epoch(2), state }, 1);
+        assert!(apply(index, &mark).is_ok());
+    }
+    assert!(matches!(apply(9, &set(2)), Err(Rejection::Conflict { .. })), "one that was fenced");
+    let told = Command::Event { kind: "k".into(), subject: "s".into(), text: "t".into() };
+    assert!(apply(10, &Proposal { epoch: Epoch(2), ..proposal(told, 1) }).is_ok(), "what it saw is kept");
 }

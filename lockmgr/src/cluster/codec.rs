@@ -40,6 +40,8 @@ impl From<prost::DecodeError> for CodecError {
 pub(crate) struct Proposal {
     pub(crate) id: Uuid,
     pub(crate) node: NodeId,
+    /// The proposer's incarnation; 0 before it has begun one.
+    pub(crate) epoch: Epoch,
     pub(crate) at_ms: u64,
     /// How far the proposer's copy had come when it first proposed this.
     pub(crate) basis: u64,
@@ -48,7 +50,7 @@ pub(crate) struct Proposal {
 
 impl Proposal {
     pub(crate) fn position(&self, index: u64) -> Position {
-        Position { index, node: self.node, at_ms: self.at_ms }
+        Position { index, node: self.node, epoch: self.epoch, at_ms: self.at_ms }
     }
 }
 
@@ -279,6 +281,7 @@ impl From<&Proposal> for pb::Proposal {
         Self {
             id: uuid_bytes(proposal.id),
             node: proposal.node.0.into(),
+            epoch: proposal.epoch.0,
             at_ms: proposal.at_ms,
             basis: proposal.basis,
             command: Some(PbCommand::from(&proposal.command)),
@@ -294,6 +297,7 @@ impl TryFrom<pb::Proposal> for Proposal {
         Ok(Self {
             id: uuid(&proposal.id)?,
             node: node_id(proposal.node)?,
+            epoch: Epoch(proposal.epoch),
             at_ms: proposal.at_ms,
             basis: proposal.basis,
             command: command.try_into()?,

@@ -226,7 +226,8 @@ mod tests {
 
         fn apply(&mut self, command: Command) -> Result<Given, Rejection> {
             self.index += 1;
-            self.state.apply(command, Position { index: self.index, node: NodeId(1), at_ms: 0 })
+            self.state
+                .apply(command, Position { index: self.index, node: NodeId(1), epoch: Epoch(0), at_ms: 0 })
         }
 
         fn must(&mut self, command: Command) {

@@ -40,8 +40,14 @@ fn snapshot(bytes: Bytes) {
     for (distance, command) in (1..).zip(commands) {
         let index = applied.saturating_add(distance);
         let id = uuid::Uuid::from_u128(index.into());
-        let proposal =
-            Proposal { id, node: crate::NodeId(1), at_ms: 0, basis: index.saturating_sub(1), command };
+        let proposal = Proposal {
+            id,
+            node: crate::NodeId(1),
+            epoch: crate::Epoch(0),
+            at_ms: 0,
+            basis: index.saturating_sub(1),
+            command,
+        };
         let _end = machine.apply(index, &proposal);
     }
 }

@@ -88,8 +88,15 @@ impl Cluster {
             initialize(&raft, &config).await?;
         }
         let propose_ms = config.timing.propose_ms;
-        let proposer =
-            Proposer { node, raft: raft.clone(), mesh, state: state.clone(), propose_ms, regressed };
+        let proposer = Proposer {
+            node,
+            epoch: Arc::default(),
+            raft: raft.clone(),
+            mesh,
+            state: state.clone(),
+            propose_ms,
+            regressed,
+        };
         let creating = config.bootstrap.then(|| tokio::spawn(create(proposer.clone(), config.clone())));
         Ok(Arc::new(Self {
             node,

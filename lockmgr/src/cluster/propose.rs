@@ -5,6 +5,7 @@
 //! the outcome is unknown and the record tells.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,14 +17,14 @@ use uuid::Uuid;
 use wire::{Mesh, Refusal, RefusalCode, WireError, service};
 
 use super::codec::{End, Proposal};
-use super::command::{Command, Outcome, ProposeError, Rejection};
+use super::command::{Command, Given, Outcome, ProposeError, Rejection};
 use super::pb;
 use super::pb::proposal::Command as PbCommand;
 use super::pb::proposal_reply::Result as Answer;
 use super::raft_types::Raft;
 use super::records::ClusterState;
 use super::regress::Regressed;
-use crate::NodeId;
+use crate::{Epoch, NodeId};
 
 /// Pause before another try after a leader could not be reached or was none.
 const RETRY_MS: u64 = 20;
@@ -32,6 +33,8 @@ const RETRY_MS: u64 = 20;
 #[derive(Clone)]
 pub(crate) struct Proposer {
     pub(crate) node: NodeId,
+    /// The incarnation that this node has begun; 0 before.
+    pub(crate) epoch: Arc<AtomicU64>,
     pub(crate) raft: Raft,
     pub(crate) mesh: Arc<Mesh>,
     pub(crate) state: watch::Receiver<Arc<ClusterState>>,
@@ -63,12 +66,18 @@ impl Proposer {
             proposal = self.proposal(proposal.command.clone(), end.index);
         };
         let given = end.result?;
+        if let (Command::BeginEpoch { node, .. }, Given::Epoch(epoch)) = (&proposal.command, &given)
+            && *node == self.node
+        {
+            self.epoch.store(epoch.0, Ordering::Relaxed);
+        }
         self.wait_applied(end.index, deadline).await;
         Ok(Outcome { index: end.index, given })
     }
 
     fn proposal(&self, command: Command, basis: u64) -> Arc<Proposal> {
-        Arc::new(Proposal { id: Uuid::new_v4(), node: self.node, at_ms: unix_ms(), basis, command })
+        let epoch = Epoch(self.epoch.load(Ordering::Relaxed));
+        Arc::new(Proposal { id: Uuid::new_v4(), node: self.node, epoch, at_ms: unix_ms(), basis, command })
     }
 
     fn out_of_time(&self, maybe_logged: bool) -> ProposeError {

@@ -27,6 +27,8 @@ mod join;
 mod judge;
 mod lease;
 mod lun_beats;
+#[cfg(test)]
+mod model;
 mod peers;
 mod place;
 

@@ -29,6 +29,7 @@ use std::time::Duration;
 use api::{Error, pb};
 use hv::control::VmRunState;
 use hv_runner::config::VolumePath;
+use lockmgr::NodeId;
 use lockmgr::cluster::{ClusterState, Command, ProposeError, VmRecord, VmState};
 use prost::Message;
 use uuid::Uuid;
@@ -264,29 +265,30 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
     }
     let wanted = disks::of(core, &spec).await.map_err(during)?;
     disks::refuse_shared(core, name, &wanted, &state).await.map_err(during)?;
-    let command = record.update(|record| {
+    let wanted_spec = spec.encode_to_vec();
+    // Whether it is ours to start must be known for certain: a start that is recorded and that nobody goes through with would
+    // keep everybody else from starting it.
+    let starting = settle(core, record, |record| {
         record.state = VmState::Starting;
         record.epoch += 1;
         record.peer = None;
         record.reason = String::new();
         record.restarts_left = 0;
-        record.spec = spec.encode_to_vec().into();
+        record.spec = wanted_spec.clone().into();
     });
-    core.propose(command).await.map_err(during)?;
-    let mut starting = view::vm(&core.state(), name)?.clone();
+    let mut starting = starting.await.map_err(during)?;
     // Once more, now that everybody sees that this VM wants them: of two that start at once none overlooks the other.
     if let Err(error) = disks_are_free(core, name, &wanted).await {
-        let command =
-            starting.update(|after| (after.state, after.reason) = (record.state, record.reason.clone()));
-        core.propose(command).await.map_err(during)?;
+        let before =
+            |after: &mut VmRecord| (after.state, after.reason) = (record.state, record.reason.clone());
+        insist(core, &starting, before).await;
         return Err(during(error));
     }
     let saved = migration::saved_file(&starting);
     match launch(core, &mut starting, &spec, saved.clone()).await {
         Ok(runner) => {
-            let command = starting.update(|record| record.state = VmState::Running);
-            if let Err(error) = core.propose(command).await {
-                // The record is not ours any more, so neither is the right to run it.
+            if let Err(error) = settle(core, &starting, |record| record.state = VmState::Running).await {
+                // The record is not ours any more, or cannot say so: then nothing may run, and the end is recorded.
                 runner.kill();
                 return Err(during(error));
             }
@@ -297,14 +299,11 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
             described(core, name)
         }
         Err(error) => {
-            let reason = error.message.clone();
-            let command = starting.update(|record| {
+            let failed = |record: &mut VmRecord| {
                 record.state = VmState::Failed;
-                record.reason = reason;
-            });
-            if let Err(error) = core.propose(command).await {
-                tracing::warn!(vm = name, %error, "failed start not recorded");
-            }
+                record.reason.clone_from(&error.message);
+            };
+            insist(core, &starting, failed).await;
             Err(during(error))
         }
     }
@@ -337,8 +336,7 @@ async fn launch(
 /// Lets a guest go on from its saved state. The record no longer names that state from the moment on at which the guest
 /// may run: its memory would be older than its disks.
 async fn go_on(core: &Arc<Core>, record: &mut VmRecord, runner: &Runner) -> Result<(), Error> {
-    core.propose(record.update(|record| record.saved = None)).await?;
-    record.saved = None;
+    *record = settle(core, record, |record| record.saved = None).await?;
     runner.control().activate().await
 }
 
@@ -529,6 +527,9 @@ async fn settle(
             Err(error) => error,
         };
         let Ok(state) = core.cluster.read().await else {
+            if core.stop.is_cancelled() {
+                return Err(crate::core::refused(&error));
+            }
             tokio::time::sleep(RECORD_AGAIN_AFTER).await;
             continue;
         };
@@ -537,6 +538,18 @@ async fn settle(
             Some(now) if now == record => {}
             _ => return Err(crate::core::refused(&error)),
         }
+    }
+}
+
+/// As [`settle`], and again while there is no quorum, until the record says so or has gone on without this change.
+async fn insist(core: &Arc<Core>, record: &VmRecord, change: impl Fn(&mut VmRecord)) {
+    while let Err(error) = settle(core, record, &change).await {
+        tracing::warn!(vm = record.name, %error, "not in the record of the VM yet");
+        // The next incarnation of this node finds the record and puts it right.
+        if error.kind != api::Kind::Unreachable || core.stop.is_cancelled() {
+            return;
+        }
+        tokio::time::sleep(RECORD_AGAIN_AFTER).await;
     }
 }
 
@@ -661,22 +674,22 @@ pub(crate) async fn adopt(core: &Arc<Core>) {
 
 async fn record_lost(core: &Arc<Core>) -> Result<(), ProposeError> {
     let state = core.cluster.read().await?;
-    for command in lost_with_last_epoch(core, &state) {
+    for command in lost_with_last_epoch(&state, core.me, &core.config.name) {
         core.cluster.propose(command).await?;
     }
     Ok(())
 }
 
 /// The changes that record the end of what ran here before this epoch.
-fn lost_with_last_epoch(core: &Core, state: &ClusterState) -> Vec<Command> {
+pub(crate) fn lost_with_last_epoch(state: &ClusterState, me: NodeId, name: &str) -> Vec<Command> {
     let gone = state.vms.values().filter(|vm| {
         let ran = matches!(
             vm.state,
             VmState::Starting | VmState::Running | VmState::Paused | VmState::Saving | VmState::Migrating
         );
-        vm.owner == core.me && (ran || has_arrived(vm))
+        vm.owner == me && (ran || has_arrived(vm))
     });
-    let ended = |vm: &VmRecord| lost(vm, format!("node {} was restarted", core.config.name));
+    let ended = |vm: &VmRecord| lost(vm, format!("node {name} was restarted"));
     gone.map(ended).collect()
 }
 

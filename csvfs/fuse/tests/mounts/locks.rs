@@ -43,7 +43,8 @@ fn a_flock_on_one_mount_keeps_the_other_out_until_it_is_closed() {
     });
     drop(two);
     drop(waiting.join().expect("no panic"));
-    File::open(b.join("f")).expect("open").try_lock().expect("free again");
+    // Waits: close(2) does not wait for the kernel's word to the mount that it was the last one.
+    File::open(b.join("f")).expect("open").lock().expect("free again");
     world.end();
 }
 

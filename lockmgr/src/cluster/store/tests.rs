@@ -42,7 +42,14 @@ fn log_id(term: u64, index: u64) -> LogId {
 
 fn event(index: u64) -> Entry {
     let command = Command::Event { kind: "test".into(), subject: "s".into(), text: format!("line {index}") };
-    let proposal = Proposal { id: Uuid::new_v4(), node: NodeId(1), at_ms: index, basis: 0, command };
+    let proposal = Proposal {
+        id: Uuid::new_v4(),
+        node: NodeId(1),
+        epoch: crate::Epoch(0),
+        at_ms: index,
+        basis: 0,
+        command,
+    };
     Entry { log_id: log_id(1, index), payload: EntryPayload::Normal(Arc::new(proposal)) }
 }
 
@@ -128,7 +135,14 @@ async fn messages_to_followers_stay_below_the_longest_frame() {
             owner: NodeId(1),
             spec: Bytes::from(vec![0; crate::cluster::SPEC_BYTES_MAX]),
         };
-        let proposal = Proposal { id: Uuid::new_v4(), node: NodeId(1), at_ms: 0, basis: 0, command };
+        let proposal = Proposal {
+            id: Uuid::new_v4(),
+            node: NodeId(1),
+            epoch: crate::Epoch(0),
+            at_ms: 0,
+            basis: 0,
+            command,
+        };
         Entry { log_id: log_id(1, index), payload: EntryPayload::Normal(Arc::new(proposal)) }
     };
     log.blocking_append((1..=100).map(big)).await.expect("append");

@@ -66,6 +66,28 @@ pub(crate) fn has_arrived(vm: &VmRecord) -> bool {
     vm.state == VmState::Saved && vm.saved.is_none()
 }
 
+/// Whether a VM has come to this node, and nothing of it is here: it was committed to a former incarnation, whose processes had
+/// its memory, after this one had recorded what was lost, and its source did not live to notice.
+fn is_stranded(core: &Core, vm: &VmRecord) -> bool {
+    vm.owner == core.me
+        && has_arrived(vm)
+        && !core.vms.moves.expects(&vm.name)
+        && core.vms.get(&vm.name).is_none()
+}
+
+/// Records that a VM's memory is lost, unless the record has gone on.
+async fn give_up_stranded(core: &Arc<Core>, vm: &VmRecord) {
+    // A message of its source may be about to look after it.
+    let _decision = core.vms.decide(&vm.name).await;
+    if !is_stranded(core, vm) {
+        return;
+    }
+    let reason = format!("its memory was lost when node {} was restarted", core.config.name);
+    if let Err(error) = core.propose(lost(vm, reason)).await {
+        tracing::info!(vm = vm.name, %error, "lost memory of a VM not recorded yet");
+    }
+}
+
 /// Starts what waits for this node, one after the other, until the daemon ends.
 pub(crate) async fn run(core: Arc<Core>) {
     let (mut records, mut pulse) = (core.cluster.watch(), core.pulse.watch());
@@ -77,6 +99,9 @@ pub(crate) async fn run(core: Arc<Core>) {
         if let Some(vm) = next(&core, &state).cloned() {
             restart(&core, &vm).await;
             continue;
+        }
+        if let Some(vm) = state.vms.values().find(|vm| is_stranded(&core, vm)) {
+            give_up_stranded(&core, vm).await;
         }
         tokio::select! {
             () = core.stop.cancelled() => return,
