@@ -1,6 +1,10 @@
 //! What the benchmarks share: medians, and a table of ratios against the raw device of the same run.
 #![expect(clippy::print_stdout, reason = "programs for people at a terminal")]
 
+mod apart;
+
+pub use apart::{ADDRESS, run_apart};
+
 /// One line of a comparison.
 #[derive(Clone, Debug)]
 pub struct Row {
@@ -40,14 +44,27 @@ pub fn percentile(values: &mut [f64], part: f64) -> f64 {
 
 /// Prints the rows with their ratios, and whether each goal was reached in this run.
 pub fn print_table(title: &str, base: &str, ours: &str, rows: &[Row]) {
+    print_heading(title, base, ours);
+    rows.iter().for_each(print_row);
+}
+
+/// Prints what stands above rows, for those who print each as soon as it is measured.
+pub fn print_heading(title: &str, base: &str, ours: &str) {
     println!("{title}");
-    println!("  {:32} {base:>12} {ours:>12} {:>7} {:>6}", "workload", "ratio", "goal");
-    for row in rows {
-        let ratio = if row.base > 0.0 { row.ours / row.base } else { 0.0 };
-        let verdict = if ratio >= row.goal { "reached" } else { "missed" };
-        println!(
-            "  {:32} {:12.1} {:12.1} {ratio:7.2} {:6.2} {verdict}",
-            row.name, row.base, row.ours, row.goal
-        );
+    println!("  {:42} {base:>12} {ours:>12} {:>7} {:>6}", "workload", "ratio", "goal");
+}
+
+/// Prints a row with its ratio, and whether its goal was reached in this run; without a peer's figure only ours.
+pub fn print_row(row: &Row) {
+    let Row { name, base, ours, goal } = row;
+    if *base <= 0.0 {
+        return println!("  {name:42} {:>12} {ours:12.1}", "-");
     }
+    let ratio = ours / base;
+    let verdict = match *goal {
+        0.0 => "",
+        goal if ratio >= goal => "reached",
+        _ => "missed",
+    };
+    println!("  {name:42} {base:12.1} {ours:12.1} {ratio:7.2} {goal:6.2} {verdict}");
 }

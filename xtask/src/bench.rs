@@ -8,13 +8,27 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
     packages::ensure(packages::TEST)?;
     cargo(&["build", "--release", "--workspace", "--bins", "--locked"])?;
     let release = target_dir().join("release");
-    let known =
-        ["node_io", "mount_io", "clients", "scale", "vhdx_io", "nbd_io", "memory", "migration", "failover"];
+    let known = [
+        "node_io",
+        "mount_io",
+        "fuse_io",
+        "fuse_meta",
+        "clients",
+        "scale",
+        "vhdx_io",
+        "nbd_io",
+        "memory",
+        "migration",
+        "failover",
+    ];
     let chosen: Vec<&str> = match options {
         [] => known.to_vec(),
         [name] if known.contains(&name.as_str()) => vec![name],
         _ => return Err(Failure::usage(&format!("usage: cargo xtask bench [{}]", known.join("|")))),
     };
+    if chosen.iter().any(|name| name.starts_with("fuse_")) {
+        packages::ensure(packages::PEERS)?;
+    }
     for name in chosen {
         command::<&str>(release.join(name).as_os_str(), &[], &root())?;
     }

@@ -49,6 +49,15 @@ pub(crate) const TEST: &[Need] = &[
     need("pip3", "python3 python3-pip"),
 ];
 
+/// Peers of benchmarks: GlusterFS, and what libfuse's `passthrough_hp` is built with.
+pub(crate) const PEERS: &[Need] = &[
+    need("glusterd", "glusterfs-server glusterfs-client"),
+    need("g++", "g++"),
+    need("pkg-config", "pkg-config"),
+    need("dpkg-source", "dpkg-dev"),
+    need("fusermount3", "fuse3 libfuse3-dev"),
+];
+
 /// What the lab calls: the emulator, and what initial RAM disks and drives are made with. The kernel is only downloaded.
 pub(crate) const LAB: &[Need] = &[
     need("cc", "gcc libc6-dev"),
