@@ -1,5 +1,6 @@
 //! A whole cluster in one process under a seed: nodes and a coordinator on a LUN in memory, a network that loses and reorders
-//! messages, coordinators that die, nodes that crash and are fenced; random clients, and an oracle of what they were promised.
+//! messages and is partitioned at times, coordinators that die, nodes that crash and are fenced; random clients, and an oracle
+//! of what they were promised.
 //!
 //! The seed fixes what is done and what goes wrong; threads are real, so a run is not repeated step by step. What decides about
 //! grants is also tested in a world that is (`node/grants_world.rs`). `CSVFS_SEEDED_OPERATIONS` runs for longer.
@@ -29,6 +30,8 @@ fn operations() -> u64 {
 
 /// The way to the coordinator, over a network that loses and reorders.
 struct Network {
+    /// So many messages more are lost: it is partitioned.
+    cut: AtomicU64,
     dice: Mutex<Dice>,
     queue: Mutex<Sender<(pb::Request, ReplyTo)>>,
 }
@@ -47,7 +50,8 @@ impl Network {
                 }
             }
         });
-        Arc::new(Self { dice: Mutex::new(Dice(seed | 3)), queue: Mutex::new(queue) })
+        let (dice, queue) = (Mutex::new(Dice(seed | 3)), Mutex::new(queue));
+        Arc::new(Self { cut: AtomicU64::new(0), dice, queue })
     }
 
     fn roll(&self, below: u64) -> u64 {
@@ -58,6 +62,13 @@ impl Network {
 impl CoordinatorLink for Network {
     fn send(&self, request: pb::Request, done: ReplyTo) {
         let lost = || LinkError::Lost("the network lost it".into());
+        let less = |left: u64| left.checked_sub(1);
+        if self.cut.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less).is_ok() {
+            return done(Err(lost()));
+        }
+        if self.roll(400) == 0 {
+            self.cut.store(1 + self.roll(8), Ordering::SeqCst);
+        }
         let done: ReplyTo = match self.roll(60) {
             0 => return done(Err(lost())),
             // Done, but nobody hears of it.
