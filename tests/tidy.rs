@@ -58,6 +58,11 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "the kernel reads and fills the structures of reservation commands",
     ),
     ("csvfs/fuse/src/wire/channel.rs", "one ioctl, which clones a FUSE connection for a further reader"),
+    (
+        "csvfs/fuse/src/wire/ring/memory.rs",
+        "memory that the kernel fills with a FUSE request, and takes the answer from",
+    ),
+    ("csvfs/fuse/src/wire/ring/mod.rs", "calls of a FUSE ring, which point to memory that its entries hold"),
     ("csvfs/blockio/src/uring.rs", "the kernel reads and writes buffers that a ring entry points to"),
     ("hv/runner/src/tap.rs", "a tap is configured by an ioctl"),
     ("hv/src/kvm/chips.rs", "reads the union in which KVM returns an interrupt controller"),
@@ -104,7 +109,7 @@ const IMPURE: &[&str] = &[
 const FENCED_IN: &[(&str, &[&str])] = &[
     ("redb::", &["csvfs/src/meta/", "lockmgr/src/cluster/"]),
     ("openraft::", &["lockmgr/src/cluster/"]),
-    ("io_uring::", &["csvfs/blockio/src/"]),
+    ("io_uring::", &["csvfs/blockio/src/", "csvfs/fuse/src/wire/ring/"]),
     ("kvm_ioctls::", &["hv/src/"]),
     ("kvm_bindings::", &["hv/src/"]),
 ];

@@ -1,7 +1,7 @@
 //! Data of files: submitted to the node library, answered from its completion.
 //!
-//! A read lands in the buffer that the reply is sent from. A write is copied once, out of the kernel's request, whose
-//! place in memory is not one that direct I/O can use.
+//! A read lands in the buffer that the reply is sent from. A write that was read from the device is copied once, out of the
+//! kernel's request, whose place in memory is not one that direct I/O can use; an entry of a ring is written from as it is.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,11 +16,14 @@ use crate::pool::{Lane, Pool};
 use crate::shared::Shared;
 use crate::wire::abi::{FSYNC_FDATASYNC, READ_LOCKOWNER, ReadIn, WRITE_CACHE, WRITE_KILL_SUIDGID, WriteIn};
 use crate::wire::reply::Reply;
+use crate::wire::request::Data;
 
 /// Reads up to as many bytes as are wanted and replies.
 pub(crate) fn read(file: &Arc<OpenFile>, shared: &Shared, args: &ReadIn, reply: Reply) {
     let len = args.size as usize;
-    let whole = IoBuf::from(shared.buffers.take(len));
+    let of_reply = reply.memory().filter(|memory| len <= memory.len());
+    let in_place = of_reply.is_some();
+    let whole = of_reply.unwrap_or_else(|| IoBuf::from(shared.buffers.take(len)));
     let wanted = whole.slice(0..len);
     let (buffers, opened) = (Arc::clone(&shared.buffers), Arc::clone(file));
     let answer = move |outcome: Result<usize, FsError>| {
@@ -28,6 +31,7 @@ pub(crate) fn read(file: &Arc<OpenFile>, shared: &Shared, args: &ReadIn, reply: 
             opened.file.accessed();
         }
         match outcome {
+            Ok(count) if in_place => reply.filled(count),
             Ok(count) => reply_with(whole, count, &buffers, reply),
             Err(error) => reply.error(errno(&error)),
         }
@@ -59,13 +63,11 @@ pub(crate) fn write(
     buffers: &Arc<Buffers>,
     pool: &Pool,
     args: &WriteIn,
-    data: &[u8],
+    data: Data<'_>,
     reply: Reply,
 ) {
-    let mut buf = buffers.take(data.len());
-    buf[..data.len()].copy_from_slice(data);
-    let whole = IoBuf::from(buf);
-    let part = whole.slice(0..data.len());
+    let (whole, len) = writable(data, buffers);
+    let part = whole.slice(0..len);
     let (buffers, opened, closing) = (Arc::clone(buffers), Arc::clone(file), pool.clone());
     let kill_set_ids = args.write_flags & WRITE_KILL_SUIDGID != 0;
     let answer = move |outcome: Result<usize, FsError>| {
@@ -84,10 +86,24 @@ pub(crate) fn write(
     if args.write_flags & WRITE_CACHE != 0 {
         file.file.write_page(args.offset, part, answer);
     } else if file.append {
-        let len = data.len();
         file.file.append(part, move |outcome| answer(outcome.map(|_offset| len)));
     } else {
         file.file.write(args.offset, part, answer);
+    }
+}
+
+/// The data in memory that a device can write from, and its length.
+fn writable(data: Data<'_>, buffers: &Buffers) -> (IoBuf, usize) {
+    match data {
+        Data::Memory(memory) => {
+            let len = memory.len();
+            (memory, len)
+        }
+        Data::Bytes(bytes) => {
+            let mut buf = buffers.take(bytes.len());
+            buf[..bytes.len()].copy_from_slice(bytes);
+            (IoBuf::from(buf), bytes.len())
+        }
     }
 }
 

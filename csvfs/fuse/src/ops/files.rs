@@ -12,7 +12,7 @@ use crate::wire::abi::{
     CopyFileRangeIn, CreateIn, FallocateIn, FsyncIn, LseekIn, OpenIn, ReadIn, WriteIn, fopen,
 };
 use crate::wire::reply::Reply;
-use crate::wire::request::Header;
+use crate::wire::request::{Data, Header};
 
 /// How the kernel treats each file: no page cache, and writes in parallel.
 const FILE_FLAGS: u32 = fopen::DIRECT_IO | fopen::PARALLEL_DIRECT_WRITES;
@@ -62,7 +62,7 @@ impl Ops {
         }
     }
 
-    pub(super) fn write(&self, args: WriteIn, data: &[u8], reply: Reply) {
+    pub(super) fn write(&self, args: WriteIn, data: Data<'_>, reply: Reply) {
         match self.shared.files.get(args.fh) {
             Some(file) => data::write(&file, &self.shared.buffers, &self.pool, &args, data, reply),
             None => reply.error(BAD_HANDLE),

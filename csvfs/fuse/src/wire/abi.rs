@@ -80,6 +80,8 @@ pub(crate) mod init {
     pub(crate) const INIT_EXT: u64 = 1 << 30;
     /// Files without a page cache may be mapped shared: their mappings have one.
     pub(crate) const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
+    /// Requests come through rings.
+    pub(crate) const OVER_IO_URING: u64 = 1 << 41;
 }
 
 /// Which fields of a [`SetattrIn`] count.
@@ -100,6 +102,14 @@ pub(crate) mod fattr {
 pub(crate) mod fopen {
     pub(crate) const DIRECT_IO: u32 = 1;
     pub(crate) const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+}
+
+/// Commands of a ring.
+pub(crate) mod ring {
+    /// Takes an entry's memory, and puts the first request for it there.
+    pub(crate) const REGISTER: u32 = 1;
+    /// Takes the answer from an entry's memory, and puts the next request there.
+    pub(crate) const COMMIT_AND_FETCH: u32 = 2;
 }
 
 /// A read by a program; one without is for a page of a mapping.
@@ -197,6 +207,18 @@ wire!(StatxIn, 24 { getattr_flags: u32, _reserved: u32, fh: u64, flags: u32, mas
 wire!(
     /// Of a notification: pages of an inode from `offset` on, all of them for a length of 0.
     NotifyInvalInode, 24 { ino: u64, offset: i64, len: i64 }
+);
+wire!(
+    /// Of a ring's command; `commit_id` names the request that is answered.
+    RingCommand, 24 { flags: u64, commit_id: u64, queue: u16, _pad: [u8; 6] }
+);
+wire!(
+    /// How a ring's entry is filled, by either side.
+    RingEntry, 32 { flags: u64, commit_id: u64, payload_bytes: u32, _pad: u32, _reserved: u64 }
+);
+wire!(
+    /// The first part of a ring's entry. `in_out` holds an [`InHeader`], and the [`OutHeader`] of the answer.
+    RingHeaders, 288 { in_out: [u8; 128], fixed: [u8; 128], entry: RingEntry }
 );
 wire!(SxTime, 16 { seconds: i64, nanos: u32, _reserved: i32 });
 wire!(StatxOut, 288 {

@@ -5,6 +5,7 @@
 use std::io::IoSlice;
 use std::sync::Arc;
 
+use blockio::IoBuf;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::abi::{
@@ -12,19 +13,47 @@ use super::abi::{
 };
 use super::channel::Channel;
 use super::request::Header;
+use super::ring::Entry;
 
 /// Where the answer to one request goes.
 #[must_use]
 #[derive(Debug)]
 pub(crate) struct Reply {
-    channel: Arc<Channel>,
+    way: Way,
     unique: u64,
     answered: bool,
 }
 
+/// How the kernel is told.
+#[derive(Debug)]
+enum Way {
+    Device(Arc<Channel>),
+    Ring(Entry),
+}
+
 impl Reply {
     pub(super) fn new(channel: &Arc<Channel>, header: &Header) -> Self {
-        Self { channel: Arc::clone(channel), unique: header.unique, answered: false }
+        Self { way: Way::Device(Arc::clone(channel)), unique: header.unique, answered: false }
+    }
+
+    /// To a request of a ring.
+    pub(super) fn of_entry(entry: Entry, header: &Header) -> Self {
+        Self { way: Way::Ring(entry), unique: header.unique, answered: false }
+    }
+
+    /// Memory from which an answer of up to a request's length is sent without a copy, if there is any: see [`Self::filled`].
+    pub(crate) fn memory(&self) -> Option<IoBuf> {
+        match &self.way {
+            Way::Device(_) => None,
+            Way::Ring(entry) => Some(entry.payload()),
+        }
+    }
+
+    /// The first `len` bytes of [`Self::memory`] are the answer.
+    pub(crate) fn filled(mut self, len: usize) {
+        self.answered = true;
+        let Way::Ring(entry) = &self.way else { unreachable!("only an entry of a ring has memory") };
+        entry.answer(self.unique, 0, len);
     }
 
     /// Names the request.
@@ -39,6 +68,10 @@ impl Reply {
 
     fn send(&mut self, error: i32, parts: &[&[u8]]) {
         self.answered = true;
+        let channel = match &self.way {
+            Way::Device(channel) => channel,
+            Way::Ring(entry) => return entry.answer_with(self.unique, error, parts),
+        };
         let size = size_of::<OutHeader>() + parts.iter().map(|part| part.len()).sum::<usize>();
         let len = u32::try_from(size).expect("replies are bounded by what the kernel asks for");
         let header = OutHeader { len, error, unique: self.unique };
@@ -46,7 +79,7 @@ impl Reply {
         for (slice, part) in slices[1..].iter_mut().zip(parts) {
             *slice = IoSlice::new(part);
         }
-        self.channel.send(&slices[..=parts.len()]);
+        channel.send(&slices[..=parts.len()]);
     }
 
     fn plain<T: IntoBytes + Immutable>(mut self, answer: &T) {

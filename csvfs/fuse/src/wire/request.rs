@@ -1,11 +1,13 @@
 //! Requests of the kernel: bytes to types.
 //!
 //! ```text
-//!   header | fixed arguments | name, NUL | second name, NUL, or data | extensions (unread)
+//!   read from the device:   header | fixed arguments | name, NUL | second name, NUL, or data | extensions (unread)
+//!   of a ring (`ring`):     header, fixed arguments, and the rest each at its place
 //! ```
 //! **Invariant:** bytes that are no request are an error number, never a panic: the kernel is trusted, but a mount must not
 //! end by a request of a kind that did not exist when this was written.
 
+use blockio::IoBuf;
 use zerocopy::FromBytes;
 
 use super::abi::{
@@ -24,8 +26,17 @@ pub(crate) struct Header {
     pub(crate) gid: u32,
 }
 
+/// What is to be written.
+#[derive(Clone, Debug)]
+pub(crate) enum Data<'a> {
+    /// Bytes behind the request's header, used until the request was taken.
+    Bytes(&'a [u8]),
+    /// Memory that stays as it is until the request is answered, and from which a device can write.
+    Memory(IoBuf),
+}
+
 /// A request and its arguments. Names are without their NUL.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Op<'a> {
     Init(InitIn),
     Lookup {
@@ -74,7 +85,7 @@ pub(crate) enum Op<'a> {
     Read(ReadIn),
     Write {
         args: WriteIn,
-        data: &'a [u8],
+        data: Data<'a>,
     },
     Flush(FlushIn),
     Release(ReleaseIn),
@@ -120,38 +131,65 @@ pub(crate) enum Op<'a> {
 }
 
 /// What is left of the arguments.
-struct Args<'a>(&'a [u8]);
+struct Args<'a> {
+    /// The fixed arguments, where they do not stand before the rest.
+    fixed: Option<&'a [u8]>,
+    rest: &'a [u8],
+}
 
 impl<'a> Args<'a> {
+    /// The fixed arguments.
     fn take<T: FromBytes>(&mut self) -> Option<T> {
-        let (value, rest) = T::read_from_prefix(self.0).ok()?;
-        self.0 = rest;
+        if let Some(fixed) = self.fixed {
+            return T::read_from_prefix(fixed).ok().map(|(value, _)| value);
+        }
+        let (value, rest) = T::read_from_prefix(self.rest).ok()?;
+        self.rest = rest;
         Some(value)
     }
 
     fn name(&mut self) -> Option<&'a [u8]> {
-        let end = self.0.iter().position(|byte| *byte == 0)?;
-        let (name, rest) = self.0.split_at(end);
-        self.0 = &rest[1..];
+        let end = self.rest.iter().position(|byte| *byte == 0)?;
+        let (name, rest) = self.rest.split_at(end);
+        self.rest = &rest[1..];
         Some(name)
     }
 
     fn data(&mut self, len: u32) -> Option<&'a [u8]> {
-        self.0.get(..usize::try_from(len).ok()?)
+        self.rest.get(..usize::try_from(len).ok()?)
     }
 }
 
 /// The request in `bytes`. Of one that is damaged, only whom to tell is known, if that.
 pub(crate) fn parse(bytes: &[u8]) -> Result<(Header, Op<'_>), Option<Header>> {
     let (raw, rest) = InHeader::read_from_prefix(bytes).map_err(|_| None)?;
-    let header = Header { unique: raw.unique, ino: raw.node, uid: raw.uid, gid: raw.gid };
-    let after = usize::from(raw.extensions) * 8;
-    let whole = usize::try_from(raw.len).is_ok_and(|len| len == bytes.len()) && after <= rest.len();
-    if !whole {
-        return Err(Some(header));
+    let header = Header::of(&raw);
+    let whole = usize::try_from(raw.len).is_ok_and(|len| len == bytes.len());
+    let op = without_extensions(&raw, rest).filter(|_| whole);
+    let op = op.and_then(|rest| arguments(raw.opcode, Args { fixed: None, rest }));
+    op.map(|op| (header, op)).ok_or(Some(header))
+}
+
+/// The request of a ring: its fixed arguments, or more than those, and what follows them.
+pub(crate) fn parse_parts<'a>(raw: &InHeader, fixed: &'a [u8], rest: &'a [u8]) -> Option<Op<'a>> {
+    arguments(raw.opcode, Args { fixed: Some(fixed), rest: without_extensions(raw, rest)? })
+}
+
+/// A write of a ring, whose data is `payload`.
+pub(crate) fn parse_write(fixed: &[u8], payload: &IoBuf) -> Option<Op<'static>> {
+    let (args, _) = WriteIn::read_from_prefix(fixed).ok()?;
+    let len = usize::try_from(args.size).ok().filter(|len| *len <= payload.len())?;
+    Some(Op::Write { args, data: Data::Memory(payload.slice(0..len)) })
+}
+
+fn without_extensions<'a>(raw: &InHeader, rest: &'a [u8]) -> Option<&'a [u8]> {
+    rest.len().checked_sub(usize::from(raw.extensions) * 8).map(|len| &rest[..len])
+}
+
+impl Header {
+    pub(crate) fn of(raw: &InHeader) -> Self {
+        Self { unique: raw.unique, ino: raw.node, uid: raw.uid, gid: raw.gid }
     }
-    let args = Args(&rest[..rest.len() - after]);
-    arguments(raw.opcode, args).map(|op| (header, op)).ok_or(Some(header))
 }
 
 fn arguments(code: u32, mut args: Args<'_>) -> Option<Op<'_>> {
@@ -212,7 +250,7 @@ fn opened(code: u32, mut args: Args<'_>) -> Option<Op<'_>> {
         opcode::READ => Op::Read(args.take()?),
         opcode::WRITE => {
             let args_in: WriteIn = args.take()?;
-            Op::Write { args: args_in, data: args.data(args_in.size)? }
+            Op::Write { args: args_in, data: Data::Bytes(args.data(args_in.size)?) }
         }
         opcode::FLUSH => Op::Flush(args.take()?),
         opcode::RELEASE => Op::Release(args.take()?),
@@ -258,7 +296,7 @@ mod tests {
     fn a_request_that_is_cut_short_anywhere_is_refused_and_names_whom_to_tell() {
         let args = WriteIn { fh: 1, offset: 2, size: 3, write_flags: 0, lock_owner: 0, flags: 0, _pad: 0 };
         let bytes = request(opcode::WRITE, &[args.as_bytes(), b"xyz"].concat());
-        assert!(matches!(parse(&bytes), Ok((_, Op::Write { data: b"xyz", .. }))));
+        assert!(matches!(parse(&bytes), Ok((_, Op::Write { data: Data::Bytes(b"xyz"), .. }))));
         for len in 0..bytes.len() {
             let header = parse(&bytes[..len]).expect_err("not whole");
             assert_eq!(
@@ -273,6 +311,35 @@ mod tests {
         {
             assert!(parse(&request(code, args)).is_err());
         }
+    }
+
+    #[test]
+    fn a_request_in_parts_is_the_same_request() {
+        let args = Rename2In { new_dir: 9, flags: 1, _pad: 0 };
+        let raw = InHeader::read_from_prefix(&request(opcode::RENAME2, &[])).expect("a header").0;
+        let fixed = [args.as_bytes(), &[0xff; 100]].concat();
+        let op = parse_parts(&raw, &fixed, b"a\0bc\0");
+        assert!(
+            matches!(op, Some(Op::Rename { name: b"a", new_dir: 9, new_name: b"bc", flags: 1 })),
+            "{op:?}"
+        );
+        assert!(parse_parts(&raw, &fixed[..8], b"a\0bc\0").is_none(), "too little");
+        assert!(parse_parts(&raw, &fixed, b"a\0bc").is_none(), "no end");
+        let raw = InHeader { opcode: opcode::LOOKUP, extensions: 1, ..raw };
+        assert!(matches!(parse_parts(&raw, &fixed, b"n\0xxxxxxxx"), Some(Op::Lookup { name: b"n" })));
+        assert!(parse_parts(&raw, &fixed, b"n\0").is_none(), "extensions longer than the request");
+    }
+
+    #[test]
+    fn a_write_of_a_ring_keeps_to_its_memory() {
+        let args = WriteIn { fh: 1, offset: 2, size: 3, write_flags: 0, lock_owner: 0, flags: 0, _pad: 0 };
+        let payload = IoBuf::from(blockio::AlignedBuf::copy_of(b"xyz and more"));
+        let Some(Op::Write { data: Data::Memory(data), .. }) = parse_write(args.as_bytes(), &payload) else {
+            panic!("a write")
+        };
+        assert_eq!(data.to_vec(), b"xyz");
+        let beyond = WriteIn { size: 100, ..args };
+        assert!(parse_write(beyond.as_bytes(), &payload).is_none());
     }
 
     #[test]

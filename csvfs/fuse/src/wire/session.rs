@@ -4,6 +4,7 @@
 //!   open /dev/fuse -> mount -> [ reader 1: INIT answered, then requests ] -> end of the connection
 //!                                  [ reader 2 .. n: requests on clones  ] -> the last one ends the filesystem
 //! ```
+//! With rings (`ring`) the readers get what the kernel says unasked, and the threads of the rings the requests.
 //! Every reader reads, parses, and calls the filesystem, which must not block: it hands over what waits.
 
 use std::io;
@@ -16,6 +17,7 @@ use super::abi::{InitIn, InitOut, MAJOR, MINOR, MINOR_MIN, init};
 use super::channel::Channel;
 use super::reply::Reply;
 use super::request::{Header, Op, parse};
+use super::ring::Rings;
 
 /// Largest read or write of the kernel.
 pub(crate) const REQUEST_BYTES_MAX: u32 = 1 << 20;
@@ -72,9 +74,8 @@ fn read_all<F: Filesystem + 'static>(
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER_BYTES];
     let wanted = if filesystem.maps() { WANTED } else { WANTED & !init::DIRECT_IO_ALLOW_MMAP };
-    if !shake_hands(&channel, wanted, &mut buffer)? {
-        return Ok(());
-    }
+    let Some(rings) = shake_hands(&channel, wanted, &mut buffer)? else { return Ok(()) };
+    let rings = rings.map(|rings| rings.start(filesystem)).unwrap_or_default();
     let mut others = Vec::new();
     for number in 1..readers {
         others.push(start_reader(number, channel.try_clone()?, Arc::clone(filesystem))?);
@@ -82,6 +83,10 @@ fn read_all<F: Filesystem + 'static>(
     let mut outcome = read(&Arc::new(channel), filesystem.as_ref(), &mut buffer);
     for reader in others {
         let ended = reader.join().unwrap_or_else(|_| Err(io::Error::other("a reader of the mount panicked")));
+        outcome = outcome.and(ended);
+    }
+    for ring in rings {
+        let ended = ring.join().map_err(|_| io::Error::other("a ring's thread of the mount panicked"));
         outcome = outcome.and(ended);
     }
     outcome
@@ -96,13 +101,19 @@ fn start_reader<F: Filesystem + 'static>(
     Builder::new().name(format!("fuse-reader-{number}")).spawn(work)
 }
 
-/// The first request. `false`: the connection ended before it came.
-fn shake_hands(channel: &Channel, wanted: u64, buffer: &mut [u8]) -> io::Result<bool> {
+/// The first request. Gives the rings, if the kernel is to use them; nothing when the connection ended before it came.
+fn shake_hands<F: Filesystem + 'static>(
+    channel: &Channel,
+    wanted: u64,
+    buffer: &mut [u8],
+) -> io::Result<Option<Option<Rings<F>>>> {
     loop {
-        let Some(bytes) = channel.receive(buffer)? else { return Ok(false) };
+        let Some(bytes) = channel.receive(buffer)? else { return Ok(None) };
         let Ok((header, Op::Init(offer))) = parse(bytes) else {
             return Err(io::Error::other("the kernel's first request is no handshake"));
         };
+        let rings = rings(channel, &offer);
+        let wanted = if rings.is_some() { wanted | init::OVER_IO_URING } else { wanted };
         let answer = negotiate(&offer, wanted);
         let len = size_of::<super::abi::OutHeader>() + size_of::<InitOut>();
         let error = if answer.is_ok() { 0 } else { -libc::EPROTO };
@@ -112,7 +123,7 @@ fn shake_hands(channel: &Channel, wanted: u64, buffer: &mut [u8]) -> io::Result<
         channel.send(&[io::IoSlice::new(out.as_bytes()), io::IoSlice::new(body.as_bytes())]);
         // A kernel of a newer major version asks again, with ours.
         if offer.major <= MAJOR {
-            return answer.map(|_| true).map_err(io::Error::other);
+            return answer.map(|_| Some(rings)).map_err(io::Error::other);
         }
     }
 }
@@ -134,6 +145,19 @@ fn offer_of(minor: u32) -> InitOut {
     }
 }
 
+/// Rings, where the kernel offers them and they can be made.
+fn rings<F: Filesystem + 'static>(channel: &Channel, offer: &InitIn) -> Option<Rings<F>> {
+    if offered(offer) & init::OVER_IO_URING == 0 {
+        return None;
+    }
+    let prepared = Rings::prepare(channel);
+    prepared.inspect_err(|error| tracing::warn!(%error, "the mount does without io_uring")).ok()
+}
+
+fn offered(offer: &InitIn) -> u64 {
+    u64::from(offer.flags) | u64::from(offer.flags2) << 32
+}
+
 fn negotiate(offer: &InitIn, wanted: u64) -> Result<InitOut, String> {
     if offer.major < MAJOR || (offer.major == MAJOR && offer.minor < MINOR_MIN) {
         let (major, minor) = (offer.major, offer.minor);
@@ -141,7 +165,7 @@ fn negotiate(offer: &InitIn, wanted: u64) -> Result<InitOut, String> {
             "the kernel speaks FUSE {major}.{minor}; a mount needs {MAJOR}.{MINOR_MIN} (Linux 6.1)"
         ));
     }
-    let offered = u64::from(offer.flags) | u64::from(offer.flags2) << 32;
+    let offered = offered(offer);
     let (agreed, missing) = (offered & wanted, wanted & !offered);
     if missing != 0 {
         tracing::info!(missing = format!("{missing:#x}"), "the kernel's FUSE does not offer this");
@@ -156,7 +180,7 @@ fn negotiate(offer: &InitIn, wanted: u64) -> Result<InitOut, String> {
 fn read<F: Filesystem>(channel: &Arc<Channel>, filesystem: &F, buffer: &mut [u8]) -> io::Result<()> {
     while let Some(bytes) = channel.receive(buffer)? {
         match parse(bytes) {
-            Ok((header, op)) => dispatch(filesystem, channel, header, op),
+            Ok((header, op)) => dispatch(filesystem, header, op, Reply::new(channel, &header)),
             Err(Some(header)) => {
                 tracing::error!(?header, "a request of the kernel makes no sense");
                 Reply::new(channel, &header).error(libc::EINVAL);
@@ -167,8 +191,8 @@ fn read<F: Filesystem>(channel: &Arc<Channel>, filesystem: &F, buffer: &mut [u8]
     Ok(())
 }
 
-fn dispatch<F: Filesystem>(filesystem: &F, channel: &Arc<Channel>, header: Header, op: Op<'_>) {
-    let reply = Reply::new(channel, &header);
+/// Hands a request to the filesystem, unless it is about the connection.
+pub(super) fn dispatch<F: Filesystem>(filesystem: &F, header: Header, op: Op<'_>, reply: Reply) {
     match op {
         Op::Forget => reply.none(),
         Op::Interrupt { unique } => {

@@ -98,6 +98,45 @@ fn a_program_that_waits_for_a_lock_can_be_killed() {
     world.end();
 }
 
+// Invariant F9. More calls than any queue of the mount has had room for when the first came.
+#[test]
+fn calls_that_wait_do_not_keep_others_out_however_many_they_are() {
+    if !can_mount() {
+        return;
+    }
+    const WAITING: usize = 600;
+    let mut world = World::new();
+    let a = world.mount();
+    let held = File::create(a.join("f")).expect("create");
+    held.lock().expect("lock");
+    thread::scope(|scope| {
+        let (tell, told) = std::sync::mpsc::channel();
+        for _ in 0..WAITING {
+            let (tell, path) = (tell.clone(), a.join("f"));
+            scope.spawn(move || {
+                let file = File::open(path).expect("open");
+                tell.send(rustix::thread::gettid()).expect("the test listens");
+                file.lock().expect("granted in the end");
+            });
+        }
+        let number = format!("{} ", libc::SYS_flock);
+        for thread in told.iter().take(WAITING) {
+            let call = format!("/proc/self/task/{}/syscall", thread.as_raw_nonzero());
+            while !std::fs::read_to_string(&call).is_ok_and(|call| call.starts_with(&number)) {
+                thread::yield_now();
+            }
+        }
+        for round in 0..50 {
+            let name = a.join(format!("other{round}"));
+            std::fs::write(&name, vec![1; 10_000]).expect("write");
+            assert_eq!(std::fs::read(&name).expect("read").len(), 10_000);
+        }
+        assert_eq!(std::fs::read_dir(&a).expect("a directory").count(), 51);
+        drop(held);
+    });
+    world.end();
+}
+
 // Each of three lanes adds under the lock what it has read: a lost lock is a lost addition.
 #[test]
 fn a_lock_that_is_handed_over_shows_what_the_last_holder_wrote() {
