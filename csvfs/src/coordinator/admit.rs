@@ -96,10 +96,11 @@ impl Core {
             Ok(needs) => needs,
             Err(error) => return self.refuse(work.done, error),
         };
-        match needs.first() {
-            Some(&need) => {
+        match needs.split_first() {
+            Some((&need, further)) => {
                 let id = self.park(Errand::Work(work));
                 self.wait_for(id, need);
+                self.nudge(further);
                 Ok(())
             }
             None => self.perform(tables, work),
@@ -131,6 +132,10 @@ impl Core {
                 Ok(())
             }
             Errand::Work(_) => self.resume_work(tables, id),
+            Errand::Nudge => {
+                self.release(id);
+                Ok(())
+            }
         }
     }
 

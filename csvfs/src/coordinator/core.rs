@@ -141,6 +141,8 @@ pub(super) enum Errand {
     Work(Work),
     /// Free the blocks of an orphan.
     Reclaim(u64),
+    /// Nothing itself: others lower their grants in the meantime.
+    Nudge,
 }
 
 /// The time in which clients of the previous term come back.

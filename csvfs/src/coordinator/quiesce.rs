@@ -6,7 +6,11 @@
 //! | changes an inode or its map | nobody else has anything: all of it may be cached there |
 //!
 //! What waits takes part in the lock engine's queue as a client of its own (a stand-in), in the mode that pushes the
-//! others aside. **Invariant:** stand-ins take their needs in the order of inode numbers.
+//! others aside. **Invariant:** stand-ins that have something take their further needs in the order of inode numbers.
+//!
+//! A page of a directory that another client has just filled needs hundreds of grants lowered. To wait for one recall after
+//! the other would take as many round trips. So a request that only reads has others recalled at once, by stand-ins that let go of
+//! what they get: these never have one thing and wait for another.
 
 use std::collections::BTreeMap;
 
@@ -106,6 +110,14 @@ impl Core {
         self.tickets.insert(ticket, Ticket::Parked(id));
         let (holder, resource) = (stand_in(id), ResourceId(ino));
         self.lock_event(Event::Request { ticket, holder, resource, mode });
+    }
+
+    /// Has those who are in the way of reading these too lower their grants, while the first need is waited for.
+    pub(super) fn nudge(&mut self, further: &[Need]) {
+        for &need in further.iter().filter(|(_, mode)| *mode == Mode::ProtectedRead) {
+            let id = self.park(Errand::Nudge);
+            self.wait_for(id, need);
+        }
     }
 
     /// Takes the errand out; its stand-in stays.

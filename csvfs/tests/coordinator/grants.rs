@@ -60,6 +60,34 @@ fn who_asks_for_attributes_sees_what_a_writer_has_buffered() {
     }
 }
 
+// What another client has just made is listed at the price of one round trip, not of one for each file.
+#[test]
+fn a_listing_recalls_all_that_stands_in_its_way_at_once() {
+    let world = World::new();
+    let (c, d) = (world.client(1), world.client(2));
+    let inos: Vec<u64> = (0..20).map(|number| c.create(ROOT, &format!("f{number}")).ino).collect();
+    for ino in &inos {
+        c.acquire(*ino, GrantMode::Exclusive);
+    }
+    let list = d.start(Op::ReadDir(pb::ReadDir { ino: ROOT, cookie: 0, max_entries: 0, cache: false }));
+    // None is answered before all have come.
+    let recalls: Vec<pb::Recall> = inos.iter().map(|_| world.pushes.recall().1).collect();
+    assert!(recalls.iter().all(|recall| recall.to() == GrantMode::ProtectedRead));
+    for recall in recalls.iter().rev() {
+        c.release(recall.ino, GrantMode::ProtectedRead, recall.seq);
+    }
+    let reply::Result::DirPage(page) = result(&list) else { panic!("no page") };
+    assert_eq!(page.entries.len(), inos.len());
+    // Nothing of it is left in the way of a writer.
+    for ino in &inos {
+        let writer = d.start(acquire(*ino, GrantMode::Exclusive));
+        let (_, recall) = world.pushes.recall();
+        c.release(*ino, GrantMode::Null, recall.seq);
+        assert_eq!(granted(result(&writer)).mode(), GrantMode::Exclusive);
+    }
+    world.assert_clean(&c);
+}
+
 #[test]
 fn a_writers_own_questions_recall_nobody() {
     let world = World::new();
