@@ -40,8 +40,10 @@ const INSTRUCTION_BYTES_MAX: usize = 15;
 /// Why a vCPU stopped by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
-    /// The guest ended or reset itself.
+    /// The guest ended itself.
     Ended(String),
+    /// The guest reset its machine.
+    Reset,
     /// The guest cannot go on; what the processor looked like.
     Crashed(String),
 }
@@ -322,7 +324,7 @@ impl Left {
     fn after(effect: Effect) -> Self {
         match effect {
             Effect::None => Self::Served,
-            Effect::Reset => Self::Stopped(Stop::Ended("the guest asked for a reset".into())),
+            Effect::Reset => Self::Stopped(Stop::Reset),
             Effect::PowerOff => Self::Stopped(Stop::Ended("the guest switched itself off".into())),
             Effect::Exit(0) => Self::Stopped(Stop::Ended("the guest ended".into())),
             Effect::Exit(code) => Self::Stopped(Stop::Crashed(format!(

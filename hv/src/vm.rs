@@ -3,7 +3,7 @@
 //! ```text
 //!   build --> Created --resume--> Running <--pause / resume--> Paused --drain, save_state--> (saved)
 //!                | restore_state      ^           |
-//!                +--> Restored -------+           +--> Stopped, Crashed: kept, so that one can look at it
+//!                +--> Restored -------+           +--> Stopped, Reset, Crashed: kept, so that one can look at it
 //! ```
 //! **Invariants:** device threads and the vCPUs run only in `Running`; a state is saved only when paused and drained, the
 //! chips after everything that may still raise an interrupt (H3).
@@ -82,8 +82,17 @@ pub enum RunState {
     Paused,
     /// The guest has ended itself.
     Stopped(String),
+    /// The guest has reset its machine, and wants to be started anew.
+    Reset,
     /// The guest cannot go on; why.
     Crashed(String),
+}
+
+impl RunState {
+    /// Whether the guest never runs again.
+    fn is_end(&self) -> bool {
+        matches!(self, Self::Stopped(_) | Self::Reset | Self::Crashed(_))
+    }
 }
 
 /// Why something could not be done to a VM.
@@ -273,9 +282,7 @@ impl Vm {
     /// # Errors
     /// When it has ended, or a disk has no content.
     pub fn resume(&self) -> Result<(), VmError> {
-        self.expect_state("run", |state| {
-            !matches!(state, RunState::Running | RunState::Stopped(_) | RunState::Crashed(_))
-        })?;
+        self.expect_state("run", |state| *state != RunState::Running && !state.is_end())?;
         if let Some(slot) = self.board.bus.slots.iter().find(|slot| slot.disk.lacks_content()) {
             return Err(VmError::NotAttached(slot.disk.slot()));
         }
@@ -617,7 +624,7 @@ pub struct GuestEnd(Arc<Life>);
 impl GuestEnd {
     /// Waits for it.
     pub fn wait(&self) -> RunState {
-        let lives = |state: &mut RunState| !matches!(state, RunState::Stopped(_) | RunState::Crashed(_));
+        let lives = |state: &mut RunState| !state.is_end();
         let waited = self.0.changed.wait_while(self.0.lock(), lives);
         waited.unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -644,15 +651,17 @@ impl Life {
     fn ended(&self, stop: Stop) {
         let mut state = self.lock();
         // The first vCPU's word counts; another one may fail because of what the first has done.
-        if matches!(*state, RunState::Stopped(_) | RunState::Crashed(_)) {
+        if state.is_end() {
             return;
         }
         match &stop {
             Stop::Ended(why) => tracing::info!(%why, "the guest has ended"),
+            Stop::Reset => tracing::info!("the guest has reset its machine"),
             Stop::Crashed(why) => tracing::error!(%why, "the guest has crashed"),
         }
         *state = match stop {
             Stop::Ended(why) => RunState::Stopped(why),
+            Stop::Reset => RunState::Reset,
             Stop::Crashed(why) => RunState::Crashed(why),
         };
         self.say_ended(state);

@@ -3,6 +3,7 @@
 use std::fs;
 
 use cluster_tests::{Cluster, Ctl, Guest, PATIENCE, until};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::{device_present, text};
@@ -192,4 +193,32 @@ fn a_memory_that_nobody_reads_any_more_goes_with_the_next_start_or_with_its_vm()
     ctl.must(&["vm", "delete", "left"]);
     until("the memory of a VM that is gone goes", || young.exists().into(), |there| there == &false);
     assert!(strange.exists(), "that of another one stays");
+}
+
+#[test]
+fn a_guest_that_resets_its_machine_boots_again_and_one_that_was_stopped_stays_so() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let ctl = cluster.ctl(1);
+    let image = cluster.mount(1).join("grows.vhdx");
+    Ctl::local().must(&["vhdx", "create", text(&image), "--size", "32M"]);
+    let create = ["vm", "create", "again", "--memory", "16M", "--kernel", "builtin:listener", "--cmdline"];
+    ctl.must(&[&create[..], &["reset=131072", "--disk", text(&image)]].concat());
+    let first = ctl.must(&["vm", "start", "again"])["epoch"].as_u64();
+    cluster.console(1, "again", PATIENCE, |said| said.contains("ready"));
+    // It resets the machine when it sees the new size, and not when it finds it at its start.
+    ctl.must(&["vm", "disk", "resize", "again", text(&image), "--size", "64M"]);
+    let show = || cluster.ctl(2).must(&["vm", "show", "again"]);
+    let boots_again = |shown: &Value| shown["state"] == "running" && shown["epoch"].as_u64() > first;
+    let shown = until("the second boot", show, boots_again);
+    assert_eq!(shown["owner"], cluster.name(1).as_str(), "{shown}");
+    let console = cluster.console(1, "again", PATIENCE, |said| said.contains("ready"));
+    assert!(!console.contains("changed"), "it has booted and not gone on: {console}");
+    let events = cluster.ctl(3).must(&["events"]).to_string();
+    assert!(events.contains("the guest has reset its machine"), "people are told why: {events}");
+    ctl.must(&["vm", "stop", "again"]);
+    let shown = show();
+    assert_eq!((&shown["state"], &shown["reason"]), (&"stopped".into(), &"".into()), "{shown}");
 }

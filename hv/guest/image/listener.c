@@ -1,10 +1,13 @@
 /*
  * The listener: waits for configuration interrupts of its disks and says what it sees. A disk that has got a medium is
- * read, which shows that it works and what is on it.
+ * read, which shows that it works and what is on it. With `reset=S` it resets the machine when a disk has got S sectors.
  */
 #include "guest.h"
 
-static u64 *sector;
+#define RESET_PORT 0x64
+#define RESET_VALUE 0xfe
+
+static u64 *sector, reset_sectors;
 
 static void look(u32 index) {
     struct disk *disk = &disks[index];
@@ -23,10 +26,12 @@ static void look(u32 index) {
         put_hex(sector[0]);
     }
     put_text("\n");
+    if (reset_sectors && disk->sectors == reset_sectors) out8(RESET_PORT, RESET_VALUE);
 }
 
 void run_listener(const char *command_line) {
     sector = take_pages(1);
+    reset_sectors = option_number(command_line, "reset", 0);
     disks_start(command_line);
     put_text("listener");
     put_field("disks", disk_count);

@@ -485,6 +485,7 @@ impl Runner {
             RunState::Running => (VmRunState::Running, self.disk_trouble()),
             RunState::Created | RunState::Restored | RunState::Paused => (VmRunState::Paused, String::new()),
             RunState::Stopped(why) => (VmRunState::Stopped, why),
+            RunState::Reset => (VmRunState::Reset, "the guest has reset its machine".into()),
             RunState::Crashed(why) => (VmRunState::Crashed, why),
         }
     }

@@ -3,7 +3,8 @@
 //! ```text
 //!   Stopped --start: CAS Starting, epoch + 1--> hv process --ready: CAS--> Running <--pause/resume--> Paused
 //!                                                  |                          |
-//!                                                  '---- its end: CAS Stopped or Failed, with the reason
+//!                                                  '---- its end: CAS Stopped or Failed, with the reason; ha.rs starts it
+//!                                                        again when its node is gone, or its guest has reset the machine
 //!   migration.rs    Running here --> saved on the volume --> one CAS of the owner --> Running there
 //! ```
 //!
@@ -346,8 +347,10 @@ fn supervise(core: &Arc<Core>, runner: &Arc<Runner>) {
     let runtime = core.runtime.clone();
     runtime.spawn(async move {
         let end = tokio::select! {
-            end = runner.ended() => end,
+            // It waits for the end of the process too, and knows more about it.
+            biased;
             end = guest_ended(&core, &runner) => end,
+            end = runner.ended() => end,
         };
         core.vms.remove(&runner);
         runner::forget_client(&core, runner.serial).await;
@@ -356,26 +359,24 @@ fn supervise(core: &Arc<Core>, runner: &Arc<Runner>) {
     });
 }
 
-/// A guest that shuts down or crashes leaves its process behind, which can still tell about it. Returns after the end of
-/// the process, with the guest's reason.
+/// A guest that shuts down, resets its machine or crashes leaves its process behind, which can still tell about it. Returns after
+/// the end of the process, with the guest's reason.
 async fn guest_ended(core: &Arc<Core>, runner: &Arc<Runner>) -> runner::End {
     loop {
         tokio::time::sleep(LOOK_AT_GUEST_EVERY).await;
         let Ok(status) = runner.control().status().await else { continue };
-        let crashed = match status.state() {
-            VmRunState::Crashed => true,
-            VmRunState::Stopped => false,
-            _ => {
-                trouble::look(core, runner, &status).await;
-                continue;
-            }
-        };
+        let state = status.state();
+        if !matches!(state, VmRunState::Crashed | VmRunState::Stopped | VmRunState::Reset) {
+            trouble::look(core, runner, &status).await;
+            continue;
+        }
+        let crashed = state == VmRunState::Crashed;
         if let Err(error) = runner.stop(crashed).await {
             tracing::warn!(vm = runner.name, %error, "process of a guest that has ended: killed");
             runner.kill();
         }
         runner.ended().await;
-        return runner::End::of_guest(!crashed, status.reason);
+        return runner::End::of_guest(state, status.reason);
     }
 }
 
@@ -413,6 +414,9 @@ fn end_of(core: &Core, state: &ClusterState, runner: &Runner, end: &runner::End)
     let ours = record.owner == core.me && record.epoch == runner.epoch();
     let runs = matches!(record.state, VmState::Starting | VmState::Running | VmState::Paused);
     (ours && runs).then(|| {
+        if end.again {
+            return ha::again(record, end.to_string());
+        }
         record.update(|record| {
             record.state = if end.in_order { VmState::Stopped } else { VmState::Failed };
             record.reason = if end.in_order { String::new() } else { end.to_string() };

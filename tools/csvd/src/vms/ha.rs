@@ -1,4 +1,4 @@
-//! Restarting what ran on a node that is gone.
+//! Restarting what ran on a node that is gone, and a guest that has reset its machine.
 //!
 //! ```text
 //!   node lost --heirs.rs: Failed, restarts_left = 3--> fence confirmed --heirs.rs: another owner--> run() here: start
@@ -58,6 +58,15 @@ pub(crate) fn lost(vm: &VmRecord, reason: String) -> Command {
         record.peer = None;
         record.reason = reason;
         record.restarts_left = if ran && !stays { RESTARTS_MAX } else { 0 };
+    })
+}
+
+/// The record of a VM whose guest has reset its machine: it boots again, like one that its user starts, on this node if that can.
+pub(super) fn again(vm: &VmRecord, reason: String) -> Command {
+    vm.update(|record| {
+        record.state = VmState::Failed;
+        record.reason = reason;
+        record.restarts_left = RESTARTS_MAX;
     })
 }
 

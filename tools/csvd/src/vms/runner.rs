@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::{Error, pb};
+use hv::control::VmRunState;
 use hv_runner::Failure;
 use hv_runner::config::{DiskSpec, NetSpec, RunnerConfig, VolumePath, VolumeSpec};
 use lockmgr::cluster::VmRecord;
@@ -91,14 +92,16 @@ impl Drop for Moving {
 pub(crate) struct End {
     /// The guest shut down, or the process was asked to stop.
     pub(crate) in_order: bool,
+    /// The guest has reset its machine: it is to be started again.
+    pub(super) again: bool,
     how: String,
 }
 
 impl End {
     /// The guest itself has ended.
-    pub(super) fn of_guest(in_order: bool, reason: String) -> Self {
+    pub(super) fn of_guest(state: VmRunState, reason: String) -> Self {
         let how = if reason.is_empty() { "the guest has ended".to_owned() } else { reason };
-        Self { in_order, how }
+        Self { in_order: state != VmRunState::Crashed, again: state == VmRunState::Reset, how }
     }
 }
 
@@ -168,7 +171,7 @@ impl Runner {
                 Err(error) => format!("its process cannot be watched: {error}"),
             };
             let in_order = asked || status.is_ok_and(|status| status.success());
-            tell.send_replace(Some(End { in_order, how }));
+            tell.send_replace(Some(End { in_order, again: false, how }));
         });
         tracing::info!(vm = record.name, epoch = record.epoch, pid, serial, "VM process started");
         Ok(runner)
@@ -211,7 +214,7 @@ impl Runner {
     pub(crate) async fn ended(&self) -> End {
         let mut end = self.end.clone();
         let ended = end.wait_for(Option::is_some).await;
-        let gone = || End { in_order: false, how: "it is no longer watched".to_owned() };
+        let gone = || End { in_order: false, again: false, how: "it is no longer watched".to_owned() };
         ended.ok().and_then(|end| end.clone()).unwrap_or_else(gone)
     }
 
