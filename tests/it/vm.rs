@@ -187,11 +187,11 @@ fn a_memory_that_nobody_reads_any_more_goes_with_the_next_start_or_with_its_vm()
     }
     ctl.must(&["vm", "stop", "--force", "left"]);
     ctl.must(&["vm", "start", "left"]);
-    until("the old memory goes", || old.exists().into(), |there| there == &false);
+    until("the old memory goes", || old.exists().into(), |there| *there == false);
     assert!(young.exists() && strange.exists(), "others stay");
     ctl.must(&["vm", "stop", "--force", "left"]);
     ctl.must(&["vm", "delete", "left"]);
-    until("the memory of a VM that is gone goes", || young.exists().into(), |there| there == &false);
+    until("the memory of a VM that is gone goes", || young.exists().into(), |there| *there == false);
     assert!(strange.exists(), "that of another one stays");
 }
 
