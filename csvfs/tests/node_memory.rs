@@ -121,6 +121,12 @@ fn memory_is_bounded() {
     while a.stats().files > 60 {
         thread::yield_now();
     }
+    // A lower bound counts at once, for what is remembered already.
+    a.set_memory(5);
+    assert_eq!(a.memory(), 5);
+    while a.stats().files > 15 {
+        thread::yield_now();
+    }
     a.detach().expect("a detach");
     assert!(world.problems(&b).is_empty());
 }

@@ -268,9 +268,15 @@ impl Node {
     }
 
     /// How many inodes that nobody uses may be remembered, with their names; what is asked for beyond that is forgotten
-    /// again.
+    /// again, and what is remembered beyond it now.
     pub fn set_memory(&self, inodes: usize) {
-        self.core.memory.set_bound(inodes);
+        self.core.bound_memory(inodes);
+    }
+
+    /// How many inodes that nobody uses may be remembered.
+    #[must_use]
+    pub fn memory(&self) -> usize {
+        self.core.memory.bound()
     }
 
     /// Changes attributes and gives the new ones.

@@ -98,12 +98,12 @@ impl Memory {
         Ranked::take(rank::MEMORY, || self.list.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(super) fn set_bound(&self, inodes: usize) {
-        self.bound.store(inodes, Ordering::Relaxed);
+    pub(super) fn bound(&self) -> usize {
+        self.bound.load(Ordering::Relaxed)
     }
 
     fn has_room_for_names(&self) -> bool {
-        self.names.load(Ordering::Relaxed) < self.bound.load(Ordering::Relaxed) * NAMES_PER_INODE
+        self.names.load(Ordering::Relaxed) < self.bound().saturating_mul(NAMES_PER_INODE)
     }
 }
 
@@ -370,9 +370,17 @@ impl Core {
         }
         let mut list = self.memory.list();
         list.push_back(inode.ino);
-        let too_many = list.len() > self.memory.bound.load(Ordering::Relaxed);
+        let too_many = list.len() > self.memory.bound();
         drop(list);
         if too_many {
+            self.forget_one();
+        }
+    }
+
+    /// Remembers no more than so many from now on.
+    pub(super) fn bound_memory(&self, inodes: usize) {
+        self.memory.bound.store(inodes, Ordering::Relaxed);
+        while self.memory.list().len() > inodes {
             self.forget_one();
         }
     }

@@ -1,4 +1,4 @@
-//! `volume cache`: memory for blocks of the LUN that a node's mount reads again.
+//! `volume cache`: memory for blocks of the LUN that a node's mount reads again, and for what it remembers of files.
 //!
 //! It serves reads through the mount. Processes of VMs read past it, with the cache of their guest. The setting is the
 //! running daemon's: a node that starts again begins without.
@@ -50,6 +50,11 @@ pub(crate) fn here(core: &Arc<Core>, request: &pb::VolumeCacheRequest) -> Result
         let text = if bytes == 0 { "off".to_owned() } else { format!("{} MiB", bytes >> 20) };
         core.note("volume.cache", &record.name, format!("the read cache of {} is {text}", core.config.name));
     }
+    if let Some(files) = request.files_max {
+        node.set_memory(usize::try_from(files).unwrap_or(usize::MAX));
+        let text = format!("{} remembers up to {files} files that nobody uses", core.config.name);
+        core.note("volume.cache", &record.name, text);
+    }
     let stats = node.read_cache();
     let row = pb::VolumeCacheRow {
         volume: record.name.clone(),
@@ -59,6 +64,8 @@ pub(crate) fn here(core: &Arc<Core>, request: &pb::VolumeCacheRequest) -> Result
         hits: stats.hits,
         misses: stats.misses,
         hit_rate: hit_rate(&stats),
+        files: node.stats().files,
+        files_max: node.memory() as u64,
     };
     Ok(pb::VolumeCaches { caches: vec![row] })
 }

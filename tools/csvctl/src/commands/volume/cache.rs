@@ -17,6 +17,9 @@ pub(crate) struct Cache {
     /// Turn the cache off and give its memory back
     #[arg(long)]
     off: bool,
+    /// How many files that nobody uses each node remembers, so that asking again takes no message; each takes up to 1 KiB
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u64).range(1..))]
+    files: Option<u64>,
     /// Only on this node; without it on every node that is up
     #[arg(long, value_name = "NODE")]
     node: Option<String>,
@@ -25,7 +28,8 @@ pub(crate) struct Cache {
 impl Cache {
     pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
         let size_bytes = if self.off { Some(0) } else { self.size };
-        let request = VolumeCacheRequest { name: self.name, node: self.node.unwrap_or_default(), size_bytes };
+        let (name, node, files_max) = (self.name, self.node.unwrap_or_default(), self.files);
+        let request = VolumeCacheRequest { name, node, size_bytes, files_max };
         let caches = context.client().await?.volume_cache(request).await?.into_inner();
         context.ui.show(&caches, text)
     }
@@ -41,7 +45,8 @@ fn text(caches: &VolumeCaches) -> String {
             row.hits.to_string(),
             row.misses.to_string(),
             format!("{:.1} %", 100.0 * row.hit_rate),
+            format!("{} of {}", row.files, row.files_max),
         ]
     });
-    ui::table(["node", "size", "used", "hits", "misses", "hit rate"], rows)
+    ui::table(["node", "size", "used", "hits", "misses", "hit rate", "files"], rows)
 }
