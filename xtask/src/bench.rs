@@ -3,7 +3,7 @@
 use crate::packages;
 use crate::run::{Failure, cargo, command, root, target_dir};
 
-/// Runs all benchmarks, or the named one.
+/// Runs all benchmarks, or the named one with its own options.
 pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
     packages::ensure(packages::TEST)?;
     cargo(&["build", "--release", "--workspace", "--bins", "--locked"])?;
@@ -21,16 +21,19 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
         "migration",
         "failover",
     ];
-    let chosen: Vec<&str> = match options {
-        [] => known.to_vec(),
-        [name] if known.contains(&name.as_str()) => vec![name],
-        _ => return Err(Failure::usage(&format!("usage: cargo xtask bench [{}]", known.join("|")))),
+    let (chosen, options): (Vec<&str>, &[String]) = match options {
+        [] => (known.to_vec(), &[]),
+        [name, options @ ..] if known.contains(&name.as_str()) => (vec![name], options),
+        _ => {
+            let usage = format!("usage: cargo xtask bench [{} [ITS OPTIONS]]", known.join("|"));
+            return Err(Failure::usage(&usage));
+        }
     };
     if chosen.iter().any(|name| name.starts_with("fuse_")) {
         packages::ensure(packages::PEERS)?;
     }
     for name in chosen {
-        command::<&str>(release.join(name).as_os_str(), &[], &root())?;
+        command(release.join(name).as_os_str(), options, &root())?;
     }
     Ok(())
 }

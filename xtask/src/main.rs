@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use run::{Failure, cargo, root};
 
-const USAGE: &str = "usage: cargo xtask demo [DEMO OPTIONS] | test [--quick] | bench [NAME] | faults [--rounds N] [--seed N] | moves [ROUNDS] | lab SCENARIO | setup";
+const USAGE: &str = "usage: cargo xtask demo [DEMO OPTIONS] | test [--quick] | bench [NAME [ITS OPTIONS]] | faults [--rounds N] [--seed N] | moves [ROUNDS] | lab SCENARIO | setup";
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
