@@ -21,7 +21,7 @@ use crate::tool::{Doing, LabError};
 const BASE_MS: u32 = 400;
 /// How long something may take that the cluster does by itself.
 pub(crate) const LIMIT: Duration = Duration::from_secs(240);
-const SOCKET: &str = "/data/n/csvd.sock";
+pub(crate) const SOCKET: &str = "/data/n/csvd.sock";
 pub(crate) const MOUNT: &str = "/data/n/mnt/vol1";
 /// MiB and processors of a node: more processors than the host has wait for each other in vain.
 const SIZE: (u32, u32) = (768, 1);
@@ -30,6 +30,9 @@ const MODULES: &[&str] = &["sd_mod", "iscsi_tcp", "sg"];
 const PROGRAMS: &[&str] = &["/usr/sbin/iscsid", "/usr/bin/iscsiadm"];
 /// Blocks of a file that nodes write in turn.
 pub(crate) const BLOCKS: usize = 64;
+/// A block of the LUN that holds nothing and is nobody's (csvfs/FORMAT.md): in the half of the heartbeat area where
+/// `cluster validate` tries things out, behind the blocks of all nodes.
+const SPARE_BLOCK: u64 = (3 << 20 | 1 << 19) / 4096 + 65;
 
 /// An I/O error comes after 3 s without the SAN, so that the cluster and not the kernel decides what then.
 const ISCSID_CONF: &str = "node.startup = manual
@@ -54,6 +57,22 @@ echo InitiatorName=iqn.2026-11.lab:node$(word number) > /etc/iscsi/initiatorname
     )
 }
 
+/// What the nodes of a scenario are made of, beside what every cluster needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kit<'a> {
+    /// MiB and processors.
+    pub(crate) size: (u32, u32),
+    pub(crate) programs: &'a [&'a str],
+    /// Lines of the init, run once the network is up.
+    pub(crate) init: &'a str,
+    /// What lies below `/data`.
+    pub(crate) content: Option<&'a Path>,
+}
+
+impl Kit<'_> {
+    pub(crate) const PLAIN: Self = Self { size: SIZE, programs: &[], init: "", content: None };
+}
+
 /// The cluster. Everything goes when it is dropped.
 pub(crate) struct SanCluster {
     /// Declared in the order in which they must go.
@@ -64,13 +83,14 @@ pub(crate) struct SanCluster {
     kernel: Kernel,
     initrd: PathBuf,
     folder: PathBuf,
+    size: (u32, u32),
     started: Instant,
 }
 
 impl SanCluster {
     /// Boots a SAN and `count` nodes, forms a cluster, makes a volume on the LUN, and waits until all have mounted it.
     pub(crate) fn start(folder: &Path, count: u8) -> Result<Self, LabError> {
-        let mut lab = Self::machines(folder, count)?;
+        let mut lab = Self::machines(folder, count, &Kit::PLAIN)?;
         for number in 1..=count {
             lab.log_in(number)?;
         }
@@ -82,15 +102,27 @@ impl SanCluster {
         Ok(lab)
     }
 
+    /// Boots a SAN, two nodes that have a volume on its LUN, and a witness that never logs in to it, as node 3.
+    pub(crate) fn start_with_witness(folder: &Path, kit: &Kit<'_>) -> Result<Self, LabError> {
+        let mut lab = Self::machines(folder, 3, kit)?;
+        lab.log_in(1)?;
+        lab.log_in(2)?;
+        lab.found()?;
+        lab.join(2, "")?;
+        lab.join(3, "--witness")?;
+        lab.make_volume(2)?;
+        Ok(lab)
+    }
+
     /// Machines that run, without a cluster.
-    pub(crate) fn machines(folder: &Path, count: u8) -> Result<Self, LabError> {
+    fn machines(folder: &Path, count: u8, kit: &Kit<'_>) -> Result<Self, LabError> {
         let started = Instant::now();
         let kernel = Kernel::get(&crate::scenarios::cache()?)?;
         let extra = Extra {
             modules: MODULES,
-            programs: PROGRAMS,
+            programs: &[PROGRAMS, kit.programs].concat(),
             files: &[("etc/iscsi/iscsid.conf", ISCSID_CONF), ("etc/passwd", "root:x:0:0:root:/:/bin/sh\n")],
-            init: &login(),
+            init: &(login() + kit.init),
         };
         let initrd = Node::pack(&kernel, folder, "san-node", &extra)?;
         let storage = Storage::make(&kernel, folder)?;
@@ -100,10 +132,11 @@ impl SanCluster {
         let (san, nodes) = std::thread::scope(|scope| {
             let san = scope.spawn(|| storage.boot(&kernel, &network, folder));
             let boot = |number| {
-                let (kernel, network, initrd, empty) = (&kernel, &network, &initrd, &empty);
+                let (kernel, network, initrd, content) =
+                    (&kernel, &network, &initrd, kit.content.unwrap_or(&empty));
                 scope.spawn(move || {
-                    Node::make_drive(folder, number, DATA_MIB, empty)?;
-                    Node::boot_from(kernel, network, folder, number, initrd, SIZE)
+                    Node::make_drive(folder, number, DATA_MIB, content)?;
+                    Node::boot_from(kernel, network, folder, number, initrd, kit.size)
                 })
             };
             let booting: Vec<_> = (1..=count).map(boot).collect();
@@ -115,7 +148,7 @@ impl SanCluster {
         });
         let (san, nodes) = (Some(san?), nodes?.into_iter().map(Some).collect());
         let folder = folder.to_owned();
-        let lab = Self { nodes, san, storage, network, kernel, initrd, folder, started };
+        let lab = Self { nodes, san, storage, network, kernel, initrd, folder, size: kit.size, started };
         lab.say("the machines are up");
         Ok(lab)
     }
@@ -139,7 +172,7 @@ impl SanCluster {
     }
 
     /// Logs in to the SAN; the LUN is /dev/sda then.
-    pub(crate) fn log_in(&mut self, number: u8) -> Result<(), LabError> {
+    fn log_in(&mut self, number: u8) -> Result<(), LabError> {
         self.run(
             number,
             &format!(
@@ -150,7 +183,7 @@ impl SanCluster {
         .map(drop)
     }
 
-    pub(crate) fn found(&mut self) -> Result<(), LabError> {
+    fn found(&mut self) -> Result<(), LabError> {
         self.node(1).ctl(
             "",
             &format!("cluster create --name lab --node node1 --listen 10.77.0.1:7400 --dir /data/n --base-ms {BASE_MS}"),
@@ -159,7 +192,7 @@ impl SanCluster {
         Ok(())
     }
 
-    pub(crate) fn join(&mut self, number: u8, options: &str) -> Result<(), LabError> {
+    fn join(&mut self, number: u8, options: &str) -> Result<(), LabError> {
         let token = self.ctl(1, "cluster token")?;
         let token =
             token["token"].as_str().ok_or_else(|| LabError::new("cluster token gave none"))?.to_owned();
@@ -175,7 +208,7 @@ impl SanCluster {
         Ok(())
     }
 
-    pub(crate) fn make_volume(&mut self, count: u8) -> Result<(), LabError> {
+    fn make_volume(&mut self, count: u8) -> Result<(), LabError> {
         let made = self.ctl(1, "volume create vol1 --lun /dev/sda")?;
         check(made["fence"] == "reservation", "a SAN's LUN is fenced by reservations", &made)?;
         for number in 1..=count {
@@ -251,7 +284,7 @@ impl SanCluster {
 
     /// How often it has written them all.
     pub(crate) fn rounds(&mut self, number: u8) -> Result<u64, LabError> {
-        let said = self.run(number, "wc -l < /tmp/rounds 2>/dev/null || echo 0")?;
+        let said = self.run(number, "cat /tmp/rounds 2>/dev/null | wc -l")?;
         said.trim().parse().doing(format_args!("counting rounds in {said:?}"))
     }
 
@@ -259,7 +292,7 @@ impl SanCluster {
     pub(crate) fn until_rounds(&mut self, number: u8, more: u64) -> Result<(), LabError> {
         let wanted = self.rounds(number)? + more;
         let look = format!(
-            "for turn in $(seq 2000); do [ $(wc -l < /tmp/rounds) -ge {wanted} ] && break; [ -e /tmp/refused ] && cat /tmp/why && break; sleep 0.1; done; [ $(wc -l < /tmp/rounds) -ge {wanted} ]"
+            "for turn in $(seq 2000); do [ $(cat /tmp/rounds 2>/dev/null | wc -l) -ge {wanted} ] && break; [ -e /tmp/refused ] && cat /tmp/why && break; sleep 0.1; done; [ $(cat /tmp/rounds | wc -l) -ge {wanted} ]"
         );
         self.run(number, &look).map(drop)
     }
@@ -283,6 +316,47 @@ impl SanCluster {
     pub(crate) fn thaw(&mut self, number: u8) -> Result<(), LabError> {
         self.say(&format!("node{number} goes on"));
         self.node(number).machine.signal("CONT")
+    }
+
+    /// A hang of the daemon alone: its machine, and whoever writes on the mount, go on.
+    pub(crate) fn stop_daemon(&mut self, number: u8) -> Result<(), LabError> {
+        self.say(&format!("the daemon of node{number} is stopped"));
+        self.run(number, "kill -STOP $(pidof csvd)").map(drop)
+    }
+
+    pub(crate) fn continue_daemon(&mut self, number: u8) -> Result<(), LabError> {
+        self.say(&format!("the daemon of node{number} goes on"));
+        self.run(number, "kill -CONT $(pidof csvd)").map(drop)
+    }
+
+    /// The LUN itself takes a write of this machine, whoever asks for it there.
+    pub(crate) fn check_taken_by_lun(&mut self, number: u8) -> Result<(), LabError> {
+        let said = self.write_past_daemon(number)?;
+        check(said.contains("landed"), &format!("a write of node{number} that the LUN takes"), &said.into())
+    }
+
+    /// The LUN itself refuses the writes of this machine, whoever asks for them there (A2). Call it while the daemon is stopped:
+    /// it would come back as the next incarnation, with a key.
+    pub(crate) fn check_refused_by_lun(&mut self, number: u8) -> Result<(), LabError> {
+        let said = self.write_past_daemon(number)?;
+        let refused = said.contains("Invalid exchange") && !said.contains("landed");
+        check(refused, &format!("a reservation conflict for a write of node{number}"), &said.into())?;
+        self.say(&format!("the LUN refuses what node{number} writes"));
+        Ok(())
+    }
+
+    /// A write to the LUN without the cluster's programs, once a read shows that there is a path. Says what came of it.
+    fn write_past_daemon(&mut self, number: u8) -> Result<String, LabError> {
+        let read = "dd if=/dev/sda of=/dev/null bs=4096 count=1 iflag=direct 2>/dev/null";
+        let write = format!(
+            "dd if=/dev/zero of=/dev/sda bs=4096 seek={SPARE_BLOCK} count=1 oflag=direct conv=notrunc 2>&1 && echo landed"
+        );
+        self.run(
+            number,
+            &format!(
+                "for turn in $(seq 600); do {read} && break; sleep 0.1; done; {read} && {{ {write}; true; }}"
+            ),
+        )
     }
 
     /// Pulls the network cable, or plugs it in.
@@ -318,7 +392,8 @@ impl SanCluster {
 
     /// Boots a node that has lost its power, with the daemon that it had.
     pub(crate) fn boot(&mut self, number: u8) -> Result<(), LabError> {
-        let node = Node::boot_from(&self.kernel, &self.network, &self.folder, number, &self.initrd, SIZE)?;
+        let node =
+            Node::boot_from(&self.kernel, &self.network, &self.folder, number, &self.initrd, self.size)?;
         self.nodes[usize::from(number) - 1] = Some(node);
         self.log_in(number)?;
         self.start_daemon(number)

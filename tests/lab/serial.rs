@@ -71,13 +71,15 @@ impl Serial {
     /// Runs a command in the machine's shell and gives its output; any exit code but 0 is an error.
     pub(crate) fn run(&mut self, command: &str, limit: Duration) -> Result<String, LabError> {
         self.commands += 1;
-        let mark = format!("done-{}-", self.commands);
+        let number = self.commands;
+        let (begin, mark) = (format!("begin-{number}-.\r\n"), format!("done-{number}-"));
         let from = self.heard.lock().text.len();
-        // Put together in the machine, so that the echo of the command is not taken for its end.
-        let line = format!("{{ {command} ; }} 2>&1; echo \"done\"-{}-$?.\n", self.commands);
+        // Put together in the machine, so that the echo of the command, which may come twice, is taken for neither.
+        let line = format!("echo \"begin\"-{number}-.; {{ {command} ; }} 2>&1; echo \"done\"-{number}-$?.\n");
         self.port.write_all(line.as_bytes()).doing(format_args!("writing to {}", self.name))?;
         let ends = |said: &Said| {
             let rest = said.text.get(from..)?;
+            let rest = &rest[rest.find(&begin)? + begin.len()..];
             let at = rest.find(&mark)?;
             let code = rest[at + mark.len()..].split_once('.')?.0;
             Some((rest[..at].to_owned(), code.to_owned()))
@@ -86,7 +88,7 @@ impl Serial {
         let waited = self.heard.more.wait_timeout_while(self.heard.lock(), limit, waits);
         let (said, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match ends(&said) {
-            Some((output, code)) if code == "0" => Ok(without_echo(&output)),
+            Some((output, code)) if code == "0" => Ok(output.replace('\r', "")),
             Some((_, code)) => Err(self.failed(&said, &format!("`{command}` ended with {code}"))),
             None => Err(self.failed(&said, &format!("`{command}` did not end within {limit:?}"))),
         }
@@ -103,11 +105,6 @@ impl Heard {
     fn lock(&self) -> MutexGuard<'_, Said> {
         self.said.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// The shell repeats what it is given.
-fn without_echo(output: &str) -> String {
-    output.split_once('\n').map_or("", |(_, rest)| rest).replace('\r', "")
 }
 
 fn connect(socket: &Path) -> Result<UnixStream, LabError> {

@@ -11,9 +11,27 @@ pub(super) fn hung() -> Result<(), LabError> {
     taken_over(SanCluster::freeze, SanCluster::thaw)
 }
 
-/// A machine loses the network, to its peers and to the SAN alike (A1, A2, A7).
+/// The daemon alone is stopped: the LUN refuses its machine's writes whoever asks for them, and what the daemon had before it
+/// finds no way when it goes on (A1, A2, B3).
+pub(super) fn stopped() -> Result<(), LabError> {
+    taken_over(SanCluster::stop_daemon, |lab, node| {
+        lab.check_refused_by_lun(node)?;
+        lab.continue_daemon(node)
+    })
+}
+
+/// A machine loses the network, to its peers and to the SAN alike (A1, A2, A7). When it is back, the LUN refuses its writes
+/// until it has begun anew.
 pub(super) fn cut() -> Result<(), LabError> {
-    taken_over(|lab, node| lab.plug(node, false), |lab, node| lab.plug(node, true))
+    taken_over(
+        |lab, node| lab.plug(node, false),
+        |lab, node| {
+            lab.stop_daemon(node)?;
+            lab.plug(node, true)?;
+            lab.check_refused_by_lun(node)?;
+            lab.continue_daemon(node)
+        },
+    )
 }
 
 type Fault = fn(&mut SanCluster, u8) -> Result<(), LabError>;
@@ -24,6 +42,7 @@ fn taken_over(fail: Fault, heal: Fault) -> Result<(), LabError> {
         lab.write(1, SLEEPER)?;
         // The coordinator itself.
         lab.ctl(1, "volume move vol1 --to node3")?;
+        lab.check_taken_by_lun(3)?;
         lab.write_for_ever(3, SLEEPER)?;
         lab.until_rounds(3, 2)?;
         fail(&mut lab, 3)?;

@@ -50,7 +50,7 @@ pub(crate) fn run() -> Result<(), LabError> {
     super::in_folder(|folder| {
         let kernel = Kernel::get(&super::cache()?)?;
         let content = folder.join("content");
-        prepare_guest(&kernel, folder, &content)?;
+        prepare(&kernel, &content, GUEST_INIT)?;
         let network = Network::new()?;
         let started = Instant::now();
         let mut node = Node::boot(&kernel, &network, folder, 1, &content)?;
@@ -72,19 +72,19 @@ pub(crate) fn run() -> Result<(), LabError> {
     })
 }
 
-/// Kernel, initrd and root of the guest, as files for the machine.
-fn prepare_guest(kernel: &Kernel, folder: &Path, content: &Path) -> Result<(), LabError> {
+/// Kernel, initrd and root of a guest, as files for the machines it runs on. `init` is the one on the root.
+pub(super) fn prepare(kernel: &Kernel, content: &Path, init: &str) -> Result<(), LabError> {
     fs::create_dir_all(content).doing("making a folder")?;
     fs::copy(kernel.image(), content.join("vmlinuz")).doing("copying the kernel")?;
     let initrd = Tree::new(GUEST_INITRD)?;
     initrd.add_modules(kernel, GUEST_MODULES)?;
     initrd.pack(&content.join("guest.initrd"))?;
     let root = Tree::new("")?;
-    root.add_text("sbin/init", GUEST_INIT, 0o755)?;
-    for folder in ["proc", "sys", "dev"] {
+    root.add_text("sbin/init", init, 0o755)?;
+    for folder in ["proc", "sys", "dev", "tmp", "kept"] {
         root.add_text(&format!("{folder}/.keep"), "", 0o644)?;
     }
-    drive::ext4(&folder.join("content/root.raw"), ROOT_MIB, root.path())
+    drive::ext4(&content.join("root.raw"), ROOT_MIB, root.path())
 }
 
 /// Waits for the guest's end; gives all that it has said.

@@ -2,6 +2,7 @@
 
 mod fences;
 mod linux_guest;
+mod linux_moves;
 mod outages;
 mod witness;
 
@@ -15,7 +16,9 @@ type Scenario = fn() -> Result<(), LabError>;
 /// All scenarios, with what they do.
 const ALL: &[(&str, Scenario)] = &[
     ("linux-guest", linux_guest::run),
+    ("linux-moves", linux_moves::run),
     ("reservation-hung", fences::hung),
+    ("reservation-stopped", fences::stopped),
     ("reservation-cut", fences::cut),
     ("san-power-cut", outages::san_power_cut),
     ("coordinator-power-cut", outages::coordinator_power_cut),

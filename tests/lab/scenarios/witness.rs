@@ -1,6 +1,6 @@
 //! Two nodes and a witness that reaches no LUN: either node may hang, and the fence of each is tried out while in use.
 
-use crate::cluster::{BLOCKS, SanCluster, check};
+use crate::cluster::{BLOCKS, Kit, SanCluster, check};
 use crate::tool::LabError;
 
 const FIRST: &str = "first";
@@ -8,14 +8,7 @@ const SECOND: &str = "second";
 
 pub(super) fn two_nodes() -> Result<(), LabError> {
     super::in_folder(|folder| {
-        // The third machine is the witness: it never logs in to the SAN.
-        let mut lab = SanCluster::machines(folder, 3)?;
-        lab.log_in(1)?;
-        lab.log_in(2)?;
-        lab.found()?;
-        lab.join(2, "")?;
-        lab.join(3, "--witness")?;
-        lab.make_volume(2)?;
+        let mut lab = SanCluster::start_with_witness(folder, &Kit::PLAIN)?;
         let report = lab.ctl(1, "cluster validate")?;
         let tried = report["checks"].as_array().is_some_and(|checks| {
             let fences = checks.iter().filter(|check| check["what"] == "fence");
