@@ -33,8 +33,8 @@ pub use ledger::{Ledger, Quarantined};
 pub use local::LocalKill;
 pub use operator::OperatorFence;
 pub use reservation::{
-    Cutter, EnrollError, OwnPath, ReservationFence, ReservationKey, Standing, enroll, reserve_again,
-    standing, withdraw,
+    Cutter, EnrollError, OwnPath, ReservationFence, ReservationKey, Seen, Standing, enroll, look,
+    reserve_again, standing, withdraw,
 };
 
 pub use crate::cluster::FenceKind;

@@ -152,16 +152,53 @@ pub enum Standing {
 /// # Errors
 /// When it cannot be asked.
 pub fn standing(device: &dyn Reservations, own: ReservationKey) -> Result<Standing, ReserveError> {
+    look(device, own, |_, _| false).map(|seen| seen.standing)
+}
+
+/// What a node saw on a LUN.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// How it stands itself.
+    pub standing: Standing,
+    /// Keys of incarnations that are over; they have been taken off.
+    pub returned: Vec<ReservationKey>,
+}
+
+/// Asks the LUN how a node stands with it, and takes the keys of incarnations off that are `over`. A target that was restarted
+/// may list a key only when its node has come back, so that a fence in between has not seen it (A6).
+///
+/// # Errors
+/// When the LUN cannot be asked.
+pub fn look(
+    device: &dyn Reservations,
+    own: ReservationKey,
+    over: impl Fn(NodeId, Epoch) -> bool,
+) -> Result<Seen, ReserveError> {
     let known = despite_attentions(|| device.read_keys())?;
     if !known.keys.contains(&own.raw()) {
-        return Ok(Standing::KeyGone);
+        return Ok(Seen { standing: Standing::KeyGone, returned: Vec::new() });
+    }
+    let returned = returned(&known.keys, own, over);
+    for key in &returned {
+        match despite_attentions(|| device.preempt_and_abort(own.raw(), key.raw())) {
+            // Another node was faster.
+            Ok(()) | Err(ReserveError::Conflict { .. }) => {}
+            Err(error) => return Err(error),
+        }
     }
     let held = despite_attentions(|| device.read_reservation())?;
-    Ok(if held == Some(ReservationType::WriteExclusiveAllRegistrants) {
-        Standing::Good
-    } else {
-        Standing::NotReserved
-    })
+    let reserved = held == Some(ReservationType::WriteExclusiveAllRegistrants);
+    Ok(Seen { standing: if reserved { Standing::Good } else { Standing::NotReserved }, returned })
+}
+
+/// The keys of ended incarnations; a trial key belongs to none.
+fn returned(keys: &[u64], own: ReservationKey, over: impl Fn(NodeId, Epoch) -> bool) -> Vec<ReservationKey> {
+    let keys = keys.iter().copied().map(ReservationKey);
+    let ended =
+        keys.filter(|key| key.is_of_cluster(own) && *key != key.for_trial() && over(key.node(), key.epoch()));
+    let mut ended: Vec<_> = ended.collect();
+    ended.dedup();
+    ended
 }
 
 /// Makes the reservation again that a target has lost, for a node that still has its key.
@@ -520,6 +557,27 @@ mod tests {
         assert_eq!(standing(&*hand(&nexus), key(1, 5)), Ok(Standing::Good));
         lun.forget_reservations();
         assert_eq!(standing(&*hand(&nexus), key(1, 5)), Ok(Standing::KeyGone));
+    }
+
+    // Invariant A6: a target that was restarted lists a key only when its node is back; whoever looks next takes it off.
+    #[test]
+    fn a_key_that_a_fence_has_not_seen_is_taken_off_when_it_shows_up() {
+        let lun = SharedLun::new(1 << 20);
+        let (first, second, third) = (enrolled(&lun, 1, 5), enrolled(&lun, 2, 3), enrolled(&lun, 3, 1));
+        withdraw(&*hand(&second), key(2, 3)).expect("as if the target had forgotten it");
+        fence_of(&first, 1, 5).fence(NodeId(2), Epoch(3)).expect("there is nothing to take");
+        hand(&second).register(key(2, 3).raw()).expect("the target remembers it");
+        hand(&third).register(key(3, 1).for_trial().raw()).expect("a trial");
+        second.write_at(0, &[2; 512]).expect("not seen yet");
+        let over = |node: NodeId, epoch: Epoch| epoch.0 < [5, 4, 1][usize::from(node.0) - 1];
+        let seen = look(&*hand(&first), key(1, 5), over).expect("looked");
+        assert_eq!(seen, Seen { standing: Standing::Good, returned: vec![key(2, 3)] });
+        assert!(refused(second.write_at(0, &[9; 512])));
+        third.write_at(0, &[3; 512]).expect("a trial key stays");
+        enroll(&*hand(&second), key(2, 4)).expect("the next incarnation");
+        let seen = look(&*hand(&first), key(1, 5), over).expect("looked");
+        assert_eq!(seen.returned, []);
+        second.write_at(0, &[4; 512]).expect("it is not over");
     }
 
     #[test]

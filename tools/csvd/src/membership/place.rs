@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use blockio::{BlockDevice, IoError, Reservations, Tripwire, despite_attentions};
 use lockmgr::Epoch;
 use lockmgr::cluster::{FenceKind, VolumeRecord};
-use lockmgr::fence::{EnrollError, ReservationKey, Standing, enroll, reserve_again, standing, withdraw};
+use lockmgr::fence::{EnrollError, ReservationKey, Standing, enroll, look, reserve_again, withdraw};
 
 use crate::core::Core;
 use crate::view;
@@ -134,7 +134,15 @@ impl Place {
     }
 
     fn look(&self, hand: &dyn Reservations, key: ReservationKey) -> Result<(), IoError> {
-        match standing(hand, key) {
+        let state = self.core.state();
+        let seen = look(hand, key, |node, epoch| view::is_over(&state, node, epoch));
+        for key in seen.iter().flat_map(|seen| &seen.returned) {
+            let node = view::node_name(&state, key.node());
+            let text =
+                format!("the key of epoch {} of node {node} had come back, and was taken off", key.epoch());
+            self.core.note("volume.key-returned", &self.volume, text);
+        }
+        match seen.map(|seen| seen.standing) {
             Ok(Standing::Good) => Ok(()),
             Ok(Standing::NotReserved) => {
                 self.core.note(
