@@ -155,6 +155,29 @@ fn certificates_are_renewed_under_load_and_old_ones_refused_after_the_grace() {
     assert_eq!(a.ctl().must(&["health"])["status"], "ok");
 }
 
+// Its nodes hold the key of their authority like those of any other cluster; its fence reaches this machine alone (A1).
+#[test]
+fn an_embedded_cluster_renews_its_certificates_and_lets_nobody_join_from_elsewhere() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let certificates =
+        || (1..=3).map(|n| fs::read(cluster.dir().join(cluster.name(n)).join("node.crt")).expect("read"));
+    let old: Vec<_> = certificates().collect();
+    cluster.ctl(2).must(&["cluster", "rotate-certificates", "--grace", "2s"]);
+    until(
+        "the renewal on every node",
+        || certificates().zip(&old).all(|(new, old)| new != *old).into(),
+        |renewed| *renewed == true,
+    );
+    cluster.ctl(1).must(&["volume", "move", "vol1", "--to", &cluster.name(3)]);
+    assert_eq!(cluster.ctl(1).must(&["health"])["status"], "ok");
+    let refused =
+        cluster.ctl(1).run(&["cluster", "token"]).expect_err("its fence would not reach the new node");
+    assert!(refused.code == 4 && refused.message().contains("embedded"), "{refused}");
+}
+
 // Invariant G4: nodes of two releases are one cluster; what the older one does not know waits until it is upgraded.
 #[test]
 fn a_node_of_the_release_before_takes_part_and_what_it_does_not_know_waits_for_its_upgrade() {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use api::config::FenceConfig;
 use api::{Error, pb};
 use lockmgr::cluster::{Command, MemberState};
 use wire::JoinToken;
@@ -21,6 +22,10 @@ pub(super) async fn token(core: &Arc<Core>, valid_ms: u64) -> Result<pb::Cluster
     if core.config.tls.ca_key.is_none() {
         return Err(Error::conflict("this node does not hold the key of the cluster's authority")
             .hint("ask a node that was set up by `cluster create` or `node join`"));
+    }
+    if matches!(core.config.fence, FenceConfig::LocalKill) {
+        return Err(Error::conflict("an embedded cluster cuts its nodes off by killing their processes on this machine: a node elsewhere would be out of its reach")
+            .hint("make a cluster that others can join with `csvctl cluster create`"));
     }
     let token = JoinToken::new(core.me.0, &core.config.listen.to_string(), core.authority);
     let expires_ms = unix_ms().saturating_add(valid_ms);

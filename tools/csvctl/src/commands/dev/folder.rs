@@ -116,7 +116,7 @@ impl Folder {
             ca: dir.join("ca.crt"),
             cert: dir.join("node.crt"),
             key: dir.join("node.key"),
-            ca_key: None,
+            ca_key: Some(dir.join("ca.key")),
         };
         NodeConfig {
             cluster: "dev".to_owned(),
@@ -154,6 +154,8 @@ impl Folder {
             let config = toml::to_string(&self.node_config(plan, node))
                 .map_err(|error| Error::failed(format!("encoding the configuration: {error}")))?;
             self.write_private(&format!("{}/ca.crt", node.name), &ca.cert_pem)?;
+            // A copy of its own, as every member of a cluster has: it renews its certificate without the others.
+            self.write_private(&format!("{}/ca.key", node.name), &ca.key_pem)?;
             self.write_private(&format!("{}/node.crt", node.name), &issued.cert_pem)?;
             self.write_private(&format!("{}/node.key", node.name), &issued.key_pem)?;
             self.write_private(&format!("{}/csvd.toml", node.name), &config)?;
