@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use blockio::{
     AlignedBuf, BlockDevice, CutDevice, Detour, FaultDevice, IoBuf, IoError, IoOp, IoRequest, MemoryDevice,
@@ -10,6 +11,8 @@ use blockio::{
 };
 
 const SIZE: u64 = 1 << 20;
+/// For what would otherwise never come.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A device that is reached directly, and through a peer that shares it.
 struct World {
@@ -20,6 +23,8 @@ struct World {
     near_cut: Switch,
     far_cut: Switch,
     unsettled: AtomicBool,
+    /// The node's right to use the LUN is over.
+    ended: AtomicBool,
     detours: AtomicUsize,
     told: Mutex<Sender<PathStatus>>,
 }
@@ -35,6 +40,7 @@ impl World {
             near_cut: Switch::default(),
             far_cut: Switch::default(),
             unsettled: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             detours: AtomicUsize::new(0),
             told: Mutex::new(tell),
         };
@@ -56,6 +62,10 @@ impl Ways for World {
         let device = proven(CutDevice::new(Arc::clone(&self.far), self.far_cut.clone()))?;
         self.detours.fetch_add(1, Ordering::Relaxed);
         Ok(Box::new(Through { device }))
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.ended.load(Ordering::Acquire).then(|| "this incarnation is over".to_owned())
     }
 
     fn changed(&self, status: &PathStatus) {
@@ -90,6 +100,9 @@ impl Ways for Slow {
     fn detour(&self) -> Result<Box<dyn Detour>, IoError> {
         let inner = self.0.detour()?;
         Ok(Box::new(SlowThrough { inner, world: Arc::clone(&self.0) }))
+    }
+    fn ended(&self) -> Option<String> {
+        self.0.ended()
     }
     fn changed(&self, status: &PathStatus) {
         self.0.changed(status);
@@ -322,4 +335,44 @@ fn many_requests_lose_nothing_while_the_way_changes_again_and_again() {
         device.read_at(writer * 512, &mut found).expect("read");
         assert_eq!(found[..8], 499_u64.to_le_bytes(), "the last write of each is the last");
     }
+}
+
+/// Both ways are lost when it ends, so nothing else ever ends what waits.
+fn assert_told_of_the_end(device: &PathDevice, waiting: &Receiver<Result<(), IoError>>) {
+    let told = waiting.recv_timeout(PATIENCE).expect("it is told").expect_err("the right is over");
+    assert!(matches!(&told, IoError::NotPermitted { reason } if reason.contains("is over")), "{told}");
+    let later = write(device, 0, 9).recv().expect("told").expect_err("for good");
+    assert!(matches!(later, IoError::NotPermitted { .. }), "{later}");
+    assert_eq!((device.held(), device.status().route), (0, Route::Closed));
+}
+
+// Invariant A2: a node that was cut off has no way left; its requests end, so that it can end, and begin anew.
+#[test]
+fn what_waits_for_a_way_is_told_when_there_will_be_none() {
+    let (world, told) = World::new();
+    let device = PathDevice::open(world.clone()).expect("the direct way works");
+    world.near_cut.set(true);
+    world.far_cut.set(true);
+    let waiting = write(&device, 0, 1);
+    until(&told, Route::Closed);
+    world.ended.store(true, Ordering::Release);
+    assert_told_of_the_end(&device, &waiting);
+    world.near_cut.set(false);
+    assert!(write(&device, 0, 1).recv().expect("told").is_err(), "a way that is back is not taken");
+    assert_eq!(world.lun.to_bytes()[..512], [0; 512]);
+}
+
+// Invariant A2: nor does it wait for a peer to say that a detour has ended, which nobody tells a node of the past.
+#[test]
+fn a_detour_that_cannot_be_settled_holds_nobody_whose_right_is_over() {
+    let (world, told) = World::new();
+    world.near_cut.set(true);
+    let device = PathDevice::open(Arc::new(Slow(world.clone()))).expect("the peer works");
+    until(&told, Route::Detour);
+    world.unsettled.store(true, Ordering::Release);
+    world.far_cut.set(true);
+    let waiting = write(&device, 0, 1);
+    until(&told, Route::Closed);
+    world.ended.store(true, Ordering::Release);
+    assert_told_of_the_end(&device, &waiting);
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use blockio::{
     BlockDevice, ConflictDevice, CutDevice, Detour, GatedDevice, IoError, NbdDevice, NbdOptions, OpenOptions,
-    PathDevice, PathStatus, Switch, Tripwire, Ways, open_uri,
+    PathDevice, PathStatus, Permission, Switch, Tripwire, Ways, WriteRight, open_uri,
 };
 use csvfs::Superblock;
 use lockmgr::lease::LeaseReader;
@@ -131,9 +131,12 @@ impl Road {
         )))
     }
 
+    fn right(&self) -> Arc<dyn WriteRight> {
+        self.wire.guard(Arc::new(self.lease.clone().right_of(self.epoch)))
+    }
+
     fn gate(&self, device: Arc<dyn BlockDevice>) -> Arc<dyn BlockDevice> {
-        let right = self.lease.clone().right_of(self.epoch);
-        let gate = Arc::new(GatedDevice::new(device, self.wire.guard(Arc::new(right))));
+        let gate = Arc::new(GatedDevice::new(device, self.right()));
         self.gates.add(&gate);
         gate
     }
@@ -180,6 +183,13 @@ impl Ways for Road {
             ..*self
         };
         Ok(Box::new(ThroughDaemon { nbd, device, road }))
+    }
+
+    fn ended(&self) -> Option<String> {
+        match self.right().check() {
+            Permission::Revoked(reason) => Some(reason),
+            Permission::Granted | Permission::Wait => None,
+        }
     }
 
     fn changed(&self, status: &PathStatus) {

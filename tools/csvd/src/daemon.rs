@@ -32,6 +32,8 @@ use crate::{admin, drain, membership, node_socket, redirect, vms, volumes};
 
 /// Longest time for an end in order: VMs flush their disks, coordinators commit.
 const IN_ORDER_WITHIN: Duration = Duration::from_secs(12);
+/// Longest time for what is left after that, when nothing of it can write any more.
+const CUT_SHORT_WITHIN: Duration = Duration::from_secs(10);
 /// Longest time for taking leave of the other nodes.
 const LEAVE_WITHIN: Duration = Duration::from_secs(3);
 
@@ -146,13 +148,14 @@ async fn vote_only(core: &Arc<Core>) -> Result<(), Error> {
 }
 
 /// Without a quorum the lease runs out, and what must still be written waits for it for ever: then the right is given up,
-/// so that it fails instead, as in a crash. Never returns.
+/// so that it fails instead, as in a crash. What does not end then either goes with the process.
 async fn cut_short(core: &Arc<Core>) {
     tokio::time::sleep(IN_ORDER_WITHIN).await;
     tracing::error!("the node does not come to an end in order: its VMs are killed, all I/O is stopped");
     core.vms.kill_all();
     core.membership.lease.revoke();
-    std::future::pending::<()>().await;
+    tokio::time::sleep(CUT_SHORT_WITHIN).await;
+    tracing::error!("not all has ended: the rest goes with the process");
 }
 
 /// From here on this node is silent.

@@ -65,6 +65,11 @@ pub trait Ways: Send + Sync {
     /// Why there is none now.
     fn detour(&self) -> Result<Box<dyn Detour>, IoError>;
 
+    /// Why this node may not use the device any more, for good. No way is looked for then, and what waits for one is told so.
+    fn ended(&self) -> Option<String> {
+        None
+    }
+
     /// It stands otherwise with the ways. Must not block.
     fn changed(&self, status: &PathStatus);
 }
@@ -98,6 +103,8 @@ pub(super) struct State {
     /// Orders that were given, and those that were looked at.
     pub(super) ordered: u64,
     pub(super) answered: u64,
+    /// Why there will be no way any more.
+    pub(super) ended: Option<String>,
     pub(super) closing: bool,
 }
 
@@ -140,6 +147,7 @@ impl PathDevice {
             by_hand: false,
             ordered: 0,
             answered: 0,
+            ended: None,
             closing: false,
         };
         let shared = Arc::new(Shared {
@@ -223,6 +231,10 @@ impl Shared {
         if state.closing {
             drop(state);
             return (request.done)(Err(IoError::Closed));
+        }
+        if let Some(reason) = state.ended.clone() {
+            drop(state);
+            return (request.done)(Err(IoError::NotPermitted { reason }));
         }
         let Some(device) = state.open.clone() else {
             return state.held.push_back(request);

@@ -72,6 +72,9 @@ impl Steering {
             return None;
         }
         self.order = state.ordered;
+        if state.ended.is_some() {
+            return Some(Cause::Nothing);
+        }
         Some(match &state.trouble {
             Some(error) => Cause::Trouble(error.clone()),
             None if state.by_hand && !on_detour => Cause::ByHand,
@@ -124,6 +127,9 @@ impl Steering {
         }
         let was_direct = self.direct.take();
         loop {
+            if self.has_ended() {
+                return;
+            }
             let by_hand = self.shared.lock().by_hand;
             let direct = if by_hand && was_direct.is_none() {
                 Err(IoError::Closed)
@@ -187,10 +193,29 @@ impl Steering {
         state.unwrap_or_else(PoisonError::into_inner).trouble = None;
     }
 
-    /// Waits until nothing of the detour can land any more. `false`: the device is being dropped.
+    /// Whether the right to use the device has ended. Then all that waits is told so, and all that still comes will be: whoever
+    /// waits for it could not end otherwise. What a detour may still write is settled by those who go on without this node.
+    fn has_ended(&self) -> bool {
+        let Some(reason) = self.shared.ways.ended() else { return false };
+        let held: Vec<Held> = {
+            let mut state = self.shared.lock();
+            (state.trouble, state.ended) = (None, Some(reason.clone()));
+            state.held.drain(..).collect()
+        };
+        self.tell(Route::Closed, reason.clone());
+        for request in held {
+            (request.done)(Err(IoError::NotPermitted { reason: reason.clone() }));
+        }
+        true
+    }
+
+    /// Waits until nothing of the detour can land any more. `false`: the device is being dropped, or no way will be taken.
     fn settle(&mut self) -> bool {
         let Some(detour) = self.detour.take() else { return true };
         while let Err(error) = detour.settle() {
+            if self.has_ended() {
+                return false;
+            }
             self.tell(
                 Route::Closed,
                 format!("what was sent through {} may still be written: {error}", detour.via()),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use api::Error;
 use blockio::{
     BlockDevice, ConflictDevice, CutDevice, Detour, IoError, NbdDevice, NbdOptions, OpenOptions, PathStatus,
-    Reservations, Route, Ways, WriteRight, open_uri,
+    Permission, Reservations, Route, Ways, WriteRight, open_uri,
 };
 use csvfs::format::superblock::Superblock;
 use lockmgr::clock::boottime_ms;
@@ -230,6 +230,13 @@ impl Ways for Road {
         }
         let why = if refusals.is_empty() { "no other node is up".to_owned() } else { refusals.join("; ") };
         Err(self.not_opened(&why))
+    }
+
+    fn ended(&self) -> Option<String> {
+        match self.right().ok()?.check() {
+            Permission::Revoked(reason) => Some(reason),
+            Permission::Granted | Permission::Wait => None,
+        }
     }
 
     fn changed(&self, status: &PathStatus) {
