@@ -5,7 +5,7 @@
 use kvm_bindings::{
     CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry,
 };
-use kvm_ioctls::{Cap, Kvm};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use super::processor::set_cpuid;
 use super::{KvmError, Machine, Tried};
@@ -172,6 +172,19 @@ fn brand(function: u32) -> [u32; 4] {
     })
 }
 
+/// The table that a vCPU has.
+pub(super) fn read(vcpu: &VcpuFd) -> Result<CpuId, KvmError> {
+    let mut table = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).tried("reading CPUID")?;
+    drop_unfilled(&mut table);
+    Ok(table)
+}
+
+/// Not every kernel says how many entries it has filled in (that of Debian 12 does not). What it leaves zero looks like leaf 0,
+/// which is never zero itself: it names the maker.
+fn drop_unfilled(table: &mut CpuId) {
+    table.retain(|entry| *entry != kvm_cpuid_entry2::default());
+}
+
 pub(super) fn to_state(table: &CpuId) -> Vec<state::CpuidLeaf> {
     let leaf = |entry: &kvm_cpuid_entry2| state::CpuidLeaf {
         function: entry.function,
@@ -223,6 +236,19 @@ mod tests {
         // A level 3 cache is everybody's, a level 1 cache its own.
         assert_eq!(placed(4, 3, 3 << 5 | 3, 0, 4).eax >> 14, 3 << 12 | 3);
         assert_eq!(placed(4, 0, 1 << 5 | 1, 0, 4).eax >> 14, 3 << 12);
+    }
+
+    // Seen with Linux 6.1: the guest's processor was of no maker, and no move of it succeeded.
+    #[test]
+    fn entries_that_the_kernel_has_not_filled_in_are_not_taken_for_the_first_leaf() {
+        let leaf = |function, eax| kvm_cpuid_entry2 { function, eax, ebx: 0x6874_7541, ..Default::default() };
+        let unfilled = kvm_cpuid_entry2::default();
+        let mut table = CpuId::from_entries(&[leaf(0, 0x10), leaf(1, 7), unfilled, unfilled]).expect("four");
+        drop_unfilled(&mut table);
+        assert_eq!(table.as_slice(), [leaf(0, 0x10), leaf(1, 7)]);
+        let mut whole = CpuId::from_entries(&[leaf(0, 0x10), leaf(1, 0)]).expect("two");
+        drop_unfilled(&mut whole);
+        assert_eq!(whole.as_slice().len(), 2);
     }
 
     #[test]

@@ -15,8 +15,8 @@
 //! | 11 | events | | |
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, kvm_debugregs, kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, kvm_debugregs, kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -58,7 +58,7 @@ pub(crate) fn boot(vcpu: &VcpuFd, entry: Option<Entry>, gdt: u64) -> Result<(), 
 /// Gives a vCPU that has never run its table. Returns what the guest will see: KVM may drop from it, and add to it.
 pub(crate) fn set_cpuid(vcpu: &VcpuFd, table: &CpuId) -> Result<Cpu, KvmError> {
     vcpu.set_cpuid2(table).tried("setting CPUID")?;
-    let kept = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).tried("reading CPUID")?;
+    let kept = cpuid::read(vcpu)?;
     Ok(Cpu::of_table(&kept))
 }
 
@@ -124,7 +124,7 @@ pub(crate) fn save(
     let local_apic = apic_bytes(&vcpu.get_lapic().tried("reading the local APIC")?).to_vec();
     // A host without a stable TSC has no rate to tell.
     let tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
-    let cpuid = cpuid::to_state(&vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).tried("reading CPUID")?);
+    let cpuid = cpuid::to_state(&cpuid::read(vcpu)?);
     let msrs = msr::save(vcpu, msrs)?;
     let events = events_to_state(&vcpu.get_vcpu_events().tried("reading pending events")?);
     Ok(state::Vcpu {
