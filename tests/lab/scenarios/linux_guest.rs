@@ -19,6 +19,8 @@ use crate::tree::Tree;
 
 /// An emulated guest in an emulated machine.
 const GUEST_WITHIN: Duration = Duration::from_secs(300);
+/// From the end of a VM's process to its record; each question takes its time in emulation.
+const RECORDED_WITHIN: Duration = Duration::from_secs(60);
 const ROOT_MIB: u64 = 64;
 const GUEST_MODULES: &[&str] =
     &["virtio_mmio", "virtio_blk", "ext4", "crc32c_generic", "virtio_net", "virtio-rng"];
@@ -26,8 +28,8 @@ const SOCKET: &str = "/data/c/n1/csvd.sock";
 
 /// The initrd of the guest: finds its root and goes there.
 const GUEST_INITRD: &str = "
-for turn in $(seq 100); do [ -b /dev/vda ] && break; sleep 0.1; done
-mkdir -p /root; mount -t ext4 /dev/vda /root || poweroff -f
+for turn in $(seq 600); do [ -b /dev/vda ] && break; sleep 0.1; done
+mkdir -p /root; mount -t ext4 /dev/vda /root || { echo \"guest: no root\"; cat /proc/partitions; dmesg | tail -n 20; poweroff -f; }
 exec switch_root /root /sbin/init
 ";
 
@@ -94,11 +96,17 @@ fn follow_guest(node: &mut Node) -> Result<String, LabError> {
     let follow = format!("timeout {limit} csvctl --connect {SOCKET} vm console debian --follow || true");
     let said = node.machine.run(&follow, GUEST_WITHIN + Duration::from_secs(60))?;
     println!("{}", said.lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n"));
-    let shown = node.ctl(SOCKET, "vm show debian")?;
-    if shown["state"] != "stopped" {
-        return Err(LabError::new(format!("the guest has not switched itself off: {shown}")));
+    // The console ends with the VM's process, and the record follows.
+    let begun = Instant::now();
+    loop {
+        let shown = node.ctl(SOCKET, "vm show debian")?;
+        if shown["state"] == "stopped" {
+            return Ok(said);
+        }
+        if begun.elapsed() > RECORDED_WITHIN {
+            return Err(LabError::new(format!("the guest has not switched itself off: {shown}")));
+        }
     }
-    Ok(said)
 }
 
 fn check_guest(kernel: &Kernel, said: &str) -> Result<(), LabError> {
