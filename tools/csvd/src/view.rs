@@ -47,8 +47,9 @@ pub(crate) fn is_over(state: &ClusterState, node: NodeId, epoch: Epoch) -> bool 
             matches!(member.state, MemberState::Fenced | MemberState::Down)
         }
         Some(member) => member.epoch > epoch,
-        // Records that have not arrived here yet prove nothing.
-        None => state.cluster.is_some(),
+        // It has been removed. A number that was not given by now is a node's whose joining has not arrived here yet, and records
+        // that have not arrived prove nothing.
+        None => node.0 <= state.nodes_given,
     }
 }
 
@@ -124,6 +125,9 @@ mod tests {
     fn records_that_are_behind_prove_nothing() {
         assert!(!is_over(&with_member(2, MemberState::Up), NodeId(1), Epoch(3)));
         assert!(!is_over(&ClusterState::default(), NodeId(1), Epoch(1)));
+        let records = ClusterState { nodes_given: 3, ..with_member(2, MemberState::Up) };
+        assert!(is_over(&records, NodeId(3), Epoch(1)), "it was removed");
+        assert!(!is_over(&records, NodeId(4), Epoch(1)), "it has just joined");
     }
 
     #[test]
