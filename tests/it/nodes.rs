@@ -122,10 +122,14 @@ fn a_node_with_a_foreign_certificate_says_so_and_disturbs_nobody() {
     let folder = |cluster: &Cluster| cluster.dir().join(cluster.name(3));
     cluster.fault(3, "kill");
     let kept = TempDir::new().unwrap();
-    for file in ["node.crt", "node.key"] {
+    for file in ["node.crt", "node.key", "ca.key"] {
         fs::copy(folder(&cluster).join(file), kept.path().join(file)).unwrap();
+    }
+    for file in ["node.crt", "node.key"] {
         fs::copy(folder(&other).join(file), folder(&cluster).join(file)).unwrap();
     }
+    // With the authority's key it would make itself a good one.
+    fs::remove_file(folder(&cluster).join("ca.key")).unwrap();
     until("the verdict", || node_state(&cluster, 1, 3).into(), |state| state == "fenced");
     let dir = text(cluster.dir());
     let refused = Ctl::local().run(&["dev", "start", &cluster.name(3), "--dir", dir]).unwrap_err();
@@ -133,7 +137,7 @@ fn a_node_with_a_foreign_certificate_says_so_and_disturbs_nobody() {
     fs::write(cluster.mount(1).join("undisturbed"), b"yes").unwrap();
     assert_eq!(fs::read(cluster.mount(2).join("undisturbed")).unwrap(), b"yes");
     cluster.fault(3, "kill");
-    for file in ["node.crt", "node.key"] {
+    for file in ["node.crt", "node.key", "ca.key"] {
         fs::copy(kept.path().join(file), folder(&cluster).join(file)).unwrap();
     }
     cluster.start_node(3);
