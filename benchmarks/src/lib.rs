@@ -2,8 +2,10 @@
 #![expect(clippy::print_stdout, reason = "programs for people at a terminal")]
 
 mod apart;
+mod fio;
 
 pub use apart::{ADDRESS, run_apart};
+pub use fio::Job;
 
 /// One line of a comparison.
 #[derive(Clone, Debug)]

@@ -6,28 +6,21 @@
 use std::fs;
 use std::path::Path;
 
-use benchmarks::{Row, median, print_table};
-use cluster_tests::{Cluster, run_tool};
-use serde_json::Value;
+use benchmarks::{Job, Row, median, print_table};
+use cluster_tests::Cluster;
 
 /// Bytes of the file under test.
 const FILE: &str = "1g";
 /// Rounds; the median counts.
 const ROUNDS: usize = 3;
+/// Length of one.
+const SECONDS: Option<&str> = Some("5");
 
-struct Workload {
-    name: &'static str,
-    rw: &'static str,
-    block: &'static str,
-    depth: u32,
-    goal: f64,
-}
-
-const WORKLOADS: &[Workload] = &[
-    Workload { name: "1 MiB sequential write", rw: "write", block: "1m", depth: 8, goal: 0.8 },
-    Workload { name: "1 MiB sequential read", rw: "read", block: "1m", depth: 8, goal: 0.8 },
-    Workload { name: "4 KiB random read, depth 32", rw: "randread", block: "4k", depth: 32, goal: 0.5 },
-    Workload { name: "4 KiB random write, depth 32", rw: "randwrite", block: "4k", depth: 32, goal: 0.3 },
+const WORKLOADS: &[Job] = &[
+    Job { name: "1 MiB sequential write", rw: "write", block: "1m", depth: 8, goal: 0.8 },
+    Job { name: "1 MiB sequential read", rw: "read", block: "1m", depth: 8, goal: 0.8 },
+    Job { name: "4 KiB random read, depth 32", rw: "randread", block: "4k", depth: 32, goal: 0.5 },
+    Job { name: "4 KiB random write, depth 32", rw: "randwrite", block: "4k", depth: 32, goal: 0.3 },
 ];
 
 fn main() {
@@ -36,7 +29,7 @@ fn main() {
     let mounted = cluster.mount(1).join("bench.img");
     for file in [&raw, &mounted] {
         // Every block is written once, so that both sides read and overwrite allocated blocks.
-        fio(file, &WORKLOADS[0], "io_uring", false);
+        let _rate = WORKLOADS[0].run(file, FILE, "io_uring", None);
     }
     let rows: Vec<Row> = WORKLOADS.iter().map(|workload| measure(workload, &raw, &mounted)).collect();
     print_table("FUSE mount against a raw file on the same disk (MB/s)", "raw", "mount", &rows);
@@ -46,34 +39,12 @@ fn main() {
     println!("reproduce: cargo xtask bench mount_io");
 }
 
-fn measure(workload: &Workload, raw: &Path, mounted: &Path) -> Row {
+fn measure(workload: &Job, raw: &Path, mounted: &Path) -> Row {
     let mut figures = [Vec::new(), Vec::new()];
     for _ in 0..ROUNDS {
-        figures[0].push(fio(raw, workload, "io_uring", true));
-        figures[1].push(fio(mounted, workload, "libaio", true));
+        figures[0].push(workload.run(raw, FILE, "io_uring", SECONDS));
+        figures[1].push(workload.run(mounted, FILE, "libaio", SECONDS));
     }
     let [mut base, mut ours] = figures;
     Row { name: workload.name.into(), base: median(&mut base), ours: median(&mut ours), goal: workload.goal }
-}
-
-/// Runs fio and gives MB/s.
-fn fio(file: &Path, workload: &Workload, engine: &str, timed: bool) -> f64 {
-    let mut arguments = vec![
-        "--name=bench".to_owned(),
-        format!("--filename={}", file.display()),
-        format!("--rw={}", workload.rw),
-        format!("--bs={}", workload.block),
-        format!("--iodepth={}", workload.depth),
-        format!("--size={FILE}"),
-        format!("--ioengine={engine}"),
-        "--direct=1".into(),
-        "--output-format=json".into(),
-    ];
-    if timed {
-        arguments.extend(["--time_based=1".into(), "--runtime=5".into()]);
-    }
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let report: Value = serde_json::from_str(&run_tool("fio", &arguments)).expect("fio prints JSON");
-    let side = if workload.rw.ends_with("read") { "read" } else { "write" };
-    report["jobs"][0][side]["bw_bytes"].as_f64().expect("a bandwidth") / 1e6
 }

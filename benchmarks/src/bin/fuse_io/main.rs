@@ -13,35 +13,25 @@
 mod cached;
 mod passthrough;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use benchmarks::{Row, median, print_heading, print_row, run_apart};
-use cluster_tests::{Cluster, run_tool};
+use benchmarks::{Job, Row, median, print_heading, print_row, run_apart};
+use cluster_tests::Cluster;
 use passthrough::Passthrough;
-use serde_json::Value;
 
 /// Bytes of the file under test.
 const FILE: &str = "512m";
 /// Rounds; the median counts.
 const ROUNDS: usize = 3;
 
-struct Workload {
-    name: &'static str,
-    rw: &'static str,
-    block: &'static str,
-    depth: u32,
-    /// Of raw, where there is a goal.
-    goal: f64,
-}
-
-const WORKLOADS: &[Workload] = &[
-    Workload { name: "1 MiB sequential write", rw: "write", block: "1m", depth: 8, goal: 0.9 },
-    Workload { name: "1 MiB sequential read", rw: "read", block: "1m", depth: 8, goal: 0.9 },
-    Workload { name: "4 KiB random read, depth 1", rw: "randread", block: "4k", depth: 1, goal: 0.0 },
-    Workload { name: "4 KiB random write, depth 1", rw: "randwrite", block: "4k", depth: 1, goal: 0.0 },
-    Workload { name: "4 KiB random read, depth 32", rw: "randread", block: "4k", depth: 32, goal: 0.8 },
-    Workload { name: "4 KiB random write, depth 32", rw: "randwrite", block: "4k", depth: 32, goal: 0.5 },
+const WORKLOADS: &[Job] = &[
+    Job { name: "1 MiB sequential write", rw: "write", block: "1m", depth: 8, goal: 0.9 },
+    Job { name: "1 MiB sequential read", rw: "read", block: "1m", depth: 8, goal: 0.9 },
+    Job { name: "4 KiB random read, depth 1", rw: "randread", block: "4k", depth: 1, goal: 0.0 },
+    Job { name: "4 KiB random write, depth 1", rw: "randwrite", block: "4k", depth: 1, goal: 0.0 },
+    Job { name: "4 KiB random read, depth 32", rw: "randread", block: "4k", depth: 32, goal: 0.8 },
+    Job { name: "4 KiB random write, depth 32", rw: "randwrite", block: "4k", depth: 32, goal: 0.5 },
 ];
 
 fn main() -> ExitCode {
@@ -77,7 +67,7 @@ fn measure_all(seconds: &str) {
         std::iter::once(raw).chain(mounts.iter().map(|mount| mount.join("bench.img"))).collect();
     // Every block is written once, so that all sides read and overwrite allocated blocks.
     for file in &files {
-        fio(file, &WORKLOADS[0], None);
+        let _rate = WORKLOADS[0].run(file, FILE, "libaio", None);
     }
     print_heading("direct (MB/s), beside the raw file, then beside passthrough_hp", "beside", "mount");
     for workload in WORKLOADS {
@@ -91,34 +81,12 @@ fn measure_all(seconds: &str) {
     println!("reproduce: cargo xtask bench fuse_io");
 }
 
-fn measure(workload: &Workload, files: &[PathBuf], seconds: &str) -> [f64; 3] {
+fn measure(workload: &Job, files: &[PathBuf], seconds: &str) -> [f64; 3] {
     let mut figures = [Vec::new(), Vec::new(), Vec::new()];
     for _ in 0..ROUNDS {
         for (side, file) in files.iter().enumerate() {
-            figures[side].push(fio(file, workload, Some(seconds)));
+            figures[side].push(workload.run(file, FILE, "libaio", Some(seconds)));
         }
     }
     figures.map(|mut side| median(&mut side))
-}
-
-/// Runs fio for so many seconds, or over the whole file once, and gives MB/s.
-fn fio(file: &Path, workload: &Workload, seconds: Option<&str>) -> f64 {
-    let mut arguments = vec![
-        "--name=bench".to_owned(),
-        format!("--filename={}", file.display()),
-        format!("--rw={}", workload.rw),
-        format!("--bs={}", workload.block),
-        format!("--iodepth={}", workload.depth),
-        format!("--size={FILE}"),
-        "--ioengine=libaio".into(),
-        "--direct=1".into(),
-        "--output-format=json".into(),
-    ];
-    if let Some(seconds) = seconds {
-        arguments.extend(["--time_based=1".into(), format!("--runtime={seconds}")]);
-    }
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let report: Value = serde_json::from_str(&run_tool("fio", &arguments)).expect("fio prints JSON");
-    let side = if workload.rw.ends_with("read") { "read" } else { "write" };
-    report["jobs"][0][side]["bw_bytes"].as_f64().expect("a bandwidth") / 1e6
 }
