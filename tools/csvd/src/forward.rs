@@ -1,12 +1,15 @@
 //! Requests that only a certain node can carry out: asked there over the mesh, or done at once when it is this one.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::{Error, pb};
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use lockmgr::cluster::ClusterState;
 use lockmgr::{ClientId, Epoch, NodeId};
 use prost::Message;
+use tokio::sync::watch;
 use wire::service;
 
 use crate::core::Core;
@@ -15,6 +18,10 @@ use crate::redirect::{self, orders};
 use crate::volumes::{balancing, moves};
 use crate::{admin, membership, view, vms};
 
+/// Longest wait until the records have come here as far as they had at the node that asks. One that lags by more answers from
+/// what it knows: its changes expect what it has read, so that an old copy can only make them fail.
+const RECORDS_WITHIN: Duration = Duration::from_secs(2);
+
 /// Has `op` carried out by `node`.
 pub(crate) async fn ask(core: &Arc<Core>, node: NodeId, op: NodeOp) -> Result<NodeAnswer, Error> {
     if node == core.me {
@@ -22,7 +29,7 @@ pub(crate) async fn ask(core: &Arc<Core>, node: NodeId, op: NodeOp) -> Result<No
         let (runtime, core) = (core.runtime.clone(), Arc::clone(core));
         return runtime.spawn(async move { boxed(&core, op).await }).await.map_err(Error::failed)?;
     }
-    let body = NodeRequest { op: Some(op) }.encode_to_vec();
+    let body = NodeRequest { op: Some(op), seen: core.state().applied }.encode_to_vec();
     let reply = core.mesh.call(node.0, service::ADMIN, body.into()).await.map_err(|error| {
         let name = view::node_name(&core.state(), node);
         let failed = Error::unreachable(error.explain()).during(format!("asking node {name}"));
@@ -38,9 +45,14 @@ pub(crate) async fn ask(core: &Arc<Core>, node: NodeId, op: NodeOp) -> Result<No
 
 /// Carries out what another node asks for.
 pub(crate) async fn serve(core: &Arc<Core>, from: NodeId, body: Bytes) -> Bytes {
-    let outcome = match NodeRequest::decode(body).map(|request| request.op) {
-        Ok(Some(op)) => boxed(core, op).await,
-        Ok(None) | Err(_) => {
+    let outcome = match NodeRequest::decode(body).map(|request| (request.op, request.seen)) {
+        Ok((Some(op), seen)) => {
+            if !op.is_urgent() {
+                await_records(core.cluster.watch(), seen).await;
+            }
+            boxed(core, op).await
+        }
+        Ok((None, _)) | Err(_) => {
             Err(Error::usage("this node does not know the request").hint("is it of an older version?"))
         }
     };
@@ -49,6 +61,14 @@ pub(crate) async fn serve(core: &Arc<Core>, from: NodeId, body: Bytes) -> Bytes 
         NodeAnswer::Error(error.to_detail())
     });
     NodeReply { answer: Some(answer) }.encode_to_vec().into()
+}
+
+/// Whoever asks has seen the records up to `seen`, and so may its user: what is done here must not rest on older ones.
+async fn await_records(mut records: watch::Receiver<Arc<ClusterState>>, seen: u64) {
+    let come = records.wait_for(|state| state.applied >= seen);
+    if tokio::time::timeout(RECORDS_WITHIN, come).await.is_err() {
+        tracing::warn!(seen, "the records lag: a request of another node is answered from older ones");
+    }
 }
 
 /// What is carried out here may have to ask other nodes in turn: the type of the future must not contain itself.
@@ -149,4 +169,31 @@ fn is_client_gone(core: &Arc<Core>, asked: &OfClient) -> Result<(), Error> {
     let there = volume.is_some_and(|volume| core.clients.has(volume, asked.serial))
         || core.vms.is_expected(asked.serial);
     if ours && !there { Ok(()) } else { Err(Error::conflict("the client is still there")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn come_to(applied: u64) -> Arc<ClusterState> {
+        Arc::new(ClusterState { applied, ..ClusterState::default() })
+    }
+
+    // A VM that another node has just seen running must not be `saved` here: the user would be told so.
+    #[tokio::test(start_paused = true)]
+    async fn a_request_waits_for_the_records_that_its_sender_has_seen_and_not_for_ever() {
+        let (records, seen) = watch::channel(come_to(6));
+        let waiting = tokio::spawn(await_records(seen.clone(), 8));
+        for applied in 7..=8 {
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished(), "the records have come to {} only", applied - 1);
+            records.send_replace(come_to(applied));
+        }
+        waiting.await.expect("it goes on");
+        let begun = tokio::time::Instant::now();
+        await_records(seen.clone(), 8).await;
+        assert_eq!(begun.elapsed(), Duration::ZERO, "what is here needs no wait");
+        await_records(seen, 9).await;
+        assert_eq!(begun.elapsed(), RECORDS_WITHIN, "a node that lags answers all the same");
+    }
 }

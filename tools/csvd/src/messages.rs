@@ -51,6 +51,9 @@ pub(crate) struct NodeRequest {
         tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 44, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83, 100"
     )]
     pub(crate) op: Option<NodeOp>,
+    /// How far the sender's copy of the records has come: what it asks for may rest on all of that. 0 in older releases.
+    #[prost(uint64, tag = "101")]
+    pub(crate) seen: u64,
 }
 
 /// See [`NodeRequest`].
@@ -322,6 +325,48 @@ pub(crate) struct Serving {
     pub(crate) held_ops: u64,
 }
 
+impl NodeOp {
+    /// Whether it is carried out at once, however far the records have come here. A fence must not wait for a node that lags,
+    /// nor a guest that stands still for a move; these say in themselves which incarnation or attempt they mean.
+    pub(crate) fn is_urgent(&self) -> bool {
+        match self {
+            Self::AwaitCoordinator(_)
+            | Self::ClientGone(_)
+            | Self::IsClientGone(_)
+            | Self::EndSession(_)
+            | Self::EndOver(_)
+            | Self::CutOff(_)
+            | Self::CutTrial(_)
+            | Self::Barred(_)
+            | Self::Testify(_)
+            | Self::Convict(_)
+            | Self::VmIncoming(_)
+            | Self::VmProgress(_)
+            | Self::VmMigrateCancel(_) => true,
+            Self::VolumeMove(_)
+            | Self::VolumeState(_)
+            | Self::VolumeIoMode(_)
+            | Self::VolumeCache(_)
+            | Self::Validate(_)
+            | Self::Loads(_)
+            | Self::LogRead(_)
+            | Self::VmStart(_)
+            | Self::VmStop(_)
+            | Self::VmSave(_)
+            | Self::VmPause(_)
+            | Self::VmResume(_)
+            | Self::VmDisk(_)
+            | Self::VmShow(_)
+            | Self::VmConsole(_)
+            | Self::VmMigrate(_)
+            | Self::VmCheckMigrate(_)
+            | Self::VmImage(_)
+            | Self::VmImageProgress(_)
+            | Self::VmCheckpoint(_) => false,
+        }
+    }
+}
+
 impl OfClient {
     pub(crate) fn new(volume: &str, client: ClientId) -> Self {
         Self {
@@ -339,7 +384,7 @@ mod tests {
 
     /// One of each kind that has content of its own.
     fn samples() -> Vec<Vec<u8>> {
-        let request = |op| NodeRequest { op: Some(op) }.encode_to_vec();
+        let request = |op| NodeRequest { op: Some(op), seen: 300 }.encode_to_vec();
         let name = || "vol1".to_owned();
         vec![
             Beat { epoch: 7, leaving: true }.encode_to_vec(),
