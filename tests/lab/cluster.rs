@@ -17,8 +17,6 @@ use crate::node::{Extra, Node};
 use crate::san::{ADDRESS, STORAGE_NET, Storage};
 use crate::tool::{Doing, LabError};
 
-/// Base of the cluster's times: machines in emulation on two processors are some times slower than real ones.
-const BASE_MS: u32 = 400;
 /// How long something may take that the cluster does by itself.
 pub(crate) const LIMIT: Duration = Duration::from_secs(240);
 pub(crate) const SOCKET: &str = "/data/n/csvd.sock";
@@ -34,19 +32,23 @@ pub(crate) const BLOCKS: usize = 64;
 /// `cluster validate` tries things out, behind the blocks of all nodes.
 const SPARE_BLOCK: u64 = (3 << 20 | 1 << 19) / 4096 + 65;
 
-/// An I/O error comes after 3 s without the SAN, so that the cluster and not the kernel decides what then.
-const ISCSID_CONF: &str = "node.startup = manual
-node.session.timeo.replacement_timeout = 3
+/// An I/O error comes after so many seconds without the SAN, so that the cluster and not the kernel decides what then.
+fn iscsid_conf(without_san_s: u32) -> String {
+    format!(
+        "node.startup = manual
+node.session.timeo.replacement_timeout = {without_san_s}
 node.conn[0].timeo.login_timeout = 15
 node.conn[0].timeo.logout_timeout = 15
 node.conn[0].timeo.noop_out_interval = 2
-node.conn[0].timeo.noop_out_timeout = 3
+node.conn[0].timeo.noop_out_timeout = {without_san_s}
 node.session.err_timeo.abort_timeout = 5
 node.session.err_timeo.lu_reset_timeout = 5
 node.session.err_timeo.tgt_reset_timeout = 5
 node.session.initial_login_retry_max = 100
 node.session.auth.authmethod = None
-";
+"
+    )
+}
 
 fn login() -> String {
     format!(
@@ -67,10 +69,26 @@ pub(crate) struct Kit<'a> {
     pub(crate) init: &'a str,
     /// What lies below `/data`.
     pub(crate) content: Option<&'a Path>,
+    /// Whether they run guests.
+    pub(crate) guests: bool,
+    /// Base of the cluster's times: machines in emulation on two processors are some times slower than real ones.
+    pub(crate) base_ms: u32,
+    pub(crate) without_san_s: u32,
 }
 
 impl Kit<'_> {
-    pub(crate) const PLAIN: Self = Self { size: SIZE, programs: &[], init: "", content: None };
+    pub(crate) const PLAIN: Self = Self {
+        size: SIZE,
+        programs: &[],
+        init: "",
+        content: None,
+        guests: false,
+        base_ms: 400,
+        without_san_s: 3,
+    };
+
+    /// For a debug build on a machine that may be busy: nobody is taken for dead who is only slow.
+    pub(crate) const PATIENT: Self = Self { base_ms: 1000, without_san_s: 20, ..Self::PLAIN };
 }
 
 /// The cluster. Everything goes when it is dropped.
@@ -84,6 +102,7 @@ pub(crate) struct SanCluster {
     initrd: PathBuf,
     folder: PathBuf,
     size: (u32, u32),
+    base_ms: u32,
     started: Instant,
 }
 
@@ -114,6 +133,19 @@ impl SanCluster {
         Ok(lab)
     }
 
+    /// Boots a SAN and two nodes that have a volume on its LUN. The witness is a second daemon on the machine of node 1, which
+    /// is the one that a scenario leaves alone.
+    pub(crate) fn start_small(folder: &Path) -> Result<Self, LabError> {
+        let mut lab = Self::machines(folder, 2, &Kit::PATIENT)?;
+        lab.log_in(1)?;
+        lab.log_in(2)?;
+        lab.found()?;
+        lab.join(2, "")?;
+        lab.join_as(1, "witness", "--listen 10.77.0.1:7401 --dir /data/w --witness")?;
+        lab.make_volume(2)?;
+        Ok(lab)
+    }
+
     /// Machines that run, without a cluster.
     fn machines(folder: &Path, count: u8, kit: &Kit<'_>) -> Result<Self, LabError> {
         let started = Instant::now();
@@ -121,8 +153,12 @@ impl SanCluster {
         let extra = Extra {
             modules: MODULES,
             programs: &[PROGRAMS, kit.programs].concat(),
-            files: &[("etc/iscsi/iscsid.conf", ISCSID_CONF), ("etc/passwd", "root:x:0:0:root:/:/bin/sh\n")],
+            files: &[
+                ("etc/iscsi/iscsid.conf", &iscsid_conf(kit.without_san_s)),
+                ("etc/passwd", "root:x:0:0:root:/:/bin/sh\n"),
+            ],
             init: &(login() + kit.init),
+            guests: kit.guests,
         };
         let initrd = Node::pack(&kernel, folder, "san-node", &extra)?;
         let storage = Storage::make(&kernel, folder)?;
@@ -148,7 +184,8 @@ impl SanCluster {
         });
         let (san, nodes) = (Some(san?), nodes?.into_iter().map(Some).collect());
         let folder = folder.to_owned();
-        let lab = Self { nodes, san, storage, network, kernel, initrd, folder, size: kit.size, started };
+        let (size, base_ms) = (kit.size, kit.base_ms);
+        let lab = Self { nodes, san, storage, network, kernel, initrd, folder, size, base_ms, started };
         lab.say("the machines are up");
         Ok(lab)
     }
@@ -184,28 +221,31 @@ impl SanCluster {
     }
 
     fn found(&mut self) -> Result<(), LabError> {
+        let base_ms = self.base_ms;
         self.node(1).ctl(
             "",
-            &format!("cluster create --name lab --node node1 --listen 10.77.0.1:7400 --dir /data/n --base-ms {BASE_MS}"),
+            &format!("cluster create --name lab --node node1 --listen 10.77.0.1:7400 --dir /data/n --base-ms {base_ms}"),
         )?;
         self.say("the cluster is founded");
         Ok(())
     }
 
     fn join(&mut self, number: u8, options: &str) -> Result<(), LabError> {
+        let place = format!("--listen 10.77.0.{number}:7400 --dir /data/n {options}");
+        self.join_as(number, &format!("node{number}"), &place)
+    }
+
+    /// Starts a daemon on machine `number` that joins as `name`.
+    fn join_as(&mut self, number: u8, name: &str, options: &str) -> Result<(), LabError> {
         let token = self.ctl(1, "cluster token")?;
         let token =
             token["token"].as_str().ok_or_else(|| LabError::new("cluster token gave none"))?.to_owned();
-        let join = format!(
-            "node join --token {token} --node node{number} --listen 10.77.0.{number}:7400 --dir /data/n {options}"
-        );
-        self.node(number).ctl("", &join)?;
-        self.until(1, "cluster show", &format!("node{number} votes"), |shown| {
+        self.node(number).ctl("", &format!("node join --token {token} --node {name} {options}"))?;
+        self.until(1, "cluster show", &format!("{name} votes"), |shown| {
             let nodes = shown["nodes"].as_array().cloned().unwrap_or_default();
-            nodes.iter().any(|node| node["name"] == format!("node{number}") && node["voter"] == true)
-        })?;
-        self.say(&format!("node{number} has joined"));
-        Ok(())
+            nodes.iter().any(|node| node["name"] == name && node["voter"] == true)
+        })
+        .map(drop)
     }
 
     fn make_volume(&mut self, count: u8) -> Result<(), LabError> {
@@ -270,6 +310,12 @@ impl SanCluster {
             "{make} && dd if=/tmp/{mark} of={MOUNT}/contested bs=4096 count={BLOCKS} conv=notrunc,fsync 2>/dev/null"
         );
         self.run(number, &write).map(drop)
+    }
+
+    /// The contested file holds such blocks, and nothing else.
+    pub(crate) fn check_content(&mut self, number: u8, mark: &str) -> Result<(), LabError> {
+        let make = make_blocks(mark);
+        self.run(number, &format!("{make} && cmp /tmp/{mark} {MOUNT}/contested")).map(drop)
     }
 
     /// A program that writes such blocks until it is refused; then there is a file /tmp/refused.

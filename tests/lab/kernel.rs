@@ -8,6 +8,8 @@ use crate::tool::{Doing, LabError, run, run_in, text};
 
 /// The package that always names the newest one.
 const META_PACKAGE: &str = "linux-image-amd64";
+/// A network that does not answer is none.
+const APT_OPTIONS: [&str; 4] = ["-o", "Acquire::http::Timeout=60", "-o", "Acquire::Retries=1"];
 /// There once the unpacked kernel is whole.
 const WHOLE: &str = "unpacked";
 
@@ -23,6 +25,14 @@ pub(crate) struct Kernel {
 impl Kernel {
     /// Gets the kernel into `cache`, unless it is there already.
     pub(crate) fn get(cache: &Path) -> Result<Self, LabError> {
+        Self::get_known(cache).or_else(|_| {
+            // The lists of packages may be too old, or not there at all.
+            run("apt-get", &[&APT_OPTIONS[..], &["update", "-qq"]].concat())?;
+            Self::get_known(cache)
+        })
+    }
+
+    fn get_known(cache: &Path) -> Result<Self, LabError> {
         let package = newest_package()?;
         let version = package.trim_start_matches("linux-image-").to_owned();
         let folder = cache.join(&package);
@@ -30,7 +40,7 @@ impl Kernel {
             drop(fs::remove_dir_all(&folder));
             fs::create_dir_all(&folder).doing("making a folder for the kernel")?;
             // apt's own user for downloads may not write here, which is a warning and no harm.
-            run_in(&folder, "apt-get", &["download", "-qq", &package])?;
+            run_in(&folder, "apt-get", &[&APT_OPTIONS[..], &["download", "-qq", &package]].concat())?;
             let archive = only_file(&folder, ".deb")?;
             run("dpkg-deb", &["-x", text(&archive), text(&folder)])?;
             fs::remove_file(&archive).doing("removing the package's file")?;

@@ -20,8 +20,8 @@ const DATA_MIB: u64 = 4096;
 const MEMORY_MIB: u32 = 2560;
 const CPUS: u32 = 2;
 const MODULES: &[&str] =
-    &["virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic", "fuse", "tun", "bridge", "kvm-amd"];
-const PROGRAMS: &[&str] = &["csvd", "csvctl", "hv"];
+    &["virtio_pci", "virtio_blk", "virtio_net", "ext4", "crc32c_generic", "fuse", "tun", "bridge"];
+const PROGRAMS: &[&str] = &["csvd", "csvctl"];
 /// `csvctl` in an emulated machine is slow.
 const CTL_LIMIT: Duration = Duration::from_secs(300);
 
@@ -50,6 +50,8 @@ pub(crate) struct Extra<'a> {
     pub(crate) files: &'a [(&'a str, &'a str)],
     /// Lines of the init, run once the network is up.
     pub(crate) init: &'a str,
+    /// Whether they run guests, which takes room and time to boot.
+    pub(crate) guests: bool,
 }
 
 /// A running node, without a cluster yet.
@@ -67,7 +69,8 @@ impl Node {
         number: u8,
         content: &Path,
     ) -> Result<Self, LabError> {
-        let initrd = Self::pack(kernel, folder, &format!("node{number}"), &Extra::default())?;
+        let extra = Extra { guests: true, ..Extra::default() };
+        let initrd = Self::pack(kernel, folder, &format!("node{number}"), &extra)?;
         Self::make_drive(folder, number, DATA_MIB, content)?;
         Self::boot_from(kernel, network, folder, number, &initrd, (MEMORY_MIB, CPUS))
     }
@@ -80,8 +83,9 @@ impl Node {
         extra: &Extra<'_>,
     ) -> Result<PathBuf, LabError> {
         let tree = Tree::new(&init(extra.init))?;
-        tree.add_modules(kernel, &[MODULES, extra.modules].concat())?;
-        for program in PROGRAMS {
+        let (hv, kvm): (&[&str], &[&str]) = if extra.guests { (&["hv"], &["kvm-amd"]) } else { (&[], &[]) };
+        tree.add_modules(kernel, &[MODULES, kvm, extra.modules].concat())?;
+        for program in [PROGRAMS, hv].concat() {
             tree.add_program(&binary(program))?;
         }
         for program in extra.programs {

@@ -45,20 +45,26 @@ pub(crate) fn cargo<S: AsRef<OsStr>>(arguments: &[S]) -> Result<(), Failure> {
 }
 
 /// Runs cargo in the workspace, shows its output and gives each line of it to `see`. Tells whether it ended well.
-pub(crate) fn cargo_lines(arguments: &[&str], mut see: impl FnMut(&str)) -> Result<bool, Failure> {
+pub(crate) fn cargo_lines(arguments: &[&str], see: impl FnMut(&str)) -> Result<bool, Failure> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let started = Command::new(&cargo).args(arguments).current_dir(root()).stdout(Stdio::piped()).spawn();
-    let mut child = started.map_err(|error| Failure::new(format!("cargo could not be started: {error}")))?;
+    lines(&cargo, arguments, see)
+}
+
+/// The same with any program.
+pub(crate) fn lines(program: &OsStr, arguments: &[&str], mut see: impl FnMut(&str)) -> Result<bool, Failure> {
+    let name = program.to_string_lossy();
+    let started = Command::new(program).args(arguments).current_dir(root()).stdout(Stdio::piped()).spawn();
+    let mut child = started.map_err(|error| Failure::new(format!("{name} could not be started: {error}")))?;
     let output = child.stdout.take().expect("the output is piped");
     for line in BufReader::new(output).split(b'\n') {
         let line =
-            line.map_err(|error| Failure::new(format!("the output of cargo could not be read: {error}")))?;
+            line.map_err(|error| Failure::new(format!("the output of {name} could not be read: {error}")))?;
         let line = String::from_utf8_lossy(&line);
         println!("{line}");
         see(&line);
     }
     let status =
-        child.wait().map_err(|error| Failure::new(format!("cargo could not be waited for: {error}")))?;
+        child.wait().map_err(|error| Failure::new(format!("{name} could not be waited for: {error}")))?;
     Ok(status.success())
 }
 

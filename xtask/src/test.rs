@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::packages;
-use crate::run::{Failure, cargo, cargo_lines, command_with, root};
+use crate::run::{Failure, cargo, cargo_lines, command_with, lines, root, target_dir};
 use crate::suites;
 
 /// A build of its own: no other test and no program may contain the switch that leaves a step out.
@@ -36,6 +36,9 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
     if !quick {
         step("dependencies", dependencies)?;
     }
+    // Last and alone: emulated machines beside other tests would be slow beyond measure.
+    println!("xtask: a reservation on emulated machines");
+    tally.run_lab()?;
     tally.report(&no_suites)
 }
 
@@ -68,6 +71,8 @@ struct Tally {
     passed: u64,
     failed: u64,
     ended_badly: bool,
+    /// What the scenario of the lab lacks here, if it was skipped.
+    no_lab: Option<String>,
 }
 
 impl Tally {
@@ -75,6 +80,28 @@ impl Tally {
     fn run(&mut self, arguments: &[&str]) -> Result<(), Failure> {
         let ended_well = cargo_lines(arguments, |line| self.count(line))?;
         self.ended_badly |= !ended_well;
+        Ok(())
+    }
+
+    /// Runs the lab's shortest scenario with the programs that the tests have used. What it needs is big and comes from elsewhere:
+    /// where that cannot be had, the scenario is skipped and the last lines say so.
+    fn run_lab(&mut self) -> Result<(), Failure> {
+        if let Err(failure) = packages::ensure(packages::LAB) {
+            println!("xtask: {failure}");
+            self.no_lab = failure.to_string().lines().next().map(str::to_owned);
+            return Ok(());
+        }
+        let mut missing = None;
+        let lab = target_dir().join("debug/lab");
+        let passed = lines(lab.as_os_str(), &["short"], |line| {
+            missing = line.strip_prefix("lab: missing: ").map(str::to_owned).or(missing.take());
+        })?;
+        self.no_lab = missing;
+        match (passed, &self.no_lab) {
+            (true, _) => self.passed += 1,
+            (false, None) => self.failed += 1,
+            (false, Some(_)) => {}
+        }
         Ok(())
     }
 
@@ -92,10 +119,12 @@ impl Tally {
     /// The last lines: what was skipped and why, then the sums.
     fn report(&self, no_suites: &[&str]) -> Result<(), Failure> {
         let devices = ["/dev/fuse", "/dev/kvm", "/dev/net/tun"];
+        let no_lab = self.no_lab.as_ref().map(|why| format!("the lab ({why})"));
         let missing: Vec<_> = devices
             .into_iter()
             .filter(|device| !Path::new(device).exists())
             .chain(no_suites.iter().copied())
+            .chain(no_lab.as_deref())
             .collect();
         match missing.as_slice() {
             [] => println!("skipped groups of tests: none"),

@@ -77,7 +77,14 @@ pub(super) fn run() -> Result<(), LabError> {
     super::in_folder(|folder| {
         let content = folder.join("content");
         linux_guest::prepare(&Kernel::get(&super::cache()?)?, &content, GUEST_INIT)?;
-        let kit = Kit { size: SIZE, programs: PROGRAMS, init: BRIDGE, content: Some(&content) };
+        let kit = Kit {
+            size: SIZE,
+            programs: PROGRAMS,
+            init: BRIDGE,
+            content: Some(&content),
+            guests: true,
+            ..Kit::PLAIN
+        };
         let mut lab = SanCluster::start_with_witness(folder, &kit)?;
         start_guest(&mut lab)?;
         talk(&mut lab)?;

@@ -4,61 +4,51 @@ mod fences;
 mod linux_guest;
 mod linux_moves;
 mod outages;
+mod short;
 mod witness;
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::Duration;
 
 use crate::tool::{Doing, LabError};
 
-type Scenario = fn() -> Result<(), LabError>;
+/// What can be done to machines, and must end.
+#[derive(Debug)]
+pub(crate) struct Scenario {
+    pub(crate) name: &'static str,
+    pub(crate) run: fn() -> Result<(), LabError>,
+    /// All waits in it are bounded; this bounds their sum.
+    pub(crate) within: Duration,
+}
 
-/// All scenarios, with what they do.
-const ALL: &[(&str, Scenario)] = &[
-    ("linux-guest", linux_guest::run),
-    ("linux-moves", linux_moves::run),
-    ("reservation-hung", fences::hung),
-    ("reservation-stopped", fences::stopped),
-    ("reservation-cut", fences::cut),
-    ("san-power-cut", outages::san_power_cut),
-    ("coordinator-power-cut", outages::coordinator_power_cut),
-    ("path-loss", outages::path_loss),
-    ("two-node-witness", witness::two_nodes),
-    ("cluster-power-cut", outages::cluster_power_cut),
+const fn scenario(name: &'static str, run: fn() -> Result<(), LabError>) -> Scenario {
+    Scenario { name, run, within: Duration::from_mins(30) }
+}
+
+/// All scenarios.
+pub(crate) const ALL: &[Scenario] = &[
+    Scenario { name: "short", run: short::run, within: Duration::from_mins(12) },
+    scenario("linux-guest", linux_guest::run),
+    scenario("linux-moves", linux_moves::run),
+    scenario("reservation-hung", fences::hung),
+    scenario("reservation-stopped", fences::stopped),
+    scenario("reservation-cut", fences::cut),
+    scenario("san-power-cut", outages::san_power_cut),
+    scenario("coordinator-power-cut", outages::coordinator_power_cut),
+    scenario("path-loss", outages::path_loss),
+    scenario("two-node-witness", witness::two_nodes),
+    scenario("cluster-power-cut", outages::cluster_power_cut),
 ];
 
 /// What can be asked for.
 pub(crate) fn names() -> String {
-    let names: Vec<_> = ALL.iter().map(|(name, _)| *name).collect();
+    let names: Vec<_> = ALL.iter().map(|scenario| scenario.name).collect();
     names.join("|")
 }
 
-/// Runs one scenario, or `all` of them.
-pub(crate) fn run(name: &str) -> Result<(), LabError> {
-    if name == "all" {
-        return run_all();
-    }
-    match ALL.iter().find(|(known, _)| *known == name) {
-        Some((_, scenario)) => scenario(),
-        None => Err(LabError::new(format!("no scenario {name}; there are {}", names()))),
-    }
-}
-
-/// Each by itself; one that fails does not keep the others from running.
-fn run_all() -> Result<(), LabError> {
-    let mut failed = Vec::new();
-    for (name, scenario) in ALL {
-        println!("lab: scenario {name}");
-        let begun = Instant::now();
-        match scenario() {
-            Ok(()) => println!("lab: {name} passed in {:.0} s", begun.elapsed().as_secs_f64()),
-            Err(error) => {
-                eprintln!("lab: {name} failed: {error}");
-                failed.push(*name);
-            }
-        }
-    }
-    if failed.is_empty() { Ok(()) } else { Err(LabError::new(format!("failed: {}", failed.join(", ")))) }
+pub(crate) fn find(name: &str) -> Result<&'static Scenario, LabError> {
+    let found = ALL.iter().find(|scenario| scenario.name == name);
+    found.ok_or_else(|| LabError::new(format!("no scenario {name}; there are {}, and all", names())))
 }
 
 /// Where unpacked kernels are kept between runs: beside the programs.
