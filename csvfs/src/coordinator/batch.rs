@@ -1,10 +1,13 @@
 //! The coordinator's thread: batches, each one transaction.
 //!
 //! ```text
-//!   take jobs -> execute each in order -> chores (reclaim, growth, pruning) -> commit -> replies, pushes -> again
+//!   take jobs -> looks, answered at once -> the others in order -> chores (reclaim, growth, pruning) -> commit
+//!             -> replies, pushes -> again
 //! ```
-//! A batch that changed nothing commits nothing, but its replies too leave at its end: a read sees what came before it in
-//! the batch. **Invariant:** when the commit fails, nobody hears of anything in the batch, and nothing follows it (D6).
+//! Who only looks is told what was committed before, without waiting for the commit of what others change: all that was
+//! acknowledged when it asked is in there. A look that comes after a change in the batch, because it had to wait for grants, is
+//! answered at the end: it sees that change. **Invariant:** when the commit fails, nobody has heard of anything that the batch
+//! changed, and nothing follows it (D6).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +16,7 @@ use lockmgr::Millis;
 use lockmgr::engine::Event;
 
 use super::core::{Core, Errand, Outbox};
-use super::mailbox::{Asker, Job, Mailbox};
+use super::mailbox::{Asker, Job, Mailbox, looks_first};
 use super::open::{chunk, still_owner};
 use super::{CloseReport, CoordinatorStats};
 use crate::extents::Run;
@@ -106,7 +109,18 @@ impl Server {
             core.proceed(tables, work)?;
         }
         core.take_ready(tables)?;
-        let mut jobs = jobs.into_iter();
+        let (looks, others) = looks_first(jobs);
+        for job in looks {
+            if let Job::Request(request, done) = job {
+                core.request(tables, request, done)?;
+                core.take_ready(tables)?;
+            }
+        }
+        if !tables.changed() {
+            self.deliver();
+        }
+        let core = &mut self.core;
+        let mut jobs = others.into_iter();
         while let Some(job) = jobs.next() {
             match job {
                 Job::Request(request, done) => core.request(tables, request, done)?,

@@ -2,7 +2,7 @@
 //!
 //! **Invariant:** a job is either taken by the thread or given back to who put it in; none is lost when the thread ends.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -12,7 +12,8 @@ use lockmgr::{ClientId, Epoch, NodeId};
 
 use super::{ClientInfo, CloseReport, CoordinatorStats, ReplyTo};
 use crate::meta::StoreError;
-use crate::proto::{Attr, FailureKind, Held, Reply, Request, reply};
+use crate::proto::request::Op;
+use crate::proto::{self as pb, Attr, FailureKind, Held, Reply, Request, reply};
 use crate::refusal::failure;
 
 /// Requests that wait to be taken; more are refused, and their clients try again.
@@ -72,6 +73,64 @@ pub(super) enum Job {
     NodeGone(NodeId, Epoch),
     Clients(SyncSender<Vec<ClientInfo>>),
     Close(SyncSender<Result<CloseReport, StoreError>>),
+}
+
+impl Job {
+    fn place(&self) -> Place {
+        let Self::Request(request, _) = self else { return Place::Kept };
+        match &request.op {
+            Some(
+                Op::Lookup(_)
+                | Op::GetAttr(_)
+                | Op::ReadDir(_)
+                | Op::ReadLink(_)
+                | Op::GetXattr(_)
+                | Op::ListXattrs(_)
+                | Op::StatFs(_),
+            ) => Place::Looks,
+            Some(
+                Op::Create(_)
+                | Op::Link(_)
+                | Op::Unlink(_)
+                | Op::Rename(_)
+                | Op::SetXattr(_)
+                | Op::RemoveXattr(_),
+            ) => Place::Changes,
+            _ => Place::Kept,
+        }
+    }
+
+    fn client(&self) -> Option<&pb::ClientId> {
+        match self {
+            Self::Request(request, _) => request.client.as_ref(),
+            _ => None,
+        }
+    }
+}
+
+/// What a job may do to the order of a batch.
+#[derive(PartialEq, Eq)]
+enum Place {
+    /// It changes nothing.
+    Looks,
+    /// It changes files, and its client waits for the answer: who asks for something meanwhile does not count on it.
+    Changes,
+    /// It is about grants or clients, or what comes after it may count on it.
+    Kept,
+}
+
+/// Takes those out that only look and may go first: past changes, and past nothing else of their own clients.
+pub(super) fn looks_first(jobs: Vec<Job>) -> (Vec<Job>, Vec<Job>) {
+    let mut kept: HashSet<Option<pb::ClientId>> = HashSet::new();
+    jobs.into_iter().partition(|job| {
+        let place = job.place();
+        if place == Place::Kept {
+            kept.insert(job.client().copied());
+        }
+        // What comes from nobody is about clients as such.
+        let free = !kept.contains(&None) && !kept.contains(&job.client().copied());
+        place == Place::Looks && free
+    })
 }
 
 /// See the module.

@@ -1,9 +1,12 @@
 //! Group commit: requests that arrive together share a transaction.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 
 use blockio::{BlockDevice, FaultDevice, Geometry, IoOp, IoRequest, MemoryDevice, OpKind};
+use csvfs::pb::GetAttr;
+use csvfs::pb::request::Op;
 
 use crate::world::{MIB, ROOT, World, attr, create, result};
 
@@ -56,6 +59,75 @@ fn parallel_creates_share_commits() {
     assert!(together * 8 < requests * alone, "{together} flushes for {requests} requests, {alone} for one");
     assert!(together <= 4 * alone, "{together} flushes, one commit has {alone}");
     world.assert_clean(&clients[0]);
+}
+
+/// Lets flushes through one by one.
+struct Gated<D> {
+    inner: D,
+    waiting: Mutex<VecDeque<IoRequest>>,
+    came: Condvar,
+    open: AtomicBool,
+}
+
+impl<D: BlockDevice> Gated<D> {
+    /// Waits for a flush, and lets it through.
+    fn let_one_through(&self) {
+        let waiting = self.waiting.lock().unwrap();
+        let flush = self.came.wait_while(waiting, |waiting| waiting.is_empty()).unwrap().pop_front();
+        self.inner.submit(flush.expect("one has come"));
+    }
+
+    fn wait_for_flush(&self) {
+        let waiting = self.waiting.lock().unwrap();
+        drop(self.came.wait_while(waiting, |waiting| waiting.is_empty()).unwrap());
+    }
+
+    fn open(&self) {
+        self.open.store(true, Ordering::SeqCst);
+        self.waiting.lock().unwrap().drain(..).for_each(|flush| self.inner.submit(flush));
+    }
+}
+
+impl<D: BlockDevice> BlockDevice for Gated<D> {
+    fn geometry(&self) -> Geometry {
+        self.inner.geometry()
+    }
+
+    fn submit(&self, request: IoRequest) {
+        let mut waiting = self.waiting.lock().unwrap();
+        if matches!(request.op, IoOp::Flush) && !self.open.load(Ordering::SeqCst) {
+            waiting.push_back(request);
+            self.came.notify_all();
+        } else {
+            drop(waiting);
+            self.inner.submit(request);
+        }
+    }
+}
+
+#[test]
+fn who_only_looks_does_not_wait_for_the_commit_of_what_others_change() {
+    let (inner, waiting) = (MemoryDevice::new(64 * MIB), Mutex::default());
+    let gate = Gated { inner, waiting, came: Condvar::new(), open: AtomicBool::new(true) };
+    let device = Arc::new(gate);
+    let world = World::on(device.clone());
+    let (changing, looking) = (world.client(1), world.client(2));
+    device.open.store(false, Ordering::SeqCst);
+    let first = changing.start(create(ROOT, "first"));
+    device.wait_for_flush();
+    // Both come while the first commit is under way: one batch, the change before the look.
+    let second = changing.start(create(ROOT, "second"));
+    let look = looking.start(Op::GetAttr(GetAttr { ino: ROOT, cache: false }));
+    // The flushes of the first commit, until one comes that is the second's.
+    while first.try_recv().is_err() {
+        device.let_one_through();
+        device.wait_for_flush();
+    }
+    assert!(look.try_recv().is_ok(), "it was told what was committed before");
+    assert!(second.try_recv().is_err(), "it is not durable yet");
+    device.open();
+    assert_eq!(attr(result(&second)).nlink, 1);
+    world.assert_clean(&looking);
 }
 
 #[test]
