@@ -122,8 +122,8 @@ impl Ops {
             Op::ReadDir(args) => self.readdir(header, args, false, reply),
             Op::ReadDirPlus(args) => self.readdir(header, args, true, reply),
             Op::ReleaseDir(args) => self.releasedir(args, reply),
-            // An acknowledged change of a name is durable already.
-            Op::FsyncDir => reply.ok(),
+            // An acknowledged change of a name is durable already. The kernel asks once, and never again.
+            Op::FsyncDir => reply.error(libc::ENOSYS),
             op => self.about_attributes(header, op, reply),
         }
     }
