@@ -23,7 +23,7 @@ const MODE_BITS: u32 = 0o7777;
 const DEPTH_MAX: usize = 1 << 20;
 
 /// Flags of rename(2).
-const RENAME_NOREPLACE: u32 = 1;
+pub(crate) const RENAME_NOREPLACE: u32 = 1;
 const RENAME_EXCHANGE: u32 = 2;
 
 /// The namespace within one transaction.

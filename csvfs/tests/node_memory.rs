@@ -106,6 +106,68 @@ fn what_this_node_changes_itself_it_knows_without_asking() {
 }
 
 #[test]
+fn what_is_not_in_a_directory_costs_no_message_where_all_of_it_is_known() {
+    let world = World::new();
+    let (a, b) = (world.node(1), world.node(2));
+    let absent = |node: &Node, dir: u64, name: &str| {
+        let error = node.lookup(dir, name.as_bytes()).expect_err("it is not there");
+        assert_eq!(error.errno(), libc::ENOENT);
+    };
+    // Made here: it is empty, and what is in it later came from here.
+    let made = a.mkdir(ROOT_INO, b"made", &PLAIN).expect("a directory").ino;
+    drop(a.create(made, b"one", &PLAIN, true).expect("a file"));
+    a.rename(made, b"one", made, b"two", 0).expect("a rename");
+    let looks = || {
+        absent(&a, made, "one");
+        absent(&a, made, "three");
+        a.lookup(made, b"two").expect("the file");
+    };
+    assert_eq!(messages(&a, looks), 0);
+    // Read to its end: all of it is known here too.
+    assert_eq!(names(&b, made).len(), 1);
+    assert_eq!(messages(&b, || absent(&b, made, "three")), 0);
+    // A change by another node is seen by the next look, and what it leaves is not taken for all.
+    drop(b.create(made, b"three", &PLAIN, true).expect("a file"));
+    assert!(a.lookup(made, b"three").is_ok());
+    a.unlink(made, b"three").expect("an unlink");
+    absent(&b, made, "three");
+    assert!(b.lookup(made, b"two").is_ok());
+}
+
+#[test]
+fn what_threads_of_one_node_do_at_once_leaves_no_name_behind_that_is_not_found() {
+    let world = World::new();
+    let (a, b) = (world.node(1), world.node(2));
+    let dir = a.mkdir(ROOT_INO, b"dir", &PLAIN).expect("a directory").ino;
+    for round in 0..rounds() / 10 {
+        thread::scope(|scope| {
+            for number in 0..4 {
+                let mut dice = Dice(round * 4 + number + 1);
+                let a = &a;
+                scope.spawn(move || {
+                    for _ in 0..20 {
+                        let (name, other) = (format!("x{}", dice.roll(6)), format!("x{}", dice.roll(6)));
+                        // Whoever comes second is refused; that is not what is looked at here.
+                        let _outcome = match dice.roll(4) {
+                            0 => a.create(dir, name.as_bytes(), &PLAIN, true).map(drop),
+                            1 => a.unlink(dir, name.as_bytes()),
+                            2 => a.lookup(dir, name.as_bytes()).map(drop),
+                            _ => a.rename(dir, name.as_bytes(), dir, other.as_bytes(), 0),
+                        };
+                    }
+                });
+            }
+        });
+        let there = |node: &Node| -> Vec<bool> {
+            (0..6).map(|number| node.lookup(dir, format!("x{number}").as_bytes()).is_ok()).collect()
+        };
+        assert_eq!(there(&a), there(&b), "round {round}");
+        // A listing that is whole again, for the next round.
+        assert_eq!(names(&a, dir).len(), there(&b).iter().filter(|is| **is).count(), "round {round}");
+    }
+}
+
+#[test]
 fn memory_is_bounded() {
     let world = World::new();
     let (a, b) = (world.node(1), world.node(2));
@@ -168,6 +230,12 @@ impl Tree {
             .map(|(name, attr)| (String::from_utf8(name).expect("plain"), attr.ino))
             .collect();
         assert_eq!(listed, self.names, "round {round}: the listing");
+        for name in (round.saturating_sub(20)..round + 2).map(|number| format!("n{number}")) {
+            if !self.names.contains_key(&name) {
+                let error = node.lookup(dir, name.as_bytes()).expect_err("a name that is not there");
+                assert_eq!(error.errno(), libc::ENOENT, "round {round}: {name}");
+            }
+        }
         for (name, ino) in &self.names {
             let attr = node.lookup(dir, name.as_bytes()).expect("a name that is there");
             let (mode, size) = self.inodes[ino];
@@ -195,7 +263,17 @@ fn one_change(
         tree.inodes.insert(attr.ino, (0o644, 0));
         return Ok(());
     };
-    match dice.roll(7) {
+    match dice.roll(9) {
+        7 => {
+            node.rename(dir, name.as_bytes(), dir, fresh.as_bytes(), libc::RENAME_NOREPLACE)?;
+            tree.names.remove(&name);
+            tree.names.insert(fresh, ino);
+        }
+        8 => {
+            let (other, its) = some(tree, dice).expect("there is one");
+            node.rename(dir, name.as_bytes(), dir, other.as_bytes(), libc::RENAME_EXCHANGE)?;
+            tree.names.extend([(name, its), (other, ino)]);
+        }
         0 => {
             node.unlink(dir, name.as_bytes())?;
             tree.names.remove(&name);

@@ -3,6 +3,7 @@
 //! ```text
 //!   Lookup  -> PR of the directory (its names) and of the inode     Create -> EX of the new file, for the first write
 //!   GetAttr -> PR of the inode                                      ReadDir -> PR of the directory and of its inodes
+//!   MkDir   -> PR of the new directory, which is empty
 //! ```
 //! So what a client asks for again and again costs it one message. Nobody is disturbed for it: such a grant is given only
 //! where it is free, and not where clients have lately taken things from each other, so that two who change a directory in
@@ -18,7 +19,7 @@ use super::mailbox::Answer;
 use crate::meta::{StoreError, Tables};
 use crate::namespace::lookup;
 use crate::proto::request::Op;
-use crate::proto::{Attr, GrantMode, Held, reply};
+use crate::proto::{Attr, FileKind, GrantMode, Held, reply};
 use crate::refusal::OpError;
 
 /// For so long after a recall of an inode nobody is lent a grant on it.
@@ -119,6 +120,11 @@ impl Core {
             }
             (Some(Op::Create(op)), reply::Result::Attr(attr)) if op.cache && op.open && touched.new => {
                 answer.held.extend(self.try_lend(client, attr.ino, Mode::Exclusive));
+            }
+            (Some(Op::Create(op)), reply::Result::Attr(attr))
+                if op.cache && op.kind() == FileKind::Directory && touched.new =>
+            {
+                answer.held.extend(self.try_lend(client, attr.ino, read));
             }
             _ => {}
         }

@@ -18,6 +18,8 @@ use lockmgr::engine::Event;
 use lockmgr::{ClientId, Mode, ResourceId};
 
 use super::core::{Core, Errand, Parked, Ticket, Work, stand_in};
+use crate::ROOT_INO;
+use crate::check::repair::LOST_FOUND;
 use crate::meta::Tables;
 use crate::namespace::lookup;
 use crate::proto::request::Op;
@@ -163,7 +165,12 @@ fn wishes(tables: &Tables<'_>, op: &Op) -> Result<Wishes, OpError> {
             let found = child(op.parent, &op.name)?;
             Wishes { read: found.into_iter().collect(), change: vec![op.parent], ..Wishes::default() }
         }
-        Op::Repair(op) => Wishes { change: op.inos.clone(), everybody: true, ..Wishes::default() },
+        Op::Repair(op) => {
+            // What is found gets a name in a folder under the root, which may be new.
+            let places = child(ROOT_INO, LOST_FOUND)?.into_iter().chain([ROOT_INO]);
+            let change = op.inos.iter().copied().chain(places).collect();
+            Wishes { change, everybody: true, ..Wishes::default() }
+        }
         Op::Link(op) => changes(vec![op.ino, op.parent]),
         Op::Unlink(op) => {
             let found = child(op.parent, &op.name)?;

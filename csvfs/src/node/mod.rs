@@ -73,7 +73,7 @@ pub use error::FsError;
 pub use file::{Extent, ExtentState, File, SeekFrom};
 pub use link::{CoordinatorLink, LinkError, ReplyTo};
 pub use locks::{Lock, LockInTheWay};
-pub use names::{NAME_BYTES_MAX, ROOT_INO};
+pub use names::{AtHand, NAME_BYTES_MAX, ROOT_INO};
 pub use pages::{KernelPages, Mapper};
 pub use xattrs::XattrFlags;
 

@@ -10,8 +10,10 @@ use pb::reply::Result as Answer;
 use pb::request::Op;
 
 use super::grants::Seq;
+use super::remember::Remembered;
 use super::session::Answered;
 use super::{Attr, Creation, DirEntry, DirPage, File, FileKind, FsError, Node, SetAttr};
+use crate::namespace::RENAME_NOREPLACE;
 use crate::proto as pb;
 
 /// Inode number of the root directory.
@@ -20,6 +22,17 @@ pub const ROOT_INO: u64 = 1;
 /// Longest name of a directory entry, in bytes.
 pub const NAME_BYTES_MAX: usize = 255;
 
+/// What is known of a name without a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AtHand {
+    /// The inode that has it.
+    Is(Box<Attr>),
+    /// Nothing has it.
+    Absent,
+    /// Nothing is known.
+    Unknown,
+}
+
 impl Node {
     /// What `name` in the directory `parent` is.
     ///
@@ -27,8 +40,10 @@ impl Node {
     /// `ENOENT` and the like.
     pub fn lookup(&self, parent: u64, name: &[u8]) -> Result<Attr, FsError> {
         let name = checked_name(name)?;
-        if let Some(attr) = self.lookup_at_hand(parent, &name) {
-            return Ok(attr);
+        match self.lookup_at_hand(parent, &name) {
+            AtHand::Is(attr) => return Ok(*attr),
+            AtHand::Absent => return Err(absent(&name)),
+            AtHand::Unknown => {}
         }
         let answered = self.core.ask(Op::Lookup(pb::Lookup { parent, name: name.clone(), cache: true }))?;
         let attr = attr_of(&answered)?;
@@ -38,9 +53,15 @@ impl Node {
 
     /// As [`Node::lookup`], if that takes no message. Never blocks.
     #[must_use]
-    pub fn lookup_at_hand(&self, parent: u64, name: &[u8]) -> Option<Attr> {
-        let ino = self.core.remembered_name(parent, name)?;
-        self.attr_at_hand(ino).filter(|attr| attr.nlink > 0)
+    pub fn lookup_at_hand(&self, parent: u64, name: &[u8]) -> AtHand {
+        match self.core.remembered_name(parent, name) {
+            Remembered::Inode(ino) => match self.attr_at_hand(ino).filter(|attr| attr.nlink > 0) {
+                Some(attr) => AtHand::Is(Box::new(attr)),
+                None => AtHand::Unknown,
+            },
+            Remembered::Absent => AtHand::Absent,
+            Remembered::Unknown => AtHand::Unknown,
+        }
     }
 
     /// Walks `path` from the root, without following symbolic links.
@@ -104,7 +125,11 @@ impl Node {
     /// # Errors
     /// `EEXIST`, `ENOSPC` and the like.
     pub fn mkdir(&self, parent: u64, name: &[u8], creation: &Creation) -> Result<Attr, FsError> {
-        self.make(new_inode(parent, name, FileKind::Directory, creation)?)
+        let mut request = new_inode(parent, name, FileKind::Directory, creation)?;
+        (request.exclusive, request.cache) = (true, true);
+        let (attr, stamp) = self.create_named(request)?;
+        self.core.learn_empty(attr.ino, stamp);
+        Ok(attr)
     }
 
     /// Creates a symbolic link to `target`.
@@ -209,7 +234,7 @@ impl Node {
     fn remove(&self, parent: u64, name: &[u8], directory: bool) -> Result<(), FsError> {
         let name = checked_name(name)?;
         let target = self.core.remembered_name(parent, &name);
-        let _changing = self.core.changing(target.into_iter().chain([parent]), target.is_none());
+        let _changing = self.core.changing(target.ino().into_iter().chain([parent]), target.hides_another());
         let answered = self.core.ask(Op::Unlink(pb::Unlink { parent, name: name.clone(), directory }))?;
         self.changed_unseen(&answered);
         self.core.changed_here(parent, &[&name], answered.stamp());
@@ -231,8 +256,8 @@ impl Node {
         let (name, new_name) = (checked_name(name)?, checked_name(new_name)?);
         let source = self.core.remembered_name(parent, &name);
         let target = self.core.remembered_name(new_parent, &new_name);
-        let inos = source.into_iter().chain(target).chain([parent, new_parent]);
-        let _changing = self.core.changing(inos, source.is_none() || target.is_none());
+        let inos = source.ino().into_iter().chain(target.ino()).chain([parent, new_parent]);
+        let _changing = self.core.changing(inos, source.hides_another() || target.hides_another());
         let (from, to) = (name.clone(), new_name.clone());
         let answered =
             self.core.ask(Op::Rename(pb::Rename { parent, name: from, new_parent, new_name: to, flags }))?;
@@ -240,8 +265,9 @@ impl Node {
         self.core.changed_here(parent, &[&name], answered.stamp());
         self.core.changed_here(new_parent, &[&new_name], answered.stamp());
         // Two names of one inode stay as they are.
-        if let Some(ino) = source.filter(|ino| flags == 0 && Some(*ino) != target) {
-            self.core.learn_name(new_parent, &new_name, ino, answered.stamp());
+        match source.ino().filter(|ino| flags & !RENAME_NOREPLACE == 0 && Some(*ino) != target.ino()) {
+            Some(ino) => self.core.learn_name(new_parent, &new_name, ino, answered.stamp()),
+            None => [parent, new_parent].into_iter().for_each(|dir| self.core.names_missing(dir)),
         }
         Ok(())
     }
@@ -405,6 +431,10 @@ fn new_inode(parent: u64, name: &[u8], kind: FileKind, creation: &Creation) -> R
         linkable: false,
         cache: false,
     })
+}
+
+fn absent(name: &[u8]) -> FsError {
+    FsError::invalid(libc::ENOENT, format!("'{}' does not exist", String::from_utf8_lossy(name)))
 }
 
 fn checked_name(name: &[u8]) -> Result<Bytes, FsError> {

@@ -7,7 +7,8 @@
 //! ```
 //! **Invariants:** what is told from memory was true when the grant came, or later, and stays so while it is held: an answer
 //! that is older than the grant, or than this node's own last change, is not remembered. While a change of this node is under
-//! way, which others may see already, nothing that it concerns is told from memory. What is not there is never remembered.
+//! way, which others may see already, nothing that it concerns is told from memory. That a name is not there is told only of
+//! a directory all of whose names are remembered.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -107,10 +108,37 @@ impl Memory {
     }
 }
 
+/// What memory says of a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Remembered {
+    /// It is this inode's.
+    Inode(u64),
+    /// It is not there.
+    Absent,
+    /// The coordinator must be asked.
+    Unknown,
+}
+
+impl Remembered {
+    pub(super) fn ino(self) -> Option<u64> {
+        match self {
+            Self::Inode(ino) => Some(ino),
+            Self::Absent | Self::Unknown => None,
+        }
+    }
+
+    /// Whether a change of the name may concern an inode that is not known.
+    pub(super) fn hides_another(self) -> bool {
+        self == Self::Unknown
+    }
+}
+
 /// What is remembered of one inode beside its attributes.
 #[derive(Debug, Default)]
 pub(super) struct Names {
     by_name: HashMap<Arc<[u8]>, u64>,
+    /// Nothing is missing in `by_name`: a name that is not in it is not in the directory.
+    whole: bool,
     /// All entries, in order.
     listing: Option<Arc<Listing>>,
     /// The listing as far as it was read.
@@ -149,8 +177,17 @@ impl Names {
         }
     }
 
-    /// This node has changed something here.
+    fn find(&self, name: &[u8]) -> Remembered {
+        match self.by_name.get(name) {
+            Some(ino) => Remembered::Inode(*ino),
+            None if self.whole && !matches!(name, b"." | b"..") => Remembered::Absent,
+            None => Remembered::Unknown,
+        }
+    }
+
+    /// This node has changed something here. Of answers that come out of order the last one did not see what the others did.
     fn changed(&mut self, at: Seq) {
+        self.whole &= at >= self.changed_at;
         self.changed_at = self.changed_at.max(at);
         (self.listing, self.reading) = (None, None);
         self.xattrs.clear();
@@ -196,6 +233,12 @@ impl State {
             names
         });
         (stamp >= names.changed_at).then_some(names)
+    }
+
+    fn names_missing(&mut self) {
+        if let Some(names) = &mut self.names {
+            names.whole = false;
+        }
     }
 
     pub(super) fn is_unused(&self) -> bool {
@@ -417,23 +460,38 @@ impl Core {
         });
     }
 
-    /// The inode of a name, from memory.
-    pub(super) fn remembered_name(&self, dir: u64, name: &[u8]) -> Option<u64> {
-        let inode = self.peek(dir)?;
+    /// What a name in a directory is, from memory.
+    pub(super) fn remembered_name(&self, dir: u64, name: &[u8]) -> Remembered {
+        let Some(inode) = self.peek(dir) else { return Remembered::Unknown };
         let mut state = inode.lock();
         state.used = true;
-        state.told()?.by_name.get(name).copied()
+        state.told().map_or(Remembered::Unknown, |names| names.find(name))
     }
 
     /// An answer at `stamp` says that `name` is this inode's.
     pub(super) fn learn_name(&self, dir: u64, name: &[u8], ino: u64, stamp: Seq) {
-        if matches!(name, b"." | b"..") || !self.memory.has_room_for_names() {
+        if matches!(name, b"." | b"..") {
             return;
         }
         let Some(inode) = self.peek(dir) else { return };
-        if let Some(names) = inode.lock().memory_for(stamp, &self.memory.names) {
-            names.insert(&name.into(), ino);
+        let mut state = inode.lock();
+        let room = self.memory.has_room_for_names();
+        match state.memory_for(stamp, &self.memory.names).filter(|_| room) {
+            Some(names) => names.insert(&name.into(), ino),
+            None => state.names_missing(),
         }
+    }
+
+    /// A directory has names that are not remembered.
+    pub(super) fn names_missing(&self, dir: u64) {
+        if let Some(inode) = self.peek(dir) {
+            inode.lock().names_missing();
+        }
+    }
+
+    /// This node has made a directory, and was lent a grant on it in the same answer: nobody else has put anything in it.
+    pub(super) fn learn_empty(&self, dir: u64, stamp: Seq) {
+        self.learn(dir, stamp, |names| names.whole = names.by_name.is_empty());
     }
 
     /// This node has changed a directory, or what else is remembered of an inode: `names` are not what they were.
@@ -483,6 +541,8 @@ impl Core {
         for entry in &page.entries {
             names.insert(&entry.name.as_slice().into(), entry.attr.ino);
         }
+        // All that is remembered is true, so as many names as there are entries are all of them.
+        names.whole |= names.listing.as_ref().is_some_and(|all| all.entries.len() == names.by_name.len());
     }
 
     /// What else is remembered of an inode, picked out by `pick`.

@@ -1,5 +1,7 @@
 //! Names: finding, making, moving and removing them.
 
+use csvfs::node::AtHand;
+
 use super::{Ops, creation};
 use crate::attr::{errno, kind_of_mode, to_kernel};
 use crate::wire::abi::{MkdirIn, MknodIn};
@@ -9,8 +11,10 @@ use crate::wire::request::Header;
 impl Ops {
     /// A name that is not there is not remembered by the kernel (F6): the error leaves no entry behind.
     pub(super) fn lookup(&self, header: Header, name: &[u8], reply: Reply) {
-        if let Some(attr) = self.shared.node.lookup_at_hand(header.ino, name) {
-            return reply.entry(&to_kernel(&attr), attr.generation);
+        match self.shared.node.lookup_at_hand(header.ino, name) {
+            AtHand::Is(attr) => return reply.entry(&to_kernel(&attr), attr.generation),
+            AtHand::Absent => return reply.error(libc::ENOENT),
+            AtHand::Unknown => {}
         }
         let name = name.to_vec();
         self.entry(reply, move |node| node.lookup(header.ino, &name));

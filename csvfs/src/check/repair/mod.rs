@@ -25,6 +25,8 @@ use crate::format::meta_slot::Chunk;
 use crate::meta::{InodeRecord, StoreError, Tables};
 use crate::proto::{FileKind, Repaired, Timestamp};
 
+pub(crate) use names::LOST_FOUND;
+
 /// Actions that are listed; after as many, the rest is only counted.
 const ACTIONS_MAX: usize = 1000;
 

@@ -7,7 +7,7 @@ use crate::ROOT_INO;
 use crate::meta::{Dirent, StoreError};
 use crate::proto::FileKind;
 
-const LOST_FOUND: &[u8] = b"lost+found";
+pub(crate) const LOST_FOUND: &[u8] = b"lost+found";
 
 /// All entries: by directory and name.
 type Entries = BTreeMap<(u64, Vec<u8>), Dirent>;
