@@ -8,6 +8,10 @@ use tempfile::TempDir;
 
 use crate::Ctl;
 
+/// Twice the usual times: other tests keep the cores and the disk busy, and a node that nobody has touched must not be held for
+/// dead because it was not heard for 0.6 s.
+const PATIENT_BASE_MS: &str = "200";
+
 /// A running embedded cluster. Dropping it stops and removes everything.
 #[derive(Debug)]
 pub struct Cluster {
@@ -27,6 +31,18 @@ impl Cluster {
         Self::start_in(TempDir::with_prefix("csv-").expect("a temporary folder"), lun_size)
     }
 
+    /// The same with the times that users get, for measurements: on a machine where nothing else runs.
+    ///
+    /// # Panics
+    /// As [`Cluster::start`].
+    #[must_use]
+    pub fn with_usual_times(lun_size: &str) -> Self {
+        let folder = TempDir::with_prefix("csv-").expect("a temporary folder");
+        let mut cluster = Self { folder, info: Value::Null, kept: false };
+        cluster.info = cluster.up(lun_size, &[]);
+        cluster
+    }
+
     /// The same in a folder that already exists; it is removed afterwards.
     ///
     /// # Panics
@@ -34,13 +50,14 @@ impl Cluster {
     #[must_use]
     pub fn start_in(folder: TempDir, lun_size: &str) -> Self {
         let mut cluster = Self { folder, info: Value::Null, kept: false };
-        cluster.info = cluster.up(lun_size);
+        cluster.info = cluster.up(lun_size, &["--base-ms", PATIENT_BASE_MS]);
         cluster
     }
 
-    fn up(&self, lun_size: &str) -> Value {
+    fn up(&self, lun_size: &str, times: &[&str]) -> Value {
         let dir = self.dir().to_str().expect("a UTF-8 path").to_owned();
-        Ctl::local().must(&["dev", "up", "--dir", &dir, "--lun-size", lun_size, "--volume", "vol1"])
+        let up = ["dev", "up", "--dir", &dir, "--lun-size", lun_size, "--volume", "vol1"];
+        Ctl::local().must(&[&up, times].concat())
     }
 
     /// The cluster's folder.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use cluster_tests::{Cluster, Ctl};
 
 fn main() {
-    let cluster = Cluster::start("2G");
+    let cluster = Cluster::with_usual_times("2G");
     println!("resident memory");
     for node in cluster.info()["nodes"].as_array().expect("nodes") {
         let pid = node["pid"].as_u64().expect("a pid");

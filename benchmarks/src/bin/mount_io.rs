@@ -24,7 +24,7 @@ const WORKLOADS: &[Job] = &[
 ];
 
 fn main() {
-    let cluster = Cluster::start("4G");
+    let cluster = Cluster::with_usual_times("4G");
     let raw = cluster.dir().join("raw.img");
     let mounted = cluster.mount(1).join("bench.img");
     for file in [&raw, &mounted] {

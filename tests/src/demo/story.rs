@@ -49,7 +49,7 @@ fn make_image(folder: &Path) -> (ExtImage, String) {
 }
 
 fn start_cluster() -> (Cluster, String) {
-    let cluster = Cluster::start("4G");
+    let cluster = Cluster::with_usual_times("4G");
     let names: Vec<_> = (1..=3).map(|number| cluster.name(number)).collect();
     (cluster, format!("{} healthy, volume vol1 mounted on each", names.join(", ")))
 }

@@ -102,12 +102,7 @@ pub(crate) fn furnish(config: &NodeConfig, certificates: &Certificates<'_>) -> R
 /// Starts the daemon and waits until it takes part.
 pub(crate) async fn start(config: &NodeConfig) -> Result<(), Error> {
     process::start(config, None)?;
-    let mut client = api::connect(&config.admin_socket()).await?;
     let request = WaitRequest { timeout_ms: READY_WITHIN_MS, nodes_up: 1, volumes: Vec::new() };
-    client.wait(request).await.map_err(|status| {
-        Error::from(status)
-            .during(format!("waiting for node {}", config.name))
-            .hint(format!("its log is {}", config.log_file().display()))
-    })?;
-    Ok(())
+    let ready = process::await_ready(config, request).await;
+    ready.map_err(|error| error.hint(format!("its log is {}", config.log_file().display())))
 }

@@ -20,7 +20,7 @@ pub(crate) struct Stage {
 
 impl Stage {
     pub(crate) fn set(rounds: usize) -> Self {
-        Self { cluster: Cluster::start("4G"), rounds, probe: Probe::default() }
+        Self { cluster: Cluster::with_usual_times("4G"), rounds, probe: Probe::default() }
     }
 
     pub(crate) fn probe(&self) -> &Probe {

@@ -59,7 +59,7 @@ fn main() -> ExitCode {
 }
 
 fn measure_all(seconds: &str) {
-    let cluster = Cluster::start("4G");
+    let cluster = Cluster::with_usual_times("4G");
     let passthrough = Passthrough::start(cluster.dir()).expect("passthrough_hp is mounted, as root");
     let mounts = [passthrough.mount().to_owned(), cluster.mount(1)];
     let raw = cluster.dir().join("raw.img");

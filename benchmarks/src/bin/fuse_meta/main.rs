@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         println!("GlusterFS cannot be measured here: install glusterfs-server");
     }
     let theirs = gluster.as_ref().map(Gluster::mounts);
-    let cluster = Cluster::start("8G");
+    let cluster = Cluster::with_usual_times("8G");
     let ours: Vec<PathBuf> = (1..=3).map(|node| cluster.mount(node)).collect();
     print_heading("names and attributes, operations or entries per second", "GlusterFS", "mount");
     for nodes in [1, 3] {

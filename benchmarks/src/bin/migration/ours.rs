@@ -13,7 +13,7 @@ const VM: &str = "bench";
 
 /// A cluster whose node 1 runs the guest.
 pub(crate) fn started(guest: &Guest) -> Result<Cluster, Failure> {
-    let cluster = Cluster::start("4G");
+    let cluster = Cluster::with_usual_times("4G");
     let memory = format!("{}M", guest.memory_mib);
     let module = guest.module.to_str().ok_or("a path that is no UTF-8")?;
     let mut create = vec!["vm", "create", VM, "--memory", &memory, "--kernel", "builtin:dirtier"];

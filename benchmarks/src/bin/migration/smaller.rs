@@ -28,7 +28,7 @@ pub(crate) fn quick(count: usize, folder: &Path) -> Result<(), Failure> {
 
 /// From the start of a VM's process to its guest's first instruction.
 pub(crate) fn start(count: usize) -> Result<(), Failure> {
-    let cluster = Cluster::start("1G");
+    let cluster = Cluster::with_usual_times("1G");
     let ctl = cluster.ctl(1);
     ctl.must(&[
         "vm",

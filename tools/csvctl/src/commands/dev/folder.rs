@@ -27,6 +27,9 @@ pub(crate) struct Plan {
     pub(crate) lun_bytes: u64,
     /// Name of the volume.
     pub(crate) volume: String,
+    /// See [`NodeConfig::base_ms`].
+    #[serde(default)]
+    pub(crate) base_ms: Option<u64>,
     /// The nodes.
     pub(crate) nodes: Vec<PlannedNode>,
 }
@@ -128,7 +131,7 @@ impl Folder {
             socket: None,
             bootstrap: node.id == 1,
             witness: false,
-            base_ms: None,
+            base_ms: plan.base_ms,
             tls,
             fence: FenceConfig::LocalKill,
             members: plan.nodes.iter().map(|member| self.member(member)).collect(),

@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
 use super::folder::{Folder, Plan, PlannedNode};
+use super::process;
 use crate::files::cannot;
 
 /// Longest time that a cluster may take until it is healthy.
@@ -16,21 +17,18 @@ pub(crate) const HEALTHY_WITHIN_MS: u64 = 60_000;
 
 /// Waits until the node sees `nodes_up` members and has `volumes` mounted.
 pub(crate) async fn wait(config: &NodeConfig, nodes_up: usize, volumes: &[String]) -> Result<(), Error> {
-    let mut client = api::connect(&config.admin_socket()).await?;
     let request = WaitRequest {
         timeout_ms: HEALTHY_WITHIN_MS,
         nodes_up: u32::try_from(nodes_up).unwrap_or(u32::MAX),
         volumes: volumes.to_vec(),
     };
-    client.wait(request).await.map_err(|status| {
-        let error = Error::from(status).during(format!("waiting for node {}", config.name));
+    process::await_ready(config, request).await.map_err(|error| {
         if error.hint.is_empty() {
             error.hint(format!("its log is {}", config.log_file().display()))
         } else {
             error
         }
-    })?;
-    Ok(())
+    })
 }
 
 /// The planned node of that name.

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use api::Error;
 use api::config::NodeConfig;
+use api::pb::WaitRequest;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
@@ -159,6 +160,38 @@ impl Running {
             }
         }
     }
+}
+
+/// Pause before a daemon that begins anew is connected to again.
+const CONNECT_AGAIN_AFTER: Duration = Duration::from_millis(50);
+
+/// Waits until the daemon says that what `request` asks for has come. One that the others had held for dead, as on a machine that
+/// stood still for a while, begins anew in the same process: its socket goes and comes back meanwhile.
+pub(crate) async fn await_ready(config: &NodeConfig, request: WaitRequest) -> Result<(), Error> {
+    let running = Running::find(&config.pid_file())?;
+    let end = now() + Duration::from_millis(request.timeout_ms);
+    loop {
+        let left = end.saturating_duration_since(now());
+        let timeout_ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
+        let Err(error) = ask_ready(config, WaitRequest { timeout_ms, ..request.clone() }).await else {
+            return Ok(());
+        };
+        let comes_back = error.kind == api::Kind::Unreachable
+            && match &running {
+                Some(running) => !running.wait_end(Duration::ZERO)?,
+                None => false,
+            };
+        if !comes_back || left.is_zero() {
+            return Err(error.during(format!("waiting for node {}", config.name)));
+        }
+        tokio::time::sleep(CONNECT_AGAIN_AFTER).await;
+    }
+}
+
+async fn ask_ready(config: &NodeConfig, request: WaitRequest) -> Result<(), Error> {
+    let mut client = api::connect(&config.admin_socket()).await?;
+    client.wait(request).await?;
+    Ok(())
 }
 
 #[expect(clippy::disallowed_methods, reason = "a limit for a wait, in a command")]

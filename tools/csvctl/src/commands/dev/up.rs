@@ -33,6 +33,10 @@ pub(crate) struct Up {
     /// Name of the volume
     #[arg(long, default_value = "vol1", value_name = "NAME")]
     volume: String,
+    /// Base of all times of a new cluster, in milliseconds, 100 without it: more for a machine that is so busy that nodes are
+    /// held for dead by mistake
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(10..=10_000))]
+    base_ms: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -89,6 +93,7 @@ impl Up {
             lun: self.lun_uri(folder)?,
             lun_bytes: self.lun_size,
             volume: self.volume.clone(),
+            base_ms: self.base_ms,
             nodes: nodes.collect::<Result<_, Error>>()?,
         };
         folder.furnish(&plan)?;
@@ -105,6 +110,13 @@ impl Up {
                 plan.lun
             ))
             .hint("leave --lun out to start it again, or choose another folder"));
+        }
+        if self.base_ms.is_some() && self.base_ms != plan.base_ms {
+            return Err(Error::conflict(format!(
+                "{} already holds a cluster with other times",
+                folder.root().display()
+            ))
+            .hint("leave --base-ms out to start it again, or choose another folder"));
         }
         Ok(())
     }
