@@ -18,9 +18,10 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::{Builder, JoinHandle};
 
 use blockio::BlockDevice;
+use threads::Kind;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
@@ -96,6 +97,12 @@ ioctl_ior_nr!(UFFDIO_UNREGISTER, KIND, 0x01, Range);
 ioctl_ior_nr!(UFFDIO_WAKE, KIND, 0x02, Range);
 ioctl_iowr_nr!(UFFDIO_COPY, KIND, 0x03, Copy);
 ioctl_iowr_nr!(UFFDIO_ZEROPAGE, KIND, 0x04, Zero);
+
+/// What the threads here ask of the kernel, for those who forbid everything else.
+#[must_use]
+pub fn fault_calls() -> [libc::c_ulong; 4] {
+    [UFFDIO_COPY(), UFFDIO_ZEROPAGE(), UFFDIO_WAKE(), UFFDIO_UNREGISTER()]
+}
 
 /// Why RAM cannot come lazily, or did not come.
 #[derive(Debug, thiserror::Error)]
@@ -298,8 +305,9 @@ impl LazyRam {
                     failed(with_cause(&error));
                 }
             };
-            let builder = thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
-            lazy.threads.push(builder.spawn(work).map_err(system("starting a thread"))?);
+            let builder = Builder::new().name(name.to_owned()).stack_size(STACK_BYTES);
+            lazy.threads
+                .push(threads::spawn(Kind::Memory, builder, work).map_err(system("starting a thread"))?);
         }
         Ok(lazy)
     }

@@ -6,8 +6,10 @@
 //! **Invariant:** a vCPU that naps wakes for every command: a pause never waits for the end of a nap.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::thread::{self, JoinHandle};
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
+
+use threads::Kind;
 
 use crate::kvm::{KvmError, Tried};
 use crate::vcpu::{Command, Remote};
@@ -50,8 +52,9 @@ impl Throttle {
                 }
             }
         };
-        let builder = thread::Builder::new().name("throttle".into()).stack_size(STACK_BYTES);
-        let thread = builder.spawn(work).tried("starting the thread that holds a guest back")?;
+        let builder = Builder::new().name("throttle".into()).stack_size(STACK_BYTES);
+        let thread = threads::spawn(Kind::Watch, builder, work)
+            .tried("starting the thread that holds a guest back")?;
         Ok(Self { percent, thread: Some(thread) })
     }
 

@@ -14,11 +14,12 @@ use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use threads::Kind;
 use vmm_sys_util::errno;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -119,14 +120,12 @@ impl Vcpu {
         let (commands, receiver) = channel();
         let (tell, started) = channel();
         let runner = Runner { context, commands: receiver, running: false, nap: None };
-        let thread = thread::Builder::new()
-            .name(format!("vcpu{}", runner.context.id))
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                let _ = tell.send(rustix::thread::gettid().as_raw_nonzero().get());
-                runner.serve();
-            })
-            .tried("starting a vCPU's thread")?;
+        let builder = Builder::new().name(format!("vcpu{}", runner.context.id)).stack_size(STACK_BYTES);
+        let work = move || {
+            let _ = tell.send(rustix::thread::gettid().as_raw_nonzero().get());
+            runner.serve();
+        };
+        let thread = threads::spawn(Kind::Vcpu, builder, work).tried("starting a vCPU's thread")?;
         let number = started.recv().expect("the thread tells its number first");
         Ok(Self { remote: Remote { commands, thread: number }, thread: Some(thread) })
     }

@@ -7,6 +7,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread::{Builder as ThreadBuilder, JoinHandle};
 
 use blockio::{ImageFile, IoError};
+use threads::Kind;
 
 use crate::chain::Chain;
 use crate::core::Core;
@@ -67,11 +68,12 @@ impl Running {
     }
 
     fn spawn(&mut self, name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), VhdxError> {
-        let thread =
-            ThreadBuilder::new().name(name.to_owned()).spawn(body).map_err(|error| VhdxError::Io {
+        let thread = threads::spawn(Kind::Tasks, ThreadBuilder::new().name(name.to_owned()), body).map_err(
+            |error| VhdxError::Io {
                 doing: format!("starting the thread {name}"),
                 source: IoError::Os { op: "spawn", offset: 0, errno: error.raw_os_error().unwrap_or(0) },
-            })?;
+            },
+        )?;
         self.threads.push(thread);
         Ok(())
     }

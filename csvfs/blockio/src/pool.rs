@@ -9,6 +9,8 @@
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use threads::Kind;
+
 use crate::file::Target;
 use crate::job::{Call, Job};
 use crate::queue::Workers;
@@ -19,7 +21,7 @@ const BLKDISCARD: libc::c_ulong = 0x1277;
 
 /// Threads that carry jobs out one by one.
 pub(crate) fn start(name: &str, threads: usize, target: Arc<Target>) -> Workers<Job> {
-    Workers::new(name, threads, move |job| carry_out(job, &target))
+    Workers::of_kind(Kind::Calls, name, threads, move |job| carry_out(job, &target))
 }
 
 fn carry_out(mut job: Job, target: &Target) {

@@ -13,6 +13,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use threads::Kind;
+
 /// Requests that may wait in an intake before `push` blocks.
 const WAITING_MAX: usize = 1024;
 
@@ -125,14 +127,25 @@ pub(crate) struct Workers<T: Send + 'static> {
     intake: Arc<Intake<T>>,
     serve: Arc<dyn Fn(T) + Send + Sync>,
     name: String,
+    kind: Kind,
     count: usize,
     threads: OnceLock<Vec<JoinHandle<()>>>,
 }
 
 impl<T: Send + 'static> Workers<T> {
     pub(crate) fn new(name: &str, count: usize, serve: impl Fn(T) + Send + Sync + 'static) -> Self {
+        Self::of_kind(Kind::Tasks, name, count, serve)
+    }
+
+    /// For what needs more than memory and the open devices.
+    pub(crate) fn of_kind(
+        kind: Kind,
+        name: &str,
+        count: usize,
+        serve: impl Fn(T) + Send + Sync + 'static,
+    ) -> Self {
         let name = name.to_owned();
-        Self { intake: Intake::new(), serve: Arc::new(serve), name, count, threads: OnceLock::new() }
+        Self { intake: Intake::new(), serve: Arc::new(serve), name, kind, count, threads: OnceLock::new() }
     }
 
     /// Hands an item over. Where the system refuses every thread, it is served on the caller's.
@@ -155,7 +168,7 @@ impl<T: Send + 'static> Workers<T> {
                     serve(item);
                 }
             };
-            Builder::new().name(self.name.clone()).spawn(work).ok()
+            threads::spawn(self.kind, Builder::new().name(self.name.clone()), work).ok()
         };
         (0..self.count).filter_map(spawn).collect()
     }

@@ -19,7 +19,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::{Builder, JoinHandle};
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use threads::Kind;
 
 use crate::file::Target;
 use crate::job::{Call, Job};
@@ -32,6 +34,14 @@ const WAKE: u64 = u64::MAX;
 const DEVICE: types::Fixed = types::Fixed(0);
 /// Index of the eventfd.
 const BELL: types::Fixed = types::Fixed(1);
+/// All that is ever put into a ring.
+const OPCODES: [u8; 5] = [
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::PollAdd::CODE,
+];
 
 /// A running I/O thread.
 pub(crate) struct Uring {
@@ -55,12 +65,15 @@ impl Uring {
             let (intake, bell, target) = (Arc::clone(&intake), Arc::clone(&bell), Arc::clone(target));
             let waiting = Arc::clone(&waiting);
             // The ring belongs to the thread that made it (SINGLE_ISSUER), so it is made there.
-            Builder::new().name(name.to_owned()).spawn(move || match open_ring(depth, &target, &bell) {
-                Ok(ring) => {
-                    drop(tell.send(Ok(())));
-                    Engine::new(ring, intake, target, waiting).run();
+            threads::spawn_free(Builder::new().name(name.to_owned()), move || {
+                let opened = open_ring(depth, &target, &bell);
+                match opened.and_then(|ring| threads::confine(Kind::Ring).map(|()| ring)) {
+                    Ok(ring) => {
+                        drop(tell.send(Ok(())));
+                        Engine::new(ring, intake, target, waiting).run();
+                    }
+                    Err(error) => drop(tell.send(Err(error))),
                 }
-                Err(error) => drop(tell.send(Err(error))),
             })?
         };
         let opened = told.recv().unwrap_or_else(|_| Err(io::Error::other("the I/O thread ended")));
@@ -106,16 +119,26 @@ impl Drop for Uring {
 fn open_ring(depth: u32, target: &Target, bell: &OwnedFd) -> io::Result<IoUring> {
     let entries = depth.clamp(8, 4096).next_power_of_two();
     let mut wanted = IoUring::builder();
-    wanted.setup_single_issuer().setup_defer_taskrun().setup_submit_all().dontfork();
+    wanted.setup_single_issuer().setup_defer_taskrun().setup_submit_all().setup_r_disabled().dontfork();
     let ring = match wanted.build(entries) {
         // Kernels before 6.1 do not know the flags.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            IoUring::builder().dontfork().build(entries)?
+            IoUring::builder().setup_r_disabled().dontfork().build(entries)?
         }
         other => other?,
     };
     ring.submitter().register_files(&[target.fd.as_raw_fd(), bell.as_raw_fd()])?;
+    restrict(&ring)?;
     Ok(ring)
+}
+
+/// Lets the ring do what [`entry`] and the bell ask for, with the two files of its table, and nothing else for as long as it
+/// lives: what a ring does is no system call, so a filter of those would not see it.
+fn restrict(ring: &IoUring) -> io::Result<()> {
+    let own_files = Restriction::sqe_flags_required(squeue::Flags::FIXED_FILE.bits());
+    let mut allowed: Vec<_> = OPCODES.map(Restriction::sqe_op).into_iter().chain([own_files]).collect();
+    ring.submitter().register_restrictions(&mut allowed)?;
+    ring.submitter().register_enable_rings()
 }
 
 /// State of the I/O thread.
@@ -345,5 +368,38 @@ fn entry(call: Call) -> squeue::Entry {
             opcode::Fallocate::new(DEVICE, len).offset(offset).mode(mode).build()
         }
         Call::DiscardBlocks { .. } => unreachable!("the device sends this to its slow lane"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the kernel answers to `entry`.
+    fn outcome(ring: &mut IoUring, entry: &squeue::Entry) -> i32 {
+        // SAFETY: none of the entries below points to memory.
+        unsafe { ring.submission().push(entry) }.expect("it is empty");
+        ring.submit_and_wait(1).expect("the kernel takes it");
+        ring.completion().next().expect("waited for").result()
+    }
+
+    #[test]
+    fn a_ring_does_what_a_device_needs_on_its_own_files_and_nothing_else() {
+        let (_folder, target) = crate::file::tests::target(1 << 20);
+        let bell = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).expect("an eventfd");
+        let mut ring = open_ring(8, &target, &bell).expect("this system has io_uring");
+        let sync = opcode::Fsync::new(DEVICE).flags(types::FsyncFlags::DATASYNC).build();
+        assert_eq!(outcome(&mut ring, &sync), 0);
+        let grow = opcode::Fallocate::new(DEVICE, 4096).offset(0).mode(0).build();
+        assert_eq!(outcome(&mut ring, &grow), 0);
+
+        let other_file = opcode::Fsync::new(types::Fd(bell.as_raw_fd())).build();
+        let other_call = opcode::Close::new(types::Fd(bell.as_raw_fd())).build();
+        let other_call_here = opcode::Fadvise::new(DEVICE, 4096, 0).build();
+        for refused in [other_file, other_call, other_call_here] {
+            assert_eq!(outcome(&mut ring, &refused), -libc::EACCES, "{refused:?}");
+        }
+        let more = ring.submitter().register_eventfd(bell.as_raw_fd()).expect_err("no more files either");
+        assert_eq!(more.raw_os_error(), Some(libc::EACCES));
     }
 }

@@ -14,6 +14,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use threads::Kind;
+
 use super::rank::{self, Held};
 
 const THREADS_MAX: usize = 2;
@@ -71,10 +73,8 @@ impl Workers {
         queue.threads += 1;
         drop(queue);
         let shared = self.shared.clone();
-        let started = thread::Builder::new()
-            .name("csvfs-node".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || shared.serve());
+        let builder = thread::Builder::new().name("csvfs-node".into()).stack_size(STACK_BYTES);
+        let started = threads::spawn(Kind::Tasks, builder, move || shared.serve());
         if let Err(error) = started {
             let mut queue = self.shared.lock();
             queue.threads -= 1;

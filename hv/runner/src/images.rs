@@ -13,11 +13,12 @@
 //! disk alone and ends with an error when the disk is closed.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::Builder;
 use std::time::Duration;
 
 use hv::control::image_work::Work as Wanted;
 use hv::control::{ImageProgress, ImageWork, Refused};
+use threads::Kind;
 use vhdx::VhdxError;
 
 use crate::failure::Failure;
@@ -177,9 +178,9 @@ impl Runner {
             .ok_or_else(|| Failure::new("work on an image of an unknown kind", "is csvd newer than hv?"))?;
         let work = self.works().begin()?;
         let (runner, given) = (Arc::clone(self), Arc::clone(&work));
-        let begun = thread::Builder::new()
-            .name("image-work".into())
-            .spawn(move || carry_out(&runner, &given, asked.slot, wanted));
+        let builder = Builder::new().name("image-work".into());
+        let begun =
+            threads::spawn(Kind::Images, builder, move || carry_out(&runner, &given, asked.slot, wanted));
         begun.map(drop).map_err(|error| {
             let failure = Failure::new(format!("cannot start a thread: {error}"), "check the limits");
             work.change(|state| state.stage = Stage::Failed(failure.clone()));
@@ -222,6 +223,8 @@ fn carry_out(runner: &Runner, work: &Work, slot: u32, wanted: Wanted) {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
 
     #[test]

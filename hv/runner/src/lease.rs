@@ -1,12 +1,13 @@
 //! Watches the node's lease: I/O that waited for a renewal goes on, and a lease that is over ends the VM.
 
 use std::path::Path;
-use std::thread;
+use std::thread::Builder;
 use std::time::Duration;
 
 use blockio::Permission;
 use lockmgr::Epoch;
 use lockmgr::lease::LeaseReader;
+use threads::Kind;
 
 use crate::failure::Failure;
 use crate::path::Gates;
@@ -28,24 +29,22 @@ pub(crate) fn watch(
     gates: Gates,
     over: impl FnOnce(String) + Send + 'static,
 ) -> Result<(), Failure> {
-    thread::Builder::new()
-        .name("lease".into())
-        .stack_size(STACK_BYTES)
-        .spawn(move || {
-            let mut seen = lease.renewals();
-            loop {
-                match lease.check(epoch) {
-                    Permission::Revoked(why) => {
-                        gates.all().iter().for_each(|gate| gate.reconsider());
-                        return over(why);
-                    }
-                    // What waits may be behind the gate, where its own count does not show it.
-                    Permission::Granted => gates.all().iter().for_each(|gate| gate.reconsider()),
-                    Permission::Wait => {}
+    let work = move || {
+        let mut seen = lease.renewals();
+        loop {
+            match lease.check(epoch) {
+                Permission::Revoked(why) => {
+                    gates.all().iter().for_each(|gate| gate.reconsider());
+                    return over(why);
                 }
-                seen = lease.wait_change(seen, LOOK);
+                // What waits may be behind the gate, where its own count does not show it.
+                Permission::Granted => gates.all().iter().for_each(|gate| gate.reconsider()),
+                Permission::Wait => {}
             }
-        })
+            seen = lease.wait_change(seen, LOOK);
+        }
+    };
+    threads::spawn(Kind::Watch, Builder::new().name("lease".into()).stack_size(STACK_BYTES), work)
         .map(drop)
         .map_err(|error| Failure::new(format!("cannot start a thread: {error}"), "check the limits"))
 }

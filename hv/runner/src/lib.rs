@@ -30,3 +30,12 @@ pub use control::serve_control;
 pub use failure::Failure;
 pub use path::PathOrder;
 pub use runner::{Ended, Runner};
+pub use sandbox::FORBIDDEN_CALL;
+
+/// Confines the first thread, once everything is started: it waits from then on.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn confine_main() -> Result<(), Failure> {
+    sandbox::leave_to_others()
+}

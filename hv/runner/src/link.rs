@@ -8,12 +8,13 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread;
+use std::thread::Builder;
 use std::time::Duration;
 
 use csvfs::node::{CoordinatorLink, LinkError, Node, ReplyTo};
 use csvfs::proto as pb;
 use prost::Message;
+use threads::Kind;
 use wire::{BlockingCallbacks, BlockingConnection, Local, WireError, service};
 
 use crate::failure::Failure;
@@ -56,10 +57,8 @@ impl NodeLink {
             )
         })?;
         let weak = Arc::downgrade(&link);
-        thread::Builder::new()
-            .name("node-link".into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || keep_connected(&weak, &told))
+        let builder = Builder::new().name("node-link".into()).stack_size(STACK_BYTES);
+        threads::spawn(Kind::Link, builder, move || keep_connected(&weak, &told))
             .map_err(|error| Failure::new(format!("cannot start a thread: {error}"), "check the limits"))?;
         Ok(link)
     }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use hv_runner::config::RunnerConfig;
-use hv_runner::{Ended, Failure, Runner, serve_control};
+use hv_runner::{Ended, Failure, Runner, confine_main, serve_control};
 
 /// The VM could not be started.
 const EXIT_FAILED: u8 = 1;
@@ -49,6 +49,7 @@ fn run_vm(config: RunnerConfig) -> Result<ExitCode, Failure> {
     let (runner, ended) = Runner::start(config)?;
     let server = serve_control(runner, &socket, node, &vm)?;
     println!("{}", serde_json::json!({ "state": state }));
+    confine_main()?;
     let why = ended.recv().unwrap_or(Ended::Stopped);
     if let Ended::MemoryLost(reason) = &why {
         tracing::error!(reason, vm, "a part of the guest's memory cannot be read: it ends here");

@@ -11,7 +11,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use blockio::{BlockDevice, Tripwire};
@@ -21,6 +21,7 @@ use hv::{
     VmError,
 };
 use lockmgr::Epoch;
+use threads::Kind;
 
 use crate::config::{BUILTIN, DiskSpec, ProcessorSpec, RunnerConfig, VolumePath};
 use crate::disk::{RunnerDisk, of_slot};
@@ -644,15 +645,14 @@ fn shown(disks: &[RunnerDisk]) -> Vec<Shown> {
 fn watch_end(runner: &Arc<Runner>) -> Result<(), Failure> {
     let end = runner.vm.end();
     let runner = Arc::downgrade(runner);
-    thread::Builder::new()
-        .name("guest-end".into())
-        .stack_size(WATCH_STACK_BYTES)
-        .spawn(move || {
-            end.wait();
-            if let Some(runner) = runner.upgrade() {
-                runner.guest_ended();
-            }
-        })
+    let work = move || {
+        end.wait();
+        if let Some(runner) = runner.upgrade() {
+            runner.guest_ended();
+        }
+    };
+    let builder = Builder::new().name("guest-end".into()).stack_size(WATCH_STACK_BYTES);
+    threads::spawn(Kind::Control, builder, work)
         .map(drop)
         .map_err(|error| Failure::new(format!("cannot start a thread: {error}"), "check the limits"))
 }

@@ -9,6 +9,7 @@
     reason = "KVM maps memory of this process into a guest, and its structures hold unions"
 )]
 
+pub mod calls;
 pub(crate) mod chips;
 pub(crate) mod cpuid;
 mod dirty;

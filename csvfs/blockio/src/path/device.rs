@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use threads::Kind;
+
 use super::failure::{Blame, blame};
 use super::steering;
 use crate::{BlockDevice, Completion, Geometry, IoError, IoOp, IoRequest};
@@ -158,14 +160,12 @@ impl PathDevice {
         });
         let steered = Arc::clone(&shared);
         let direct = detour.is_none().then_some(device);
-        let thread = Builder::new()
-            .name("io:path".to_owned())
-            .stack_size(STACK_BYTES)
-            .spawn(move || steering::run(&steered, direct, detour))
-            .map_err(|error| IoError::NotOpened {
-                what: "the paths of a LUN".to_owned(),
-                why: format!("a thread cannot be started: {error}"),
-            })?;
+        let builder = Builder::new().name("io:path".to_owned()).stack_size(STACK_BYTES);
+        let work = move || steering::run(&steered, direct, detour);
+        let thread = threads::spawn(Kind::Ways, builder, work).map_err(|error| IoError::NotOpened {
+            what: "the paths of a LUN".to_owned(),
+            why: format!("a thread cannot be started: {error}"),
+        })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

@@ -6,9 +6,10 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
+use threads::Kind;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -74,12 +75,13 @@ impl Worker {
     ) -> io::Result<Self> {
         let stopped = Arc::new(AtomicBool::new(false));
         let (ends, wakes) = (Arc::clone(&stopped), Arc::clone(&wakeup));
-        let thread = thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || {
-            while !ends.load(Ordering::SeqCst) {
-                let limit = work();
-                wakes.wait(limit);
-            }
-        })?;
+        let thread =
+            threads::spawn(Kind::Device, Builder::new().name(name).stack_size(STACK_BYTES), move || {
+                while !ends.load(Ordering::SeqCst) {
+                    let limit = work();
+                    wakes.wait(limit);
+                }
+            })?;
         Ok(Self { wakeup, stopped, thread: Some(thread) })
     }
 }

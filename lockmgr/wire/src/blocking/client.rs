@@ -71,8 +71,8 @@ impl BlockingConnection {
         let writer = Arc::clone(&shared);
         let reader = Arc::clone(&shared);
         let threads = vec![
-            spawn("wire-write", move || writer.write_all(&queued))?,
-            spawn("wire-read", move || reader.run(input, callbacks))?,
+            spawn(threads::Kind::Frames, "wire-write", move || writer.write_all(&queued))?,
+            spawn(threads::Kind::Frames, "wire-read", move || reader.run(input, callbacks))?,
         ];
         Ok(Self { shared, threads })
     }

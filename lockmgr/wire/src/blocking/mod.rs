@@ -8,7 +8,7 @@ mod server;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -105,9 +105,11 @@ fn greet(
     }
 }
 
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, WireError> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(run)
+fn spawn(
+    kind: threads::Kind,
+    name: &str,
+    run: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, WireError> {
+    threads::spawn(kind, Builder::new().name(name.to_owned()), run)
         .map_err(|error| WireError::io("start a thread", error))
 }

@@ -62,7 +62,7 @@ impl BlockingServer {
         let waker = UnixStream::from(OwnedFd::from(waker));
         let serving = Arc::new(Serving { local, handler, waker, open: Mutex::default() });
         let accept = Arc::clone(&serving);
-        let accepting = spawn("wire-accept", move || accept.accept_all(&listener))?;
+        let accepting = spawn(threads::Kind::Accept, "wire-accept", move || accept.accept_all(&listener))?;
         Ok(Self { serving, accepting: Some(accepting) })
     }
 }
@@ -125,7 +125,7 @@ impl Serving {
             open.connections.insert(id, (Arc::clone(&stream), None));
             let serving = Arc::clone(&self);
             // The thread removes its own entry under the lock that is held here, so the entry is complete before.
-            let thread = spawn("wire-serve", move || {
+            let thread = spawn(threads::Kind::Control, "wire-serve", move || {
                 if let Err(error) = serving.serve(&stream) {
                     tracing::warn!(error = error.explain(), "local connection closed");
                 }

@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use api::{Error, pb};
 use hv::control::VmRunState;
-use hv_runner::Failure;
 use hv_runner::config::{DiskSpec, NetSpec, RunnerConfig, VolumePath, VolumeSpec};
+use hv_runner::{FORBIDDEN_CALL, Failure};
 use lockmgr::cluster::VmRecord;
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -161,13 +161,14 @@ impl Runner {
         });
         let watched = Arc::clone(&runner);
         let socket = config.control_socket;
+        let log = file.with_extension("log");
         core.runtime.spawn(async move {
             let status = child.wait().await;
             // A process that was killed leaves it behind.
             drop(std::fs::remove_file(socket));
             let asked = *watched.stopping.borrow();
             let how = match &status {
-                Ok(status) => how_it_ended(*status),
+                Ok(status) => how_it_ended(*status, &log),
                 Err(error) => format!("its process cannot be watched: {error}"),
             };
             let in_order = asked || status.is_ok_and(|status| status.success());
@@ -281,11 +282,13 @@ impl Runner {
     }
 }
 
-fn how_it_ended(status: ExitStatus) -> String {
+fn how_it_ended(status: ExitStatus, log: &Path) -> String {
     // Nobody else sends this signal.
     if status.signal() == Some(SIGSYS) {
-        return "its process was ended by the kernel: it made a system call that is forbidden to it"
-            .to_owned();
+        let call = forbidden_call(log).map_or(String::new(), |call| format!(" ({call})"));
+        return format!(
+            "its process was ended by the kernel: it made a system call that is forbidden to it{call}"
+        );
     }
     format!("its process ended ({status})")
 }
@@ -387,7 +390,7 @@ fn program() -> Result<PathBuf, Error> {
     Ok(here.with_file_name("hv"))
 }
 
-fn spawn(config: &std::path::Path) -> Result<(Child, ChildStdout), Error> {
+fn spawn(config: &Path) -> Result<(Child, ChildStdout), Error> {
     let program = program()?;
     let log = std::fs::File::create(config.with_extension("log"))
         .map_err(|error| Error::failed(format!("log of the VM's process: {error}")))?;
@@ -421,8 +424,17 @@ async fn ready(stdout: ChildStdout) -> Result<(), Error> {
     Err(Error::failed("the VM's process ended before it was ready"))
 }
 
+/// What a process says right before the kernel ends it for a call.
+fn forbidden_call(log: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(log).ok()?;
+    text.lines().rev().find(|line| line.starts_with(FORBIDDEN_CALL)).map(str::to_owned)
+}
+
 /// Why a process could not start: its last words are one line of JSON.
-fn last_words(log: &std::path::Path) -> Option<Error> {
+fn last_words(log: &Path) -> Option<Error> {
+    if let Some(call) = forbidden_call(log) {
+        return Some(Error::failed(format!("the VM's process made {call}")));
+    }
     let text = std::fs::read_to_string(log).ok()?;
     let failure = text.lines().rev().find_map(|line| serde_json::from_str::<Failure>(line).ok())?;
     Some(Error::failed(failure.error).hint(failure.hint))
@@ -455,7 +467,12 @@ mod tests {
 
     #[test]
     fn a_forbidden_system_call_is_told_from_other_ends() {
-        assert!(how_it_ended(ExitStatus::from_raw(SIGSYS)).contains("forbidden"));
-        assert_eq!(how_it_ended(ExitStatus::from_raw(9)), "its process ended (signal: 9 (SIGKILL))");
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        let ended = |signal| how_it_ended(ExitStatus::from_raw(signal), log.path());
+        assert!(ended(SIGSYS).ends_with("forbidden to it"), "{}", ended(SIGSYS));
+        assert_eq!(ended(9), "its process ended (signal: 9 (SIGKILL))");
+        let call = format!("{FORBIDDEN_CALL}, number 41, of a thread of kind vcpu");
+        std::fs::write(log.path(), format!("something\n{call}\n")).expect("it is written");
+        assert!(ended(SIGSYS).ends_with(&format!("({call})")), "{}", ended(SIGSYS));
     }
 }

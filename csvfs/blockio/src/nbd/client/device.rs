@@ -16,7 +16,9 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
+
 use std::time::Duration;
+use threads::Kind;
 
 use super::connection::Connection;
 use super::handshake::{Export, negotiate};
@@ -161,11 +163,11 @@ impl NbdDevice {
         for (index, (connection, inbox)) in lines.into_iter().enumerate() {
             let keeper = Keeper { core: Arc::clone(&device.core), index, address: address.cloned() };
             let named = Builder::new().name("nbd".to_owned()).stack_size(STACK_BYTES);
-            let thread =
-                named.spawn(move || keeper.run(connection, inbox)).map_err(|error| IoError::NotOpened {
-                    what: what.to_owned(),
-                    why: format!("a thread cannot be started: {error}"),
-                })?;
+            let work = move || keeper.run(connection, inbox);
+            let thread = threads::spawn(Kind::Network, named, work).map_err(|error| IoError::NotOpened {
+                what: what.to_owned(),
+                why: format!("a thread cannot be started: {error}"),
+            })?;
             device.keepers.push(thread);
         }
         Ok(device)

@@ -11,17 +11,26 @@
 //! Called while there is one thread: every later one inherits it. New threads are made by `clone`: `clone3` keeps its flags
 //! where a filter cannot look, so it is answered as if the kernel had none, and libraries go back to `clone`.
 //!
-//! **Invariant:** after this no program is run and no process made by whatever runs in here. It is a list of what is forbidden:
-//! files are opened and LUNs reached after it. What `io_uring` does is not a system call and not filtered.
+//! That is a list of what is forbidden to all. Each thread that is started afterwards is held to a list of what it needs
+//! ([`threads`](mod@threads)); only the one that starts the others is not. What `io_uring` does is no system call: rings are
+//! restricted when they are made, and only those who serve one may enter it.
+//!
+//! **Invariant:** after this no program is run and no process made by whatever runs in here.
 
 use std::collections::BTreeMap;
 
+use ::threads::Kind;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch, apply_filter,
 };
 
 use crate::failure::Failure;
+
+mod threads;
+mod trap;
+
+pub use trap::FORBIDDEN_CALL;
 
 const FORBIDDEN: &[libc::c_long] = &[
     // Programs and processes.
@@ -106,21 +115,27 @@ const FORBIDDEN: &[libc::c_long] = &[
 const X32: libc::c_long = 0x4000_0000;
 const X32_OWN: std::ops::Range<libc::c_long> = 512..548;
 
-/// Forbids them to this thread and all that it starts, for good.
+/// Forbids them to this thread and all that it starts, for good; later threads are confined to what each needs.
 pub(crate) fn enter() -> Result<(), Failure> {
-    let failed = |error: String| {
-        Failure::new(
-            format!("this process cannot forbid itself system calls: {error}"),
-            "the kernel needs CONFIG_SECCOMP_FILTER",
-        )
-    };
-    for program in programs().map_err(|error| failed(error.to_string()))? {
-        apply_filter(&program).map_err(|error| failed(error.to_string()))?;
+    for program in programs().map_err(|error| failed(&error))? {
+        apply_filter(&program).map_err(|error| failed(&error))?;
     }
-    Ok(())
+    threads::confine_all().map_err(|error| failed(&error))
 }
 
-fn programs() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
+/// Confines the first thread, once the others are there.
+pub(crate) fn leave_to_others() -> Result<(), Failure> {
+    ::threads::confine(Kind::Main).map_err(|error| failed(&error))
+}
+
+fn failed(error: &dyn std::fmt::Display) -> Failure {
+    Failure::new(
+        format!("this process cannot forbid itself system calls: {error}"),
+        "the kernel needs CONFIG_SECCOMP_FILTER",
+    )
+}
+
+fn programs() -> Result<[BpfProgram; 3], seccompiler::BackendError> {
     let always = |call: &libc::c_long| (*call, Vec::new());
     let mut forbidden: BTreeMap<_, _> = FORBIDDEN.iter().map(always).collect();
     forbidden.extend(FORBIDDEN.iter().map(|call| (call | X32, Vec::new())));
@@ -130,12 +145,19 @@ fn programs() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     forbidden.insert(libc::SYS_clone, vec![rule(0, SeccompCmpOp::MaskedEq(thread), &[0])?]);
     let own = u64::from(std::process::id());
     forbidden.insert(libc::SYS_tgkill, vec![rule(0, SeccompCmpOp::Ne, &[own])?]);
-    let domains =
-        [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6].map(|domain| u64::from(domain.cast_unsigned()));
+    let number = |domain: libc::c_int| u64::from(domain.cast_unsigned());
+    let domains = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK].map(number);
     forbidden.insert(libc::SYS_socket, vec![rule(0, SeccompCmpOp::Ne, &domains)?]);
     let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
-    let unknown = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
-    Ok([filter(no_clone3, unknown)?, filter(forbidden, SeccompAction::KillProcess)?])
+    // Whoever resolves a name asks the kernel for this host's addresses, to order what was found; without them it goes on.
+    let netlink = [number(libc::AF_NETLINK)];
+    let no_netlink = BTreeMap::from([(libc::SYS_socket, vec![rule(0, SeccompCmpOp::Eq, &netlink)?])]);
+    let error = |errno: libc::c_int| SeccompAction::Errno(errno.cast_unsigned());
+    Ok([
+        filter(no_clone3, SeccompAction::Allow, error(libc::ENOSYS))?,
+        filter(no_netlink, SeccompAction::Allow, error(libc::EAFNOSUPPORT))?,
+        filter(forbidden, SeccompAction::Allow, SeccompAction::KillProcess)?,
+    ])
 }
 
 /// All of them must hold.
@@ -147,64 +169,11 @@ fn rule(argument: u8, op: SeccompCmpOp, values: &[u64]) -> Result<SeccompRule, s
 
 fn filter(
     rules: BTreeMap<libc::c_long, Vec<SeccompRule>>,
+    others: SeccompAction,
     then: SeccompAction,
 ) -> Result<BpfProgram, seccompiler::BackendError> {
-    SeccompFilter::new(rules, SeccompAction::Allow, then, TargetArch::x86_64)?.try_into()
+    SeccompFilter::new(rules, others, then, TargetArch::x86_64)?.try_into()
 }
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::process::ExitStatusExt;
-    use std::process::{Command, ExitStatus};
-    use std::thread;
-
-    use rustix::net::{AddressFamily, SocketType, socket};
-    use rustix::process::{Pid, Signal, getppid, kill_process};
-
-    use super::*;
-
-    /// Which call the test below makes, when it is a process of its own.
-    const CALL: &str = "HV_TEST_CALL";
-    const SIGSYS: i32 = 31;
-
-    /// Runs this program again, with one test that locks itself in and makes a call.
-    fn locked_in(call: &str) -> ExitStatus {
-        let mut again = Command::new(std::env::current_exe().expect("a test has a program"));
-        again.args(["--exact", "sandbox::tests::what_is_called_locked_in", "--ignored"]);
-        again.env(CALL, call).output().expect("it can be run").status
-    }
-
-    #[test]
-    #[ignore = "run by the tests below, in a process of its own"]
-    fn what_is_called_locked_in() {
-        let Ok(call) = std::env::var(CALL) else { return };
-        enter().expect("the kernel can filter");
-        match call.as_str() {
-            "a program" => drop(Command::new("/bin/true").status()),
-            "a signal to another" => drop(kill_process(getppid().expect("a parent"), Signal::CONT)),
-            "a signal to pid 1" => drop(kill_process(Pid::INIT, Signal::CONT)),
-            "a netlink socket" => {
-                drop(socket(AddressFamily::NETLINK, SocketType::RAW, None));
-            }
-            "a mount" => drop(rustix::mount::unmount("/nowhere", rustix::mount::UnmountFlags::empty())),
-            _ => {
-                let sum = thread::spawn(|| 1 + 1).join().expect("threads are made as before");
-                assert_eq!(sum, 2);
-                drop(std::net::TcpListener::bind("127.0.0.1:0").expect("LUNs are reached over IP"));
-                drop(std::os::unix::net::UnixStream::pair().expect("the daemon over Unix sockets"));
-            }
-        }
-    }
-
-    #[test]
-    fn a_forbidden_call_ends_the_process_and_says_by_which_signal() {
-        for call in ["a program", "a signal to another", "a signal to pid 1", "a netlink socket", "a mount"] {
-            assert_eq!(locked_in(call).signal(), Some(SIGSYS), "{call}");
-        }
-    }
-
-    #[test]
-    fn what_a_vm_needs_goes_on() {
-        assert!(locked_in("nothing that is forbidden").success());
-    }
-}
+mod tests;
