@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use blockio::{
-    AlignedBuf, BlockDevice, CutDevice, Detour, FaultDevice, IoBuf, IoError, IoOp, IoRequest, MemoryDevice,
-    OpKind, PathDevice, PathStatus, Route, Switch, Ways,
+    AlignedBuf, BlockDevice, CutDevice, Detour, FaultDevice, Geometry, IoBuf, IoError, IoOp, IoRequest,
+    MemoryDevice, OpKind, PathDevice, PathStatus, Route, Switch, Ways,
 };
 
 const SIZE: u64 = 1 << 20;
@@ -375,4 +375,47 @@ fn a_detour_that_cannot_be_settled_holds_nobody_whose_right_is_over() {
     until(&told, Route::Closed);
     world.ended.store(true, Ordering::Release);
     assert_told_of_the_end(&device, &waiting);
+}
+
+/// A device that keeps nothing of what it has done, and the only way to it.
+struct Forgetful;
+
+impl BlockDevice for Forgetful {
+    fn geometry(&self) -> Geometry {
+        Geometry { size_bytes: SIZE, block_bytes: 512, can_discard: false }
+    }
+
+    fn submit(&self, request: IoRequest) {
+        let IoRequest { op, done } = request;
+        drop(op);
+        done(Ok(()));
+    }
+}
+
+impl Ways for Forgetful {
+    fn direct(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
+        Ok(Arc::new(Self))
+    }
+
+    fn detour(&self) -> Result<Box<dyn Detour>, IoError> {
+        Err(IoError::Closed)
+    }
+
+    fn changed(&self, _status: &PathStatus) {}
+}
+
+// Otherwise each request of a mount takes fresh memory, and each answer to a read is copied.
+#[test]
+fn whoever_is_told_of_the_end_of_a_request_is_the_only_owner_of_its_memory() {
+    let path = PathDevice::open(Arc::new(Forgetful)).expect("the way is open");
+    let (tell, told) = channel();
+    for write in [false, true] {
+        let (buf, tell) = (IoBuf::zeroed(4096), tell.clone());
+        let mine = buf.clone();
+        let op =
+            if write { IoOp::Write { offset: 0, buf, fua: false } } else { IoOp::Read { offset: 0, buf } };
+        let done = Box::new(move |_| tell.send(mine.try_into_aligned().is_ok()).expect("the test listens"));
+        path.submit(IoRequest { op, done });
+        assert!(told.recv().expect("told"), "write: {write}");
+    }
 }

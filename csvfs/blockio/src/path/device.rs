@@ -266,8 +266,10 @@ impl Shared {
                 if detour && outcome.is_ok() {
                     self.redirected_bytes.fetch_add(transfer_bytes(&request.op), Ordering::Relaxed);
                 }
-                // First the count: whoever is told may drop the device, which waits for it.
+                // First the count: whoever is told may drop the device, which waits for it. And whoever is told wants its
+                // memory back as the only owner.
                 self.one_less(None);
+                drop(request.op);
                 return (request.done)(outcome);
             }
         };

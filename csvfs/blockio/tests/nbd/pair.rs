@@ -221,3 +221,15 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn whoever_is_told_of_the_end_of_a_read_is_the_only_owner_of_its_memory() {
+    let served = Served::of(Arc::new(MemoryDevice::new(SIZE)));
+    let client = served.open();
+    let (tell, told) = channel();
+    let buf = IoBuf::zeroed(64 << 10);
+    let mine = buf.clone();
+    let done = Box::new(move |_| tell.send(mine.try_into_aligned().is_ok()).expect("the test listens"));
+    client.submit(IoRequest { op: IoOp::Read { offset: 0, buf }, done });
+    assert!(told.recv().expect("told"));
+}

@@ -146,7 +146,7 @@ impl Connection {
         drop(unsent);
         self.room.notify_all();
         for flight in flights {
-            (flight.done)(Err(lost.clone()));
+            flight.finish(Err(lost.clone()));
         }
         SERVES.set(0);
     }
@@ -224,7 +224,7 @@ impl Taking<'_> {
             if full {
                 self.connection.room.notify_all();
             }
-            (flight.done)(outcome);
+            flight.finish(outcome);
             if last {
                 self.connection.say_goodbye();
             }

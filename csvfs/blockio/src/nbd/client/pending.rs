@@ -27,6 +27,14 @@ impl Flight {
         Self { op, offset, memory, covered: Covered::default(), errno: None, done }
     }
 
+    /// Tells the submitter.
+    pub(super) fn finish(self, outcome: Result<(), IoError>) {
+        let Self { memory, done, .. } = self;
+        // Whoever is told wants the memory back as its only owner.
+        drop(memory);
+        done(outcome);
+    }
+
     /// An error number of the server, as this request's error.
     pub(super) fn error(&self, errno: i32) -> IoError {
         match errno {

@@ -39,6 +39,8 @@ pub(super) fn start(core: &Arc<Core>, request: IoRequest) {
                 into: Some(buf.slice(at..at + len as usize)),
             };
             let pieces = pieces(buf.len() as u64, u64::from(export.transfer_bytes_max), piece);
+            // From here on the pieces alone refer to it.
+            drop(buf);
             let what = What { op: "read", command: Command::Read, flags: 0, offset };
             submit_all(core, what, pieces, done);
         }
@@ -50,6 +52,7 @@ pub(super) fn start(core: &Arc<Core>, request: IoRequest) {
                 into: None,
             };
             let pieces = pieces(buf.len() as u64, u64::from(export.transfer_bytes_max), piece);
+            drop(buf);
             let flags = if fua && export.can_fua() { command_flag::FUA } else { 0 };
             let done = written(core, fua, done);
             submit_all(core, What { op: "write", command: Command::Write, flags, offset }, pieces, done);
