@@ -37,7 +37,10 @@ pub use fault::{FaultDevice, OpKind};
 pub use file::{FileDevice, OpenOptions};
 pub use gate::{GatedDevice, Permission, WriteRight};
 pub use memory::MemoryDevice;
-pub use nbd::{Allocation, NbdAddress, NbdDevice, NbdExport, NbdExports, NbdOptions, NbdServer, serve_nbd};
+pub use nbd::{
+    Allocation, NbdAddress, NbdDevice, NbdExport, NbdExports, NbdOptions, NbdServer, NbdStream, NbdTransport,
+    serve_nbd,
+};
 pub use path::{CutDevice, Detour, PathDevice, PathStatus, Route, Switch, Ways};
 pub use record::{Record, Recorder, Timeline};
 pub use reserve::{

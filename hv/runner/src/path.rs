@@ -150,7 +150,7 @@ impl Road {
         })?;
         let export = format!("{}/{}", self.spec.id, self.serial);
         NbdDevice::over(
-            stream.into(),
+            stream,
             &export,
             &format!("{} through csvd", self.spec.name),
             // The daemon hands everything on to the LUN, by its own way or a peer's.

@@ -1,7 +1,8 @@
 //! A bare stream of bytes between two nodes, for memory and other masses of data: no frames, no tasks, threads that block.
 //!
 //! ```text
-//!   open_stream: TCP -> mutual TLS -> hello of class Stream    ==>  Stream: Read + Write, by the thread that owns it
+//!   TCP -> mutual TLS -> hello of class Stream or Blocks  ==>  Stream: Read + Write, by the thread that owns it
+//!                                                              Duplex: one thread sends while another receives
 //! ```
 //! **Invariant:** a stream exists only after TLS and hello have proved which node is at the other end: not a byte of its
 //! content is looked at before that.
@@ -13,7 +14,7 @@ use bytes::{Buf, Bytes};
 use tokio_rustls::{client, server};
 
 use crate::driver::Greeted;
-use crate::{Partition, Peer, WireError};
+use crate::{Duplex, Partition, Peer, WireError};
 
 /// Plain bytes that are gathered before they are encrypted and sent.
 const GATHERED_BYTES: usize = 256 << 10;
@@ -83,6 +84,13 @@ impl Stream {
     #[must_use]
     pub fn peer(&self) -> &Peer {
         &self.peer
+    }
+
+    /// The stream for a thread that sends and another one that receives.
+    #[must_use]
+    pub fn into_duplex(self) -> Duplex {
+        let Self { tls, tcp, early, peer, partition } = self;
+        Duplex::new(tls, tcp, early, peer, partition)
     }
 
     /// A handle that ends this stream from elsewhere.

@@ -50,6 +50,16 @@ pub async fn connect_bare(
     Stream::of_client(greeted, endpoint.partition.clone())
 }
 
+/// Opens a bare stream to another node over mutual TLS, for redirected blocks. Fails unless exactly `expected_node` answers.
+pub async fn connect_blocks(
+    address: &str,
+    endpoint: &Endpoint,
+    expected_node: u16,
+) -> Result<Stream, WireError> {
+    let greeted = greet_tls(address, endpoint, Some(expected_node), Class::Blocks).await?;
+    Stream::of_client(greeted, endpoint.partition.clone())
+}
+
 /// Connects and exchanges hellos. Without an expected node, any member of the cluster will do.
 pub(crate) async fn greet_tls(
     address: &str,

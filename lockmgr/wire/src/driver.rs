@@ -48,10 +48,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Greeted<S> {
         self.peer.class
     }
 
-    pub(crate) fn peer(&self) -> &Peer {
-        &self.peer
-    }
-
     /// The stream without frames, and what has already been read from it.
     pub(crate) fn into_stream(self) -> (S, Bytes, Peer) {
         let early = self.frames.read_buffer().clone().freeze();

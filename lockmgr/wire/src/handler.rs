@@ -30,11 +30,6 @@ pub trait Handler: Send + Sync + 'static {
         tracing::warn!(peer = %from, service, "push for an unknown service dropped");
     }
 
-    /// A peer has opened a stream of bytes. Must not block.
-    fn streamed(&self, stream: ByteStream) {
-        tracing::warn!(peer = %stream.peer(), "a stream that nobody wants was closed");
-    }
-
     /// A program elsewhere wants to talk to this node's admin interface. Must not block.
     fn admin(&self, stream: ByteStream) {
         tracing::warn!(peer = %stream.peer(), "there is no admin interface here");
@@ -43,6 +38,11 @@ pub trait Handler: Send + Sync + 'static {
     /// Another node has opened a bare stream. Blocking on it is for a thread of its own.
     fn bare_stream(&self, stream: Stream) {
         tracing::warn!(peer = %stream.peer(), "a stream that nobody expects was closed");
+    }
+
+    /// Another node wants to read and write blocks through this one. Must not block.
+    fn blocks(&self, stream: Stream) {
+        tracing::warn!(peer = %stream.peer(), "no blocks are served here");
     }
 
     /// A connection is up.

@@ -3,11 +3,12 @@
 //! ```text
 //!   Mesh ── one connection per peer and class, reconnects by itself
 //!    │
-//!   ByteStream ── after the hello, bytes as they are: redirected blocks, the admin interface
+//!   ByteStream ── after the hello, bytes as they are: the admin interface
 //!   Connection ── calls (many in flight), pushes; both ends may call
 //!    │   reader task ── frames in order ── Handler
 //!    │   writer task ── drains its queue, then flushes once
-//!   Stream ── bare bytes, for a thread that blocks
+//!   Stream ── bare bytes, for a thread that blocks: the memory of VMs
+//!    │ Duplex ── the same for a thread that sends and one that receives: redirected blocks
 //!   Hello ── version range, cluster, node, checked against the certificate
 //!    │
 //!   TLS 1.3 with both certificates (between nodes)  |  Unix socket (inside a node)
@@ -22,6 +23,7 @@ mod blocking;
 mod connect;
 mod connection;
 mod driver;
+mod duplex;
 mod endpoint;
 mod error;
 mod frame;
@@ -38,8 +40,9 @@ mod ticket;
 
 pub use bare::{Stream, StreamEnd};
 pub use blocking::{BlockingCallbacks, BlockingConnection, BlockingHandler, BlockingServer};
-pub use connect::{connect_bare, connect_tls, connect_unix};
+pub use connect::{connect_bare, connect_blocks, connect_tls, connect_unix};
 pub use connection::Connection;
+pub use duplex::Duplex;
 pub use endpoint::{Endpoint, Local};
 pub use error::{Refusal, RefusalCode, WireError};
 pub use frame::{FRAME_BYTES_MAX, Frame, FrameCodec, HEADER_BYTES, Kind};
@@ -51,7 +54,7 @@ pub use mesh::{Mesh, PeerStatus};
 pub use partition::Partition;
 pub use peer::{Class, Peer, Via};
 pub use server::Server;
-pub use stream::{ByteStream, connect_admin, connect_stream};
+pub use stream::{ByteStream, connect_admin};
 pub use ticket::{Digest, JoinToken, sha256};
 
 /// What a frame is for. A number that the receiver does not serve is refused as [`RefusalCode::Unsupported`].

@@ -140,19 +140,18 @@ impl<S: Source> Accepting<S> {
             }
             None => return,
         };
-        if matches!(greeted.class(), Class::Blocks | Class::Admin) {
-            let (class, stream) = (greeted.class(), ByteStream::new(greeted, self.source.partition()));
-            return match class {
-                Class::Admin => self.handler.admin(stream),
-                _ => self.handler.streamed(stream),
-            };
-        }
-        if greeted.peer().class == Class::Stream {
-            match self.source.bare(greeted) {
-                Ok(stream) => self.handler.bare_stream(stream),
-                Err(error) => tracing::warn!(error = error.explain(), "stream refused"),
+        match greeted.class() {
+            Class::Admin => {
+                return self.handler.admin(ByteStream::new(greeted, self.source.partition()));
             }
-            return;
+            class @ (Class::Blocks | Class::Stream) => {
+                return match self.source.bare(greeted) {
+                    Ok(stream) if class == Class::Blocks => self.handler.blocks(stream),
+                    Ok(stream) => self.handler.bare_stream(stream),
+                    Err(error) => tracing::warn!(error = error.explain(), "stream refused"),
+                };
+            }
+            Class::Control | Class::Bulk => {}
         }
         let connection =
             driver::start(greeted, Arc::clone(&self.handler), self.source.partition(), &self.tasks);

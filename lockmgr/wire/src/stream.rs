@@ -1,7 +1,7 @@
 //! Connections that carry somebody else's bytes: proven by the same handshake, then handed over as they are.
 //!
 //! ```text
-//!   TLS, hello (class `Blocks` or `Admin`)  ->  ByteStream  -- carry -->  a Unix socket of this process
+//!   TLS, hello (class `Admin`)  ->  ByteStream  -- carry -->  a Unix socket of this process
 //! ```
 //! A node that is cut off by the rehearsal switch is cut off here too.
 
@@ -94,18 +94,5 @@ impl fmt::Debug for ByteStream {
 /// What went wrong, as for any connection.
 pub async fn connect_admin(address: &str, endpoint: &Endpoint) -> Result<ByteStream, WireError> {
     let greeted = crate::connect::greet_tls(address, endpoint, None, Class::Admin).await?;
-    Ok(ByteStream::new(greeted, endpoint.partition().clone()))
-}
-
-/// Opens a stream to another node over mutual TLS. Fails unless exactly `expected_node` answers.
-///
-/// # Errors
-/// What went wrong, as for any connection.
-pub async fn connect_stream(
-    address: &str,
-    endpoint: &Endpoint,
-    expected_node: u16,
-) -> Result<ByteStream, WireError> {
-    let greeted = crate::connect::greet_tls(address, endpoint, Some(expected_node), Class::Blocks).await?;
     Ok(ByteStream::new(greeted, endpoint.partition().clone()))
 }

@@ -266,6 +266,10 @@ impl wire::Handler for Taking {
     fn bare_stream(&self, stream: wire::Stream) {
         let _ = self.0.send(stream);
     }
+
+    fn blocks(&self, stream: wire::Stream) {
+        let _ = self.0.send(stream);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -301,5 +305,90 @@ async fn a_bare_stream_carries_bytes_both_ways_between_nodes_that_have_proved_wh
     let reading = std::thread::spawn(move || far.read(&mut [0]));
     end.end();
     assert!(reading.join().expect("no panic").is_err());
+    server.shutdown().await;
+}
+
+/// Both ends of a stream for blocks from node 1 to node 2, the server, and the switch that cuts node 1 off.
+async fn blocks() -> (Arc<wire::Duplex>, Arc<wire::Duplex>, wire::Server, wire::Partition) {
+    let pki = Pki::new();
+    let (streams, arrived) = std::sync::mpsc::channel();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound").to_string();
+    let server = wire::Server::serve_tls(listener, pki.endpoint(2), Arc::new(Taking(streams)));
+    let stranger = Pki::new();
+    assert!(wire::connect_blocks(&address, &stranger.endpoint(1), 2).await.is_err(), "another authority");
+    let endpoint = pki.endpoint(1);
+    let near = wire::connect_blocks(&address, &endpoint, 2).await.expect("opens");
+    let far = arrived.recv().expect("arrives");
+    assert_eq!((near.peer().node, far.peer().node), (2, 1));
+    (Arc::new(near.into_duplex()), Arc::new(far.into_duplex()), server, endpoint.partition().clone())
+}
+
+/// Sends `bytes`, from the front, as far as there is room; gives how many have left.
+fn send_some(stream: &wire::Duplex, mut bytes: &[u8]) -> std::io::Result<Option<usize>> {
+    stream.send(|room| {
+        let count = room.len().min(bytes.len());
+        room[..count].copy_from_slice(&bytes[..count]);
+        bytes = &bytes[count..];
+        count
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_duplex_stream_that_is_full_goes_on_where_it_was_and_keeps_what_is_not_taken() {
+    let (near, far, server, _) = blocks().await;
+    let sent: Vec<u8> = (0..32_000_000_u32).map(|i| i.to_le_bytes()[1] ^ i.to_le_bytes()[2]).collect();
+    let (expected, mut at) = (sent.clone(), 0);
+    // Nobody receives: at some time the socket takes no more.
+    while let Some(count) = send_some(&near, &sent[at..]).expect("sent") {
+        assert!(count > 0 && at < sent.len(), "32 MB do not fit a socket");
+        at += count;
+    }
+    let sending = std::thread::spawn(move || {
+        while at < sent.len() {
+            match send_some(&near, &sent[at..]).expect("sent") {
+                Some(count) => at += count,
+                None => {
+                    let mut room = [rustix::event::PollFd::new(&*near, rustix::event::PollFlags::OUT)];
+                    rustix::event::poll(&mut room, None).expect("polled");
+                }
+            }
+        }
+        near.end();
+    });
+    let mut found: Vec<u8> = Vec::with_capacity(expected.len());
+    loop {
+        // Odd numbers of bytes: most pieces are taken in part.
+        let mut room = 70_001;
+        let received = far.receive(true, |piece| {
+            let count = piece.len().min(room);
+            found.extend_from_slice(&piece[..count]);
+            room -= count;
+            count
+        });
+        match received.expect("received").expect("it waits") {
+            0 => break,
+            count => assert!(count <= 70_001, "not more than it takes"),
+        }
+    }
+    assert!(found == expected, "bytes differ");
+    sending.join().expect("no panic");
+    server.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_waits_on_a_duplex_stream_returns_when_it_is_ended_also_on_a_node_that_is_cut_off() {
+    let (near, far, server, partition) = blocks().await;
+    let waiting = Arc::clone(&far);
+    let waiting = std::thread::spawn(move || waiting.receive(true, <[u8]>::len));
+    far.end();
+    assert_eq!(waiting.join().expect("no panic").expect("the end"), Some(0));
+    partition.set(true);
+    let (sender, receiver) = (Arc::clone(&near), Arc::clone(&near));
+    let sender = std::thread::spawn(move || send_some(&sender, b"never arrives"));
+    let receiver = std::thread::spawn(move || receiver.receive(true, <[u8]>::len));
+    near.end();
+    assert!(sender.join().expect("no panic").is_err());
+    assert!(matches!(receiver.join().expect("no panic"), Ok(Some(0)) | Err(_)));
     server.shutdown().await;
 }

@@ -82,7 +82,7 @@ impl Handler for Dispatcher {
         }
     }
 
-    fn streamed(&self, stream: ByteStream) {
+    fn blocks(&self, stream: Stream) {
         match self.core.get() {
             Some(core) => redirect::serve(core, stream),
             None => tracing::debug!(peer = %stream.peer(), "a stream came before the node was complete"),

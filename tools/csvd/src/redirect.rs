@@ -1,7 +1,7 @@
 //! Redirected I/O: a node that has lost its path to a LUN goes on through a peer, and peers go through this node.
 //!
 //! ```text
-//!   mounts, coordinator -> PathDevice -> road.rs -- NBD in a stream of mutual TLS --> serving.rs of a peer -> its LUN
+//!   mounts, coordinator -> PathDevice -> road.rs -- NBD in mutual TLS, protected.rs --> serving.rs of a peer -> its LUN
 //!   hv processes -> NBD on blocks.sock -> local.rs -> PathDevice
 //! ```
 //! A peer serves only what it reaches directly, so nothing is passed on twice. Each incarnation of a node has at most one
@@ -13,6 +13,7 @@
 
 mod local;
 pub(crate) mod orders;
+mod protected;
 mod road;
 mod serving;
 mod sessions;

@@ -1,7 +1,7 @@
 //! Network block devices: exports of other servers as devices, and devices as exports.
 //!
 //! ```text
-//!   BlockDevice requests -> client -> requests  ---- Unix socket, TCP, or any stream ---->  server -> BlockDevice
+//!   BlockDevice requests -> client -> requests  ---- Unix socket, TCP, or a transport --->  server -> BlockDevice
 //!                                  <- replies, chunks of data, holes and errors ---------
 //!
 //!   format, options  bytes <-> types, nothing else       inbox, outbox   bytes on their way, without copies
@@ -17,7 +17,9 @@ mod options;
 mod outbox;
 mod server;
 mod socket;
+mod transport;
 
 pub use address::NbdAddress;
 pub use client::{NbdDevice, NbdOptions};
 pub use server::{Allocation, NbdExport, NbdExports, NbdServer, serve as serve_nbd};
+pub use transport::{NbdStream, NbdTransport};

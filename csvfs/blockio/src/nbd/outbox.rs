@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn messages_that_do_not_fit_the_socket_arrive_whole_and_in_order() {
         let (near, far) = UnixStream::pair().expect("a pair of sockets");
-        let (near, far) = (Socket::new(near.into()), Socket::new(far.into()));
+        let (near, far) = (Socket::new(near), Socket::new(far));
         let mut outbox = Outbox::default();
         let mut wanted = Vec::new();
         for number in 0..200_u8 {

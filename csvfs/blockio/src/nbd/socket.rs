@@ -1,4 +1,5 @@
-//! A connected stream socket whose calls move bytes between the kernel and the memory of requests, without a copy.
+//! A connected stream. A plain socket moves bytes between the kernel and the memory of requests without a copy; what is
+//! protected passes through the hands of its transport.
 //!
 //! Sending never blocks. Receiving waits when it is told to. During the handshake both wait, for a limited time.
 #![expect(
@@ -13,6 +14,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
+use super::transport::{self, NbdStream};
 use crate::IoBuf;
 
 /// Parts that one system call takes; further ones go with the next.
@@ -28,6 +30,21 @@ pub(crate) enum Part<'a> {
 }
 
 impl Part<'_> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Memory(memory) => memory.len(),
+        }
+    }
+
+    /// Copies the bytes from `at` on.
+    pub(super) fn copy_to(&self, at: usize, into: &mut [u8]) {
+        match self {
+            Self::Bytes(bytes) => into.copy_from_slice(&bytes[at..at + into.len()]),
+            Self::Memory(memory) => memory.slice(at..at + into.len()).copy_to(into),
+        }
+    }
+
     fn vector(&self) -> libc::iovec {
         match self {
             Self::Bytes(bytes) => {
@@ -41,12 +58,12 @@ impl Part<'_> {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Socket {
-    fd: OwnedFd,
+    stream: NbdStream,
 }
 
 impl Socket {
-    pub(crate) fn new(fd: OwnedFd) -> Self {
-        Self { fd }
+    pub(crate) fn new(stream: impl Into<NbdStream>) -> Self {
+        Self { stream: stream.into() }
     }
 
     /// Limits the waits of the handshake.
@@ -60,25 +77,38 @@ impl Socket {
     }
 
     fn set_timeouts(&self, limit: Option<Duration>) -> io::Result<()> {
-        set_socket_timeout(&self.fd, Timeout::Recv, limit)?;
-        set_socket_timeout(&self.fd, Timeout::Send, limit)?;
+        set_socket_timeout(&self.stream, Timeout::Recv, limit)?;
+        set_socket_timeout(&self.stream, Timeout::Send, limit)?;
         Ok(())
     }
 
     /// Sends all of it, waiting. Only for the handshake.
     pub(crate) fn send_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            match rustix::net::send(&self.fd, bytes, rustix::net::SendFlags::NOSIGNAL) {
-                Ok(sent) => bytes = &bytes[sent..],
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
+            bytes = &bytes[self.send_waiting(bytes)?..];
         }
         Ok(())
     }
 
+    fn send_waiting(&self, bytes: &[u8]) -> io::Result<usize> {
+        match &self.stream {
+            NbdStream::Socket(fd) => match rustix::net::send(fd, bytes, rustix::net::SendFlags::NOSIGNAL) {
+                Err(rustix::io::Errno::INTR) => Ok(0),
+                sent => Ok(sent?),
+            },
+            NbdStream::Protected(_) => match self.send(std::iter::once(Part::Bytes(bytes)))? {
+                Some(sent) => Ok(sent),
+                None => self.wait(false, true, None).map(|_| 0),
+            },
+        }
+    }
+
     /// Sends from the front of `parts` as much as the socket takes at once; nothing when it is full.
     pub(crate) fn send<'a>(&self, parts: impl Iterator<Item = Part<'a>>) -> io::Result<Option<usize>> {
+        let fd = match &self.stream {
+            NbdStream::Socket(fd) => fd,
+            NbdStream::Protected(transport) => return transport::send(&**transport, parts),
+        };
         let mut vectors = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; PARTS_MAX];
         let mut count = 0;
         for (vector, part) in vectors.iter_mut().zip(parts) {
@@ -88,7 +118,7 @@ impl Socket {
         let message = message(&mut vectors[..count]);
         // SAFETY: the vectors point to borrowed bytes and to memory that the parts keep alive; the kernel only reads it.
         let sent = unsafe {
-            libc::sendmsg(self.fd.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+            libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
         };
         moved(sent)
     }
@@ -101,6 +131,10 @@ impl Socket {
         rest: &mut [u8],
         wait: bool,
     ) -> io::Result<Option<usize>> {
+        let fd = match &self.stream {
+            NbdStream::Socket(fd) => fd,
+            NbdStream::Protected(transport) => return transport::receive(&**transport, first, rest, wait),
+        };
         let rest = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
         let mut vectors = match first {
             Some(first) => [Part::Memory(first).vector(), rest],
@@ -109,19 +143,22 @@ impl Socket {
         let mut message = message(&mut vectors);
         let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
         // SAFETY: `first` keeps its memory alive and may be written to; `rest` is an exclusive borrow.
-        let received = unsafe { libc::recvmsg(self.fd.as_raw_fd(), &raw mut message, flags) };
+        let received = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, flags) };
         moved(received)
     }
 
     /// Waits until there is something to receive, or room to send when `sending` is set, or `bell` was rung.
     pub(crate) fn wait(&self, receiving: bool, sending: bool, bell: Option<&OwnedFd>) -> io::Result<Ready> {
+        if receiving && matches!(&self.stream, NbdStream::Protected(transport) if transport.holds_bytes()) {
+            return Ok(Ready { receive: true, broken: false, rung: false });
+        }
         let mut wanted = PollFlags::empty();
         wanted.set(PollFlags::IN, receiving);
         wanted.set(PollFlags::OUT, sending);
         let mut polled = [
-            PollFd::new(&self.fd, wanted),
+            PollFd::new(&self.stream, wanted),
             PollFd::from_borrowed_fd(
-                bell.map_or_else(|| self.fd.as_fd(), |bell| bell.as_fd()),
+                bell.map_or_else(|| self.stream.as_fd(), |bell| bell.as_fd()),
                 PollFlags::IN,
             ),
         ];
@@ -140,8 +177,11 @@ impl Socket {
 
     /// Ends both directions: whoever waits on the socket returns.
     pub(crate) fn shut_down(&self) {
-        // It may be over already.
-        let _ = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+        match &self.stream {
+            // It may be over already.
+            NbdStream::Socket(fd) => drop(rustix::net::shutdown(fd, rustix::net::Shutdown::Both)),
+            NbdStream::Protected(transport) => transport.end(),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 //! A process that has lost its path connects to `blocks.sock`. Its requests join those of the mounts, so the daemon alone
 //! deals with peers.
 
-use std::os::fd::OwnedFd;
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -48,8 +48,8 @@ fn accept_all(core: &Arc<Core>, listener: &UnixListener) {
 
 fn serve_one(core: &Arc<Core>, stream: UnixStream) -> Result<(), String> {
     let handle = stream.try_clone().map_err(|error| error.to_string())?;
-    let served = Served { core: Arc::clone(core), stream: handle.into(), session: Mutex::new(None) };
-    let outcome = serve_nbd(stream.into(), &served);
+    let served = Served { core: Arc::clone(core), stream: Arc::new(handle), session: Mutex::new(None) };
+    let outcome = serve_nbd(stream, &served);
     if let Some((key, number)) = served.session.lock().unwrap_or_else(PoisonError::into_inner).take() {
         core.process_sessions.leave(&key, number);
     }
@@ -58,7 +58,7 @@ fn serve_one(core: &Arc<Core>, stream: UnixStream) -> Result<(), String> {
 
 struct Served {
     core: Arc<Core>,
-    stream: OwnedFd,
+    stream: Arc<UnixStream>,
     /// Rank: above the table of sessions.
     session: Mutex<Option<(ProcessKey, u64)>>,
 }
@@ -71,8 +71,10 @@ impl NbdExports for Served {
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         if session.is_none() {
             // What the process has begun before over another stream is done first.
-            let number = self.core.process_sessions.enter(&key, &self.stream);
-            *session = Some((key, number.map_err(|error| error.to_string())?));
+            let stream = Arc::clone(&self.stream);
+            let number =
+                self.core.process_sessions.enter(&key, move || drop(stream.shutdown(Shutdown::Both)));
+            *session = Some((key, number));
         }
         Ok(NbdExport::new(path, false))
     }

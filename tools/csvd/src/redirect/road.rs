@@ -1,6 +1,5 @@
 //! This node's ways to one LUN: the device itself, and the peers.
 
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +17,7 @@ use lockmgr::{Epoch, Millis, NodeId, VolumeId};
 use crate::core::Core;
 use crate::membership::Place;
 use crate::messages::{NodeOp, SessionOf};
+use crate::redirect::protected::protected;
 use crate::volumes::status::unix_ms;
 use crate::{forward, view};
 
@@ -162,22 +162,17 @@ impl Road {
     }
 
     fn through(&self, peer: &Member) -> Result<Box<dyn Detour>, String> {
-        let near = self.core.runtime.block_on(async {
-            let stream = wire::connect_stream(&peer.address, self.core.mesh.endpoint(), peer.id.0);
-            let stream =
-                tokio::time::timeout(CONNECT_WITHIN, stream).await.map_err(|_| "it does not answer")?;
-            let stream = stream.map_err(|error| error.explain())?;
-            let (near, far) = UnixStream::pair().map_err(|error| error.to_string())?;
-            far.set_nonblocking(true).map_err(|error| error.to_string())?;
-            let far = tokio::net::UnixStream::from_std(far).map_err(|error| error.to_string())?;
-            self.core.runtime.spawn(stream.carry(far));
-            Ok::<_, String>(near)
-        })?;
+        let stream = self.core.runtime.block_on(async {
+            let stream = wire::connect_blocks(&peer.address, self.core.mesh.endpoint(), peer.id.0);
+            tokio::time::timeout(CONNECT_WITHIN, stream).await
+        });
+        let stream = stream.map_err(|_| "it does not answer")?.map_err(|error| error.explain())?;
+        let (stream, _) = protected(stream);
         let export = format!("{}/{}", self.volume, self.epoch);
         let what = format!("{} through {}", self.name, peer.name);
         // A peer hands everything on to the LUN.
         let options = NbdOptions { writes_outlive_server: true, ..NbdOptions::default() };
-        let nbd = NbdDevice::over(near.into(), &export, &what, options);
+        let nbd = NbdDevice::over(stream, &export, &what, options);
         let nbd = Arc::new(nbd.map_err(|error| error.to_string())?);
         let device = self.gate(nbd.clone()).map_err(|error| error.to_string())?;
         Ok(Box::new(Through {

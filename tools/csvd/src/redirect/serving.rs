@@ -1,18 +1,18 @@
 //! Peers that go through this node: their streams, what they may do, and their certain end.
 
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use api::Error;
 use blockio::{GatedDevice, NbdExport, NbdExports, Permission, WriteRight, serve_nbd};
+use lockmgr::cluster::ClusterState;
 use lockmgr::{Epoch, NodeId, VolumeId};
 use uuid::Uuid;
-use wire::ByteStream;
+use wire::{Duplex, Stream};
 
 use crate::core::Core;
 use crate::messages::{EndOver, NodeOp, SessionOf};
+use crate::redirect::protected::protected;
 use crate::{forward, view};
 
 /// Pause before a node that did not answer is asked again.
@@ -24,54 +24,35 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 pub(crate) type PeerKey = (VolumeId, NodeId, Epoch);
 
 /// Serves a peer's stream, on a thread of its own.
-pub(crate) fn serve(core: &Arc<Core>, stream: ByteStream) {
+pub(crate) fn serve(core: &Arc<Core>, stream: Stream) {
     let peer = stream.peer().clone();
     let (core, from) = (Arc::clone(core), NodeId(peer.node));
-    let begun = carried(&core, stream).and_then(|near| {
-        let serving = move || {
-            let exports = match Served::new(&core, from, &near) {
-                Ok(exports) => exports,
-                Err(error) => return tracing::warn!(node = %from, %error, "a peer is not served"),
-            };
-            let outcome = serve_nbd(near, &exports);
-            exports.leave();
-            match outcome {
-                Ok(()) => tracing::info!(node = %from, "a peer does not go through this node any more"),
-                Err(why) => tracing::info!(node = %from, why, "a peer's session has ended"),
-            }
-        };
-        std::thread::Builder::new().name("nbd:peer".to_owned()).stack_size(1 << 20).spawn(serving)
-    });
-    if let Err(error) = begun {
+    let serving = move || {
+        let (stream, duplex) = protected(stream);
+        let exports = Served { core, from, stream: duplex, session: Mutex::new(None) };
+        let outcome = serve_nbd(stream, &exports);
+        exports.leave();
+        match outcome {
+            Ok(()) => tracing::info!(node = %from, "a peer does not go through this node any more"),
+            Err(why) => tracing::info!(node = %from, why, "a peer's session has ended"),
+        }
+    };
+    let thread = std::thread::Builder::new().name("nbd:peer".to_owned()).stack_size(1 << 20);
+    if let Err(error) = thread.spawn(serving) {
         tracing::error!(%peer, %error, "a peer that has lost its path cannot be served");
     }
-}
-
-/// The near end of a pair of sockets whose far end the stream is carried to.
-fn carried(core: &Arc<Core>, stream: ByteStream) -> std::io::Result<OwnedFd> {
-    let (near, far) = UnixStream::pair()?;
-    far.set_nonblocking(true)?;
-    let _runtime = core.runtime.enter();
-    let far = tokio::net::UnixStream::from_std(far)?;
-    core.runtime.spawn(stream.carry(far));
-    Ok(near.into())
 }
 
 /// What one peer may choose from.
 struct Served {
     core: Arc<Core>,
     from: NodeId,
-    stream: OwnedFd,
+    stream: Arc<Duplex>,
     /// The session that was begun, with its number. Rank: above the table of sessions.
     session: Mutex<Option<(PeerKey, u64)>>,
 }
 
 impl Served {
-    fn new(core: &Arc<Core>, from: NodeId, stream: &OwnedFd) -> std::io::Result<Self> {
-        let stream = stream.as_fd().try_clone_to_owned()?;
-        Ok(Self { core: Arc::clone(core), from, stream, session: Mutex::new(None) })
-    }
-
     fn begin(&self, key: PeerKey) -> Result<(), String> {
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
         match &*session {
@@ -79,7 +60,8 @@ impl Served {
             Some(_) => return Err("a stream is for one volume".to_owned()),
             None => {}
         }
-        let number = self.core.peer_sessions.enter(&key, &self.stream).map_err(|error| error.to_string())?;
+        let stream = Arc::clone(&self.stream);
+        let number = self.core.peer_sessions.enter(&key, move || stream.end());
         *session = Some((key, number));
         Ok(())
     }
@@ -124,11 +106,14 @@ struct Right {
 
 impl Right {
     fn refusal(&self) -> Option<String> {
-        let state = self.core.state();
-        let present = view::is_up(&state, self.node, self.epoch);
-        (!present)
-            .then(|| format!("epoch {} of node {} is not in the cluster's records", self.epoch, self.node))
+        refusal(&self.core.state(), self.node, self.epoch)
     }
+}
+
+/// Why an incarnation may not go through this node.
+fn refusal(records: &ClusterState, node: NodeId, epoch: Epoch) -> Option<String> {
+    (!view::is_up(records, node, epoch))
+        .then(|| format!("epoch {epoch} of node {node} is not in the cluster's records"))
 }
 
 impl WriteRight for Right {
@@ -183,7 +168,24 @@ pub(crate) async fn cut_off_the_dead(core: &Arc<Core>) {
 
 #[cfg(test)]
 mod tests {
+    use lockmgr::cluster::{Member, MemberState};
+
     use super::*;
+
+    // Invariant A1: asked when a stream names its session, and before each request of it.
+    #[test]
+    fn only_an_incarnation_that_the_records_call_up_goes_through_this_node() {
+        let mut records = ClusterState::default();
+        assert!(refusal(&records, NodeId(2), Epoch(4)).is_some(), "nobody knows the node");
+        for state in [MemberState::Up, MemberState::Down, MemberState::Fencing, MemberState::Fenced] {
+            let (id, epoch) = (NodeId(2), Epoch(4));
+            let (name, address) = ("n2".to_owned(), String::new());
+            records.members.insert(id, Member { id, name, address, epoch, state, joined_ms: 0 });
+            assert_eq!(refusal(&records, id, epoch).is_none(), state == MemberState::Up, "{state}");
+            assert!(refusal(&records, id, Epoch(3)).is_some(), "an incarnation before: {state}");
+            assert!(refusal(&records, id, Epoch(5)).is_some(), "one that has not begun: {state}");
+        }
+    }
 
     #[test]
     fn a_session_is_named_by_volume_and_epoch() {

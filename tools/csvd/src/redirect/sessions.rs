@@ -1,8 +1,8 @@
 //! Who goes through this node now: one stream per key, and the certainty that its end is the end.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::hash::Hash;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Sessions by what they are for.
@@ -19,11 +19,16 @@ struct Table<K> {
     next: u64,
 }
 
-#[derive(Debug)]
 struct Session {
     number: u64,
-    /// A second handle to the session's stream, to cut it off.
-    stream: OwnedFd,
+    /// Ends the session's stream. It may be over already; then the session is about to leave.
+    cut_off: Box<dyn Fn() + Send>,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Session({})", self.number)
+    }
 }
 
 impl<K> Default for Sessions<K> {
@@ -37,18 +42,18 @@ impl<K: Clone + Eq + Hash> Sessions<K> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins a session, after the former one for `key` has ended with all that it had begun. Blocks until then.
-    pub(crate) fn enter(&self, key: &K, stream: &OwnedFd) -> std::io::Result<u64> {
-        let stream = stream.as_fd().try_clone_to_owned()?;
+    /// Begins a session, after the former one for `key` has ended with all that it had begun. Blocks until then. `cut_off`
+    /// ends its stream, at any moment and without waiting.
+    pub(crate) fn enter(&self, key: &K, cut_off: impl Fn() + Send + 'static) -> u64 {
         let mut table = self.lock();
         while let Some(former) = table.sessions.get(key) {
-            cut_off(former);
+            (former.cut_off)();
             table = self.left.wait(table).unwrap_or_else(PoisonError::into_inner);
         }
         let number = table.next;
         table.next += 1;
-        table.sessions.insert(key.clone(), Session { number, stream });
-        Ok(number)
+        table.sessions.insert(key.clone(), Session { number, cut_off: Box::new(cut_off) });
+        number
     }
 
     /// The session has ended: nothing of it can reach a device any more.
@@ -67,7 +72,7 @@ impl<K: Clone + Eq + Hash> Sessions<K> {
         loop {
             let mut any = false;
             for (_, session) in table.sessions.iter().filter(|(key, _)| wanted(key)) {
-                cut_off(session);
+                (session.cut_off)();
                 any = true;
             }
             if !any {
@@ -78,33 +83,31 @@ impl<K: Clone + Eq + Hash> Sessions<K> {
     }
 }
 
-fn cut_off(session: &Session) {
-    // It may be over already; then it is about to leave.
-    let _ = rustix::net::shutdown(&session.stream, rustix::net::Shutdown::Both);
-}
-
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-    use std::os::unix::net::UnixStream;
     use std::sync::Arc;
-    use std::sync::mpsc::channel;
+    use std::sync::mpsc::{Receiver, channel};
 
     use super::*;
+
+    /// A session, and what hears that it is cut off.
+    fn begin(sessions: &Sessions<u8>, key: u8) -> (u64, Receiver<()>) {
+        let (tell, told) = channel();
+        (sessions.enter(&key, move || tell.send(()).expect("the test listens")), told)
+    }
 
     // Invariants A1 and C9: the end of a session is known only when it has left by itself.
     #[test]
     fn a_session_is_over_when_it_has_left_and_not_when_it_is_cut_off() {
         let sessions = Arc::new(Sessions::default());
-        let (near, mut far) = UnixStream::pair().expect("a pair");
-        let number = sessions.enter(&7, &near.into()).expect("a session");
+        let (number, cut_off) = begin(&sessions, 7);
         let (tell, told) = channel();
         let ending = Arc::clone(&sessions);
         let end = std::thread::spawn(move || {
             ending.end(|key| *key == 7);
             tell.send(()).expect("the test listens");
         });
-        assert_eq!(far.read(&mut [0]).expect("it is cut off"), 0);
+        cut_off.recv().expect("it is cut off");
         assert!(told.try_recv().is_err(), "but what it has begun may still be under way");
         sessions.leave(&7, number);
         told.recv().expect("now it has ended");
@@ -115,12 +118,10 @@ mod tests {
     #[test]
     fn a_new_session_waits_for_the_end_of_the_former_one() {
         let sessions = Arc::new(Sessions::default());
-        let (near, mut far) = UnixStream::pair().expect("a pair");
-        let stream = OwnedFd::from(near);
-        let first = sessions.enter(&1, &stream).expect("a session");
-        let (entering, second) = (Arc::clone(&sessions), stream.try_clone().expect("a handle"));
-        let entered = std::thread::spawn(move || entering.enter(&1, &second).expect("a session"));
-        assert_eq!(far.read(&mut [0]).expect("the first is cut off"), 0);
+        let (first, cut_off) = begin(&sessions, 1);
+        let entering = Arc::clone(&sessions);
+        let entered = std::thread::spawn(move || entering.enter(&1, || ()));
+        cut_off.recv().expect("the first is cut off");
         sessions.leave(&1, first);
         assert_ne!(entered.join().expect("no panic"), first);
     }

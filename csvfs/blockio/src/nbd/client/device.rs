@@ -12,7 +12,6 @@
 //! failed flush (invariant D6), until the device is opened anew. Not so with [`NbdOptions::writes_outlive_server`].
 
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
@@ -26,6 +25,7 @@ use super::plan;
 use crate::nbd::NbdAddress;
 use crate::nbd::inbox::Inbox;
 use crate::nbd::socket::Socket;
+use crate::nbd::transport::NbdStream;
 use crate::poison::Poison;
 use crate::queue::Workers;
 use crate::{BlockDevice, Completion, Geometry, IoError, IoRequest};
@@ -133,8 +133,13 @@ impl NbdDevice {
     ///
     /// # Errors
     /// [`IoError::NotOpened`], with the reason.
-    pub fn over(stream: OwnedFd, export: &str, what: &str, options: NbdOptions) -> Result<Self, IoError> {
-        let line = greet(stream, export, what)?;
+    pub fn over(
+        stream: impl Into<NbdStream>,
+        export: &str,
+        what: &str,
+        options: NbdOptions,
+    ) -> Result<Self, IoError> {
+        let line = greet(stream.into(), export, what)?;
         Self::over_lines(vec![line], what, options, None)
     }
 
@@ -329,7 +334,7 @@ fn connect(address: &NbdAddress, before: Option<&Export>) -> Result<(Arc<Connect
     let not_opened = |why: String| IoError::NotOpened { what: address.to_string(), why };
     let stream =
         address.connect().map_err(|error| not_opened(format!("{error} (is the NBD server running?)")))?;
-    let line = greet(stream, address.export(), &address.to_string())?;
+    let line = greet(stream.into(), address.export(), &address.to_string())?;
     match before {
         Some(before) if *before != line.0.export => Err(not_opened(
             "the export is another one than before: its size or its abilities have changed".to_owned(),
@@ -338,7 +343,7 @@ fn connect(address: &NbdAddress, before: Option<&Export>) -> Result<(Arc<Connect
     }
 }
 
-fn greet(stream: OwnedFd, export: &str, what: &str) -> Result<(Arc<Connection>, Inbox), IoError> {
+fn greet(stream: NbdStream, export: &str, what: &str) -> Result<(Arc<Connection>, Inbox), IoError> {
     let (socket, mut inbox) = (Socket::new(stream), Inbox::new());
     let found = negotiate(&socket, &mut inbox, export)
         .map_err(|why| IoError::NotOpened { what: what.to_owned(), why })?;

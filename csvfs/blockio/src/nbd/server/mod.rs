@@ -28,18 +28,19 @@ pub use export::{Allocation, NbdExport, NbdExports};
 
 use super::inbox::Inbox;
 use super::socket::Socket;
+use super::transport::NbdStream;
 use crate::IoError;
 
 /// Clients of one server at once; further ones wait in the listener.
 const CLIENTS_MAX: usize = 16;
 const STACK_BYTES: usize = 256 << 10;
 
-/// Serves one client on a connected stream, until it leaves or is cut off (by a shutdown of the stream). Returns when
+/// Serves one client on a connected stream, until it leaves or is cut off (by the end of the stream). Returns when
 /// nothing that it has asked for can reach a device any more.
 ///
 /// # Errors
 /// A sentence that says why the client was cut off.
-pub fn serve(stream: OwnedFd, exports: &dyn NbdExports) -> Result<(), String> {
+pub fn serve(stream: impl Into<NbdStream>, exports: &dyn NbdExports) -> Result<(), String> {
     let (socket, mut inbox) = (Socket::new(stream), Inbox::new());
     match handshake::negotiate(&socket, &mut inbox, exports)? {
         Some(chosen) => session::run(socket, inbox, chosen),
