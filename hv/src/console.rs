@@ -1,5 +1,7 @@
 //! What the guest has said on its serial port: the last part of it, with positions counted since boot.
 //!
+//! A boot has a number, which moves with the VM: positions of another boot are others.
+//!
 //! **Invariant:** the ring never holds more than its bound, whatever the guest prints.
 
 use std::collections::VecDeque;
@@ -21,6 +23,8 @@ struct Ring {
     start: u64,
     bytes: VecDeque<u8>,
     closed: bool,
+    /// 0: not known.
+    boot: u64,
 }
 
 /// A part of the output.
@@ -32,6 +36,10 @@ pub struct ConsoleText {
     pub data: Vec<u8>,
     /// Position to ask for next.
     pub next: u64,
+    /// The boot that positions count from; 0: not known.
+    pub boot: u64,
+    /// Whether nothing will come after this.
+    pub last: bool,
 }
 
 impl Console {
@@ -39,6 +47,17 @@ impl Console {
     #[must_use]
     pub fn new(bytes_max: usize) -> Self {
         Self { ring: Mutex::default(), more: Condvar::new(), bytes_max: bytes_max.max(1) }
+    }
+
+    /// A boot begins; its number is not 0, and no other boot of this VM has it.
+    pub fn begin(&self, boot: u64) {
+        self.lock().boot = boot;
+    }
+
+    /// The number of its boot; 0: not known.
+    #[must_use]
+    pub fn boot(&self) -> u64 {
+        self.lock().boot
     }
 
     /// Adds output.
@@ -88,11 +107,12 @@ impl Console {
     }
 
     /// Replaces everything, as when a VM goes on here that has run elsewhere.
-    pub(crate) fn restore(&self, start: u64, bytes: &[u8]) {
+    pub(crate) fn restore(&self, boot: u64, start: u64, bytes: &[u8]) {
         let kept = &bytes[bytes.len().saturating_sub(self.bytes_max)..];
         let mut ring = self.lock();
         ring.start = start.saturating_add((bytes.len() - kept.len()) as u64);
         ring.bytes = kept.iter().copied().collect();
+        ring.boot = boot;
     }
 
     fn lock(&self) -> MutexGuard<'_, Ring> {
@@ -109,7 +129,8 @@ impl Ring {
         let from = from.clamp(self.start, self.end());
         let skip = usize::try_from(from - self.start).expect("at most the number of bytes kept");
         let data: Vec<u8> = self.bytes.iter().skip(skip).take(bytes_max).copied().collect();
-        ConsoleText { from, next: from + data.len() as u64, data }
+        let next = from + data.len() as u64;
+        ConsoleText { from, next, data, boot: self.boot, last: self.closed && next == self.end() }
     }
 }
 
@@ -121,9 +142,22 @@ mod tests {
     fn only_the_last_bytes_are_kept_and_positions_go_on() {
         let console = Console::new(4);
         console.append(b"abcdef");
-        assert_eq!(console.read(0, 99), ConsoleText { from: 2, data: b"cdef".to_vec(), next: 6 });
-        assert_eq!(console.read(4, 1), ConsoleText { from: 4, data: b"e".to_vec(), next: 5 });
-        assert_eq!(console.read(99, 99), ConsoleText { from: 6, data: vec![], next: 6 });
+        assert_eq!(console.read(0, 99), part(2, b"cdef", 0));
+        assert_eq!(console.read(4, 1), part(4, b"e", 0));
+        assert_eq!(console.read(99, 99), part(6, b"", 0));
+    }
+
+    fn part(from: u64, data: &[u8], boot: u64) -> ConsoleText {
+        ConsoleText { from, data: data.to_vec(), next: from + data.len() as u64, boot, last: false }
+    }
+
+    #[test]
+    fn only_the_end_of_a_closed_console_is_the_last_part() {
+        let console = Console::new(64);
+        console.append(b"ab");
+        assert!(!console.read(0, 99).last);
+        console.close();
+        assert!(!console.read(0, 1).last && console.read(0, 99).last && console.read(2, 99).last);
     }
 
     #[test]
@@ -140,10 +174,11 @@ mod tests {
     }
 
     #[test]
-    fn a_restored_console_continues_its_positions() {
+    fn a_restored_console_continues_its_positions_and_its_boot() {
         let console = Console::new(3);
-        console.restore(10, b"abcde");
+        console.begin(3);
+        console.restore(2, 10, b"abcde");
         console.append(b"f");
-        assert_eq!(console.read(0, 99), ConsoleText { from: 13, data: b"def".to_vec(), next: 16 });
+        assert_eq!(console.read(0, 99), part(13, b"def", 2));
     }
 }

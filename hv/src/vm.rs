@@ -10,6 +10,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use blockio::BlockDevice;
 
@@ -337,7 +338,7 @@ impl Vm {
             memory_bytes: self.ram.bytes(),
             clock: *self.stopped_at(),
             vcpus,
-            console: Some(state::Console { start: output.from, data: output.data }),
+            console: Some(state::Console { start: output.from, data: output.data, boot: output.boot }),
             ..SavedMachine::default()
         };
         self.board.save(&mut machine);
@@ -361,7 +362,7 @@ impl Vm {
         self.vcpus.restore(&saved.vcpus)?;
         self.machine.restore_chips(saved)?;
         let console = state::part(saved.console.as_ref(), "console")?;
-        self.console().restore(console.start, &console.data);
+        self.console().restore(console.boot, console.start, &console.data);
         self.board.restore(saved)?;
         *self.stopped_at() = saved.clock;
         self.life.set(RunState::Restored);
@@ -563,6 +564,11 @@ impl Vm {
         &self.ram
     }
 
+    /// The VM is about to go: whoever waits for output or for its end waits no longer.
+    pub fn let_go(&self) {
+        self.life.say_ended(self.life.lock());
+    }
+
     /// Where it is in its life.
     #[must_use]
     pub fn run_state(&self) -> RunState {
@@ -627,6 +633,12 @@ impl GuestEnd {
         let lives = |state: &mut RunState| !state.is_end();
         let waited = self.0.changed.wait_while(self.0.lock(), lives);
         waited.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The same, but not longer than `limit`, and not when the VM is about to go, see [`Vm::let_go`].
+    pub fn wait_within(&self, limit: Duration) {
+        let lives = |state: &mut RunState| !state.is_end() && !self.0.console.is_closed();
+        drop(self.0.changed.wait_timeout_while(self.0.lock(), limit, lives));
     }
 }
 

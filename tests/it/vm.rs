@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use cluster_tests::{Cluster, Ctl, Guest, PATIENCE, until};
+use cluster_tests::{Cluster, Ctl, Follower, Guest, PATIENCE, until};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -221,4 +221,67 @@ fn a_guest_that_resets_its_machine_boots_again_and_one_that_was_stopped_stays_so
     ctl.must(&["vm", "stop", "again"]);
     let shown = show();
     assert_eq!((&shown["state"], &shown["reason"]), (&"stopped".into(), &"".into()), "{shown}");
+}
+
+/// A listener on node 1 whose disk of 32 MiB ends it, by `how`, when it has got 64 MiB. It says 300 words before.
+fn start_listener(cluster: &Cluster, name: &str, how: &str) -> String {
+    let image = cluster.mount(1).join(format!("{name}.vhdx"));
+    Ctl::local().must(&["vhdx", "create", text(&image), "--size", "32M"]);
+    let cmdline = format!("{how}=131072 words=300");
+    let create = ["vm", "create", name, "--memory", "16M", "--kernel", "builtin:listener", "--cmdline"];
+    cluster.ctl(1).must(&[&create[..], &[&cmdline, "--disk", text(&image)]].concat());
+    cluster.ctl(1).must(&["vm", "start", name]);
+    text(&image).to_owned()
+}
+
+#[test]
+fn what_a_guest_said_last_is_there_after_it_has_switched_itself_off() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let image = start_listener(&cluster, "quits", "off");
+    let follower = Follower::start(&cluster.ctl(2), "quits");
+    follower.until("the guest waits", |said| said.contains("ready"));
+    cluster.ctl(1).must(&["vm", "disk", "resize", "quits", &image, "--size", "64M"]);
+    let (said, beside) = follower.end();
+    assert!(said.ends_with("word number=300\n"), "{said}");
+    assert!(beside.contains("it has stopped"), "{beside}");
+    let shown = cluster.ctl(3).must(&["vm", "console", "quits"]);
+    assert_eq!(shown["text"], said.as_str(), "what it said is still there");
+    let late = Follower::start(&cluster.ctl(3), "quits");
+    assert_eq!(late.end().0, said, "also for who follows when it is over");
+    let shown = cluster.ctl(3).must(&["vm", "show", "quits"]);
+    assert_eq!((&shown["state"], &shown["reason"]), (&"stopped".into(), &"".into()), "{shown}");
+    cluster.ctl(1).must(&["vm", "start", "quits"]);
+    let again = cluster.console(3, "quits", PATIENCE, |said| said.contains("ready"));
+    assert!(!again.contains("word"), "another boot is another console: {again}");
+    cluster.ctl(1).must(&["vm", "stop", "quits"]);
+    cluster.ctl(1).must(&["vm", "delete", "quits"]);
+}
+
+#[test]
+fn who_follows_a_vm_goes_on_after_its_move_and_after_its_next_boot() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let image = start_listener(&cluster, "watched", "reset");
+    let follower = Follower::start(&cluster.ctl(3), "watched");
+    follower.until("the guest waits", |said| said.contains("ready"));
+    cluster.ctl(1).must(&["vm", "migrate", "watched", "--to", &cluster.name(2)]);
+    let resize = |size| cluster.ctl(1).must(&["vm", "disk", "resize", "watched", &image, "--size", size]);
+    resize("48M");
+    follower.until("the guest works after its move", |said| said.contains("from=65536 sectors=98304"));
+    resize("64M");
+    follower.until("the next boot", |said| said.matches("ready").count() == 2);
+    cluster.ctl(1).must(&["vm", "stop", "watched"]);
+    let (said, beside) = follower.end();
+    let lines: Vec<_> = said.lines().collect();
+    let words: Vec<_> = (1..=300).map(|number| format!("word number={number}")).collect();
+    let at = lines.iter().position(|line| line.starts_with("word")).expect("it has said words");
+    assert_eq!(lines[at..at + 300], words, "all that it said before the reset, once: {said}");
+    assert_eq!(said.matches("changed index=0").count(), 2, "{said}");
+    assert!(said.ends_with("listener disks=8 ready\n"), "{said}");
+    assert!(beside.contains("it boots again") && beside.ends_with("it has stopped\n"), "{beside}");
 }

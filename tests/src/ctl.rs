@@ -98,11 +98,18 @@ impl Ctl {
 
     /// `csvctl --json ARGUMENTS`, not started yet.
     pub(crate) fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
+        let mut command = self.plain(&["--json", "--yes"]);
+        command.args(arguments);
+        command
+    }
+
+    /// The same with output for people.
+    pub(crate) fn plain(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(binary("csvctl"));
         if let Some(socket) = &self.socket {
             command.arg("--connect").arg(socket);
         }
-        command.args(["--json", "--yes"]).args(arguments);
+        command.args(arguments);
         command
     }
 

@@ -23,7 +23,7 @@
 //! The command line has `name=number` pairs. For the dirtier: `set` (8) MiB of the working set, `rate` (0: unbounded)
 //! KiB dirtied in a second, one word in a page; `noise` (0) 1 fills the set with what cannot be compressed; `module` (0) 1 takes
 //! the initial RAM disk as the set, with what is in it. For the listener: `reset` (0: never) sectors that make it reset the machine
-//! when a disk has got them. For the sector-writer:
+//! when a disk has got them, `off` (0: never) the same to switch it off; `words` (0) lines that it says before either. For the sector-writer:
 //!
 //! | name | default | meaning |
 //! |---|---|---|

@@ -9,8 +9,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use hv::DiskLimits;
 use hv::control::{
-    Console, ConsoleReply, Control, ControlReply, DiskAdd, FetchReply, Ok as Done, Refused, TakeReply,
-    control, control_reply,
+    Console, ConsoleReply, Control, ControlReply, DiskAdd, FetchReply, Ok as Done, Refused, StatusReply,
+    TakeReply, control, control_reply,
 };
 use prost::Message;
 use wire::{BlockingServer, Local, Refusal, RefusalCode, service};
@@ -23,6 +23,8 @@ use crate::runner::Runner;
 const CONSOLE_BYTES_MAX: usize = 256 << 10;
 /// How long an answer waits for output, when asked to.
 const FOLLOW_LIMIT: Duration = Duration::from_secs(1);
+/// How long an answer waits for the end of the guest, at most.
+const STATUS_LIMIT: Duration = Duration::from_secs(30);
 
 /// Serves the runner's control socket until the server is dropped.
 ///
@@ -73,7 +75,7 @@ fn carry_out(runner: &Arc<Runner>, op: control::Op) -> Result<control_reply::Res
     use control::Op;
     let done = |()| control_reply::Result::Ok(Done {});
     match op {
-        Op::Status(_) => Ok(control_reply::Result::Status(runner.status())),
+        Op::Status(asked) => Ok(control_reply::Result::Status(status(runner, asked.wait_ms))),
         Op::Pause(_) => runner.pause().map(done),
         Op::Resume(_) => runner.resume().map(done),
         Op::Save(to) => {
@@ -117,11 +119,20 @@ fn carry_out(runner: &Arc<Runner>, op: control::Op) -> Result<control_reply::Res
     }
 }
 
+/// A guest that has ended already is told of at once.
+fn status(runner: &Runner, wait_ms: u64) -> StatusReply {
+    runner.vm().end().wait_within(Duration::from_millis(wait_ms).min(STATUS_LIMIT));
+    StatusReply { waited: wait_ms > 0, ..runner.status() }
+}
+
 fn read_console(runner: &Runner, request: &Console) -> ConsoleReply {
     let console = runner.vm().console();
+    // Positions of another boot mean nothing here.
+    let other = request.boot != 0 && console.boot() != 0 && request.boot != console.boot();
+    let from = if other { 0 } else { request.from };
     let text = match request.follow {
-        true => console.read_waiting(request.from, CONSOLE_BYTES_MAX, FOLLOW_LIMIT),
-        false => console.read(request.from, CONSOLE_BYTES_MAX),
+        true => console.read_waiting(from, CONSOLE_BYTES_MAX, FOLLOW_LIMIT),
+        false => console.read(from, CONSOLE_BYTES_MAX),
     };
-    ConsoleReply { data: text.data, from: text.from, next: text.next }
+    ConsoleReply { data: text.data, from: text.from, next: text.next, boot: text.boot, last: text.last }
 }

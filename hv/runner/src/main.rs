@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use hv_runner::config::RunnerConfig;
 use hv_runner::{Ended, Failure, Runner, confine_main, serve_control};
@@ -47,7 +48,7 @@ fn run_vm(config: RunnerConfig) -> Result<ExitCode, Failure> {
     let (socket, node, vm) = (config.control_socket.clone(), config.node, config.vm.clone());
     let state = if config.incoming || config.restore_from.is_some() { "incoming" } else { "running" };
     let (runner, ended) = Runner::start(config)?;
-    let server = serve_control(runner, &socket, node, &vm)?;
+    let server = serve_control(Arc::clone(&runner), &socket, node, &vm)?;
     println!("{}", serde_json::json!({ "state": state }));
     confine_main()?;
     let why = ended.recv().unwrap_or(Ended::Stopped);
@@ -57,8 +58,10 @@ fn run_vm(config: RunnerConfig) -> Result<ExitCode, Failure> {
         std::process::exit(EXIT_MEMORY_LOST);
     }
     tracing::info!(?why, vm, "ending");
-    // Requests that are being answered get their answers; nobody can ask anything new.
+    // Requests that are being answered get their answers, those that wait for something at once; nobody can ask anything new.
+    runner.vm().let_go();
     drop(server);
+    drop(runner);
     drop(std::fs::remove_file(&socket));
     Ok(match why {
         Ended::Stopped | Ended::MemoryLost(_) => ExitCode::SUCCESS,

@@ -472,6 +472,7 @@ impl Runner {
             console_bytes: self.vm.console().end(),
             disks: self.shown().iter().filter_map(disk).collect(),
             stalled,
+            waited: false,
         }
     }
 
@@ -563,6 +564,8 @@ fn boot(
     let firmware = firmware_for(config);
     let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cmdline, firmware };
     let vm = build(config, Some(source), disks, devices, net)?;
+    // Each start has an epoch of its own, and what goes on elsewhere takes the number along.
+    vm.console().begin(config.vm_epoch);
     vm.resume().map_err(|error| not_built(&error))?;
     Ok(vm)
 }

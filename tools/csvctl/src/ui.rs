@@ -54,6 +54,11 @@ impl Ui {
         out.write_all(bytes).and_then(|()| out.flush()).map_err(|error| no_stdout(&error))
     }
 
+    /// A line for people, beside the output.
+    pub(crate) fn note(&self, text: &str) {
+        drop(writeln!(io::stderr(), "{text}"));
+    }
+
     /// Asks before something is destroyed: on a terminal the user types `name`, elsewhere `--yes` is needed.
     pub(crate) fn confirm(&self, what: &str, name: &str) -> Result<(), Error> {
         if self.yes {

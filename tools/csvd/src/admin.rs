@@ -18,6 +18,7 @@ mod path;
 mod top;
 pub(crate) mod validate;
 mod vm;
+mod vm_console;
 pub(crate) mod volume;
 pub(crate) mod volume_cache;
 mod volume_check;
@@ -351,7 +352,7 @@ impl pb::admin_server::Admin for Admin {
     type VmConsoleStream = Streamed<pb::ConsoleChunk>;
 
     async fn vm_console(&self, request: Request<pb::VmConsoleRequest>) -> Answer<Self::VmConsoleStream> {
-        answer(vm::console(&self.core, request.into_inner()))
+        answer(vm_console::pieces(&self.core, request.into_inner()))
     }
 
     type VmMigrateStream = Streamed<pb::MigrateProgress>;

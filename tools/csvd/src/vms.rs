@@ -11,6 +11,7 @@
 //! **Invariant (H1):** an `hv` process runs a guest only in the epoch that the record has given to this node.
 
 mod checkpoints;
+mod console;
 mod control;
 mod disks;
 mod ha;
@@ -40,6 +41,7 @@ use crate::messages::VmLoad;
 use crate::view;
 
 pub(crate) use checkpoints::checkpoint;
+pub(crate) use console::console;
 pub(crate) use disks::users;
 pub(crate) use ha::{Priority, has_arrived, lost, run as restart_lost};
 pub(crate) use hotplug::change_disk;
@@ -52,20 +54,18 @@ pub(crate) use trouble::is_halted;
 
 pub(crate) use processor::publish as publish_processor;
 use runner::{Content, Runner};
-pub(crate) use save::save;
+pub(crate) use save::{is_put_by, save};
 
 /// Longest name of a VM.
 const NAME_BYTES_MAX: usize = 64;
 /// Least memory of a VM.
 const MEMORY_BYTES_MIN: u64 = 1 << 20;
-/// How often a process is asked whether its guest still runs.
+/// How often is looked at what stands against a guest's I/O. Its end is told at once.
 const LOOK_AT_GUEST_EVERY: Duration = Duration::from_secs(1);
 /// Pause before the record is read again, when the end of a VM could not be written there.
 const RECORD_AGAIN_AFTER: Duration = Duration::from_millis(200);
 /// Longest wait for the present of the records, when they are only to be shown.
 const PRESENT_WITHIN: Duration = Duration::from_secs(1);
-/// Longest piece of a console in one message.
-const CONSOLE_WAIT_MS_MAX: u64 = 5_000;
 
 /// The processes of this node's VMs.
 #[derive(Debug, Default)]
@@ -78,6 +78,7 @@ pub(crate) struct Vms {
     moves: Moves,
     /// What this node can give to guests.
     pub(crate) processors: processor::Processors,
+    consoles: console::Consoles,
     /// Where moves are held, in rehearsals.
     pub(crate) rehearsal: Rehearsal,
     /// By name: held while it is decided whether a VM starts here. Two ways lead to a running process, a start and a move,
@@ -227,7 +228,7 @@ pub(crate) async fn claim_stopped(core: &Arc<Core>, name: &str) -> Result<(), Er
     // What a move has saved belongs to its owner, which may go on with it at any moment: also one that is being cut off (A4).
     let idle = match record.state {
         VmState::Stopped | VmState::Failed => true,
-        VmState::Saved => save::is_put_by(record) || view::is_certainly_off(&state, record.owner),
+        VmState::Saved => is_put_by(record) || view::is_certainly_off(&state, record.owner),
         _ => false,
     };
     if !idle || record.owner == core.me || state.is_closed(core.me) {
@@ -363,13 +364,25 @@ fn supervise(core: &Arc<Core>, runner: &Arc<Runner>) {
 /// the end of the process, with the guest's reason.
 async fn guest_ended(core: &Arc<Core>, runner: &Arc<Runner>) -> runner::End {
     loop {
-        tokio::time::sleep(LOOK_AT_GUEST_EVERY).await;
-        let Ok(status) = runner.control().status().await else { continue };
+        let Ok(status) = runner.control().status_within(LOOK_AT_GUEST_EVERY).await else {
+            tokio::time::sleep(LOOK_AT_GUEST_EVERY).await;
+            continue;
+        };
         let state = status.state();
-        if !matches!(state, VmRunState::Crashed | VmRunState::Stopped | VmRunState::Reset) {
+        if !is_over(state) {
             trouble::look(core, runner, &status).await;
+            if !status.waited {
+                // A process of an older release.
+                tokio::time::sleep(LOOK_AT_GUEST_EVERY).await;
+            }
             continue;
         }
+        if runner.is_stopping() {
+            // Who has asked for its end sees to it, and is told of it.
+            runner.stop_failed().await;
+            continue;
+        }
+        console::keep(core, runner).await;
         let crashed = state == VmRunState::Crashed;
         if let Err(error) = runner.stop(crashed).await {
             tracing::warn!(vm = runner.name, %error, "process of a guest that has ended: killed");
@@ -378,6 +391,10 @@ async fn guest_ended(core: &Arc<Core>, runner: &Arc<Runner>) -> runner::End {
         runner.ended().await;
         return runner::End::of_guest(state, status.reason);
     }
+}
+
+fn is_over(state: VmRunState) -> bool {
+    matches!(state, VmRunState::Crashed | VmRunState::Stopped | VmRunState::Reset)
 }
 
 /// The process has ended: the VM is stopped, or failed, unless the record has gone on without it. A change of the record
@@ -456,6 +473,7 @@ pub(crate) async fn stop(core: &Arc<Core>, name: &str, force: bool) -> Result<pb
         );
     }
     let (_, runner) = running_here(core, name, "stop")?;
+    console::keep(core, &runner).await;
     runner.stop(force).await.map_err(|error| error.during(format!("vm stop {name}")))?;
     runner.record_written().await;
     described(core, name)
@@ -615,23 +633,6 @@ pub(crate) async fn loads(core: &Core) -> Vec<VmLoad> {
     loads
 }
 
-/// A piece of the console of a VM of this node.
-pub(crate) async fn console(
-    core: &Arc<Core>,
-    request: &pb::VmConsoleRequest,
-) -> Result<pb::ConsoleChunk, Error> {
-    let (_, runner) = running_here(core, &request.name, "console")?;
-    let wait_ms = match (request.follow, request.limit_ms) {
-        (false, _) => 0,
-        (true, 0) => CONSOLE_WAIT_MS_MAX,
-        (true, limit_ms) => limit_ms.min(600_000),
-    };
-    runner
-        .console(request.from, Duration::from_millis(wait_ms))
-        .await
-        .map_err(|error| error.during(format!("vm console {}", request.name)))
-}
-
 /// Forgets a VM that runs nowhere.
 pub(crate) async fn delete(core: &Arc<Core>, name: &str, dry_run: bool) -> Result<(), Error> {
     let _decision = core.vms.decide(name).await;
@@ -651,6 +652,7 @@ pub(crate) async fn delete(core: &Arc<Core>, name: &str, dry_run: bool) -> Resul
     }
     let command = Command::DeleteVm { name: name.to_owned(), expect_epoch: record.epoch };
     core.propose(command).await.map_err(|error| error.during(format!("vm delete {name}")))?;
+    core.vms.consoles.forget(name);
     // Its disks stay, those of its checkpoints too; a memory without its VM is of no use.
     let checkpoints = spec_of(record).map(|spec| spec.checkpoints).unwrap_or_default();
     let memories =

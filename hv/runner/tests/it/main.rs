@@ -3,6 +3,7 @@
 
 mod bad;
 mod disks;
+mod ends;
 mod moves;
 mod process;
 mod world;

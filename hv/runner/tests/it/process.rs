@@ -4,8 +4,9 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use hv::control::{
-    Abandon, Activate, Console, Control, ControlReply, DiskAdd, DiskLimit, DiskRemove, DiskResize, Pause,
-    Refused, Resume, Save, SaveReply, Status, StatusReply, Stop, VmRunState, control, control_reply,
+    Abandon, Activate, Console, ConsoleReply, Control, ControlReply, DiskAdd, DiskLimit, DiskRemove,
+    DiskResize, Pause, Refused, Resume, Save, SaveReply, Status, StatusReply, Stop, VmRunState, control,
+    control_reply,
 };
 use hv_guest::Ack;
 use hv_runner::config::RunnerConfig;
@@ -44,6 +45,12 @@ pub(crate) fn refused(config: &RunnerConfig) -> (String, String) {
     (line["error"].as_str().unwrap().to_owned(), line["hint"].as_str().unwrap().to_owned())
 }
 
+fn connect(config: &RunnerConfig) -> BlockingConnection {
+    let callbacks = BlockingCallbacks { pushed: Box::new(|_, _| ()), closed: Box::new(|_| ()) };
+    let local = Local { cluster: uuid::Uuid::nil(), node: config.node, name: "test".into() };
+    BlockingConnection::connect(&config.control_socket, &local, callbacks).unwrap()
+}
+
 /// A process that is ready. Killed when dropped.
 pub(crate) struct Hv {
     child: Child,
@@ -62,10 +69,7 @@ impl Hv {
         }
         let wanted = if config.restore_from.is_some() { "incoming" } else { "running" };
         assert_eq!(ready.trim(), format!(r#"{{"state":"{wanted}"}}"#));
-        let callbacks = BlockingCallbacks { pushed: Box::new(|_, _| ()), closed: Box::new(|_| ()) };
-        let local = Local { cluster: uuid::Uuid::nil(), node: config.node, name: "test".into() };
-        let control = BlockingConnection::connect(&config.control_socket, &local, callbacks).unwrap();
-        Self { child, control }
+        Self { child, control: connect(config) }
     }
 
     fn ask(&self, op: control::Op) -> control_reply::Result {
@@ -122,8 +126,32 @@ impl Hv {
     }
 
     pub(crate) fn status(&self) -> StatusReply {
-        match self.ask(control::Op::Status(Status {})) {
+        self.status_within(0)
+    }
+
+    /// Answered when the guest ends, or after that time.
+    pub(crate) fn status_within(&self, wait_ms: u64) -> StatusReply {
+        match self.ask(control::Op::Status(Status { wait_ms })) {
             control_reply::Result::Status(status) => status,
+            other => panic!("unexpected answer {other:?}"),
+        }
+    }
+
+    /// Asks for a status that waits, over a connection of its own.
+    pub(crate) fn begin_waiting(&self, config: &RunnerConfig) -> std::thread::JoinHandle<()> {
+        let control = connect(config);
+        std::thread::spawn(move || {
+            let body =
+                Control { op: Some(control::Op::Status(Status { wait_ms: u64::MAX })) }.encode_to_vec();
+            // Its answer, or the end of the connection.
+            drop(control.call(service::HV, body.into()));
+        })
+    }
+
+    /// A part of the console as it is told, of boot `boot`.
+    pub(crate) fn console_of(&self, boot: u64, from: u64) -> ConsoleReply {
+        match self.ask(control::Op::Console(Console { from, follow: false, boot })) {
+            control_reply::Result::Console(console) => console,
             other => panic!("unexpected answer {other:?}"),
         }
     }
@@ -133,7 +161,7 @@ impl Hv {
     }
 
     fn console_from(&self, from: u64, follow: bool) -> (String, u64) {
-        match self.ask(control::Op::Console(Console { from, follow })) {
+        match self.ask(control::Op::Console(Console { from, follow, boot: 0 })) {
             control_reply::Result::Console(console) => {
                 (String::from_utf8_lossy(&console.data).into_owned(), console.next)
             }

@@ -106,48 +106,6 @@ pub(super) async fn show(core: &Arc<Core>, request: pb::VmRequest) -> Result<pb:
     Ok(shown.unwrap_or_else(|_| vms::describe(&state, record)))
 }
 
-/// Pieces of the console. The VM may move while it is followed: each piece is asked where it is then.
-pub(super) fn console(
-    core: &Arc<Core>,
-    request: pb::VmConsoleRequest,
-) -> Result<Streamed<pb::ConsoleChunk>, Error> {
-    owner(core, &request.name)?;
-    let reading = Some((Arc::clone(core), request));
-    Ok(Box::pin(stream::unfold(reading, |reading| async move {
-        let (core, mut request) = reading?;
-        match piece(&core, &request).await {
-            Ok(None) => None,
-            Ok(Some(chunk)) => {
-                request.from = chunk.next;
-                // With a limit, the first piece that was waited for is the last.
-                let more = !(request.follow && request.limit_ms > 0);
-                Some((Ok(chunk), more.then_some((core, request))))
-            }
-            Err(error) => Some((Err(error.into()), None)),
-        }
-    })))
-}
-
-async fn piece(core: &Arc<Core>, request: &pb::VmConsoleRequest) -> Result<Option<pb::ConsoleChunk>, Error> {
-    loop {
-        let owner = owner(core, &request.name)?;
-        let answer = forward::ask(core, owner, NodeOp::VmConsole(request.clone())).await;
-        match answer {
-            Ok(NodeAnswer::Console(chunk)) if !chunk.data.is_empty() => return Ok(Some(chunk)),
-            Ok(NodeAnswer::Console(_)) => {
-                let endless = request.follow && request.limit_ms == 0;
-                if !endless {
-                    return Ok(None);
-                }
-            }
-            Ok(_) => return Err(Error::failed("the owner's answer cannot be read")),
-            Err(error) if self::owner(core, &request.name)? == owner => return Err(error),
-            // It has moved in the meantime.
-            Err(_) => {}
-        }
-    }
-}
-
 /// Has the owner move the VM, and tells meanwhile how far it is.
 pub(super) fn migrate(
     core: &Arc<Core>,

@@ -53,7 +53,14 @@ impl Control {
     }
 
     pub(super) async fn status(&self) -> Result<pb::StatusReply, Error> {
-        match self.ask(Op::Status(pb::Status {}), QUICK).await? {
+        self.status_within(Duration::ZERO).await
+    }
+
+    /// As soon as the guest has ended, or after `limit`, which is far below [`QUICK`]. A process of an older release answers at
+    /// once, and does not say that it has waited.
+    pub(super) async fn status_within(&self, limit: Duration) -> Result<pb::StatusReply, Error> {
+        let wait_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        match self.ask(Op::Status(pb::Status { wait_ms }), QUICK).await? {
             Answer::Status(status) => Ok(status),
             _ => Err(unexpected()),
         }
@@ -129,8 +136,14 @@ impl Control {
         self.ask(Op::ImageDecide(pb::ImageDecide { go }), QUICK).await.map(drop)
     }
 
-    pub(super) async fn console(&self, from: u64, follow: bool) -> Result<pb::ConsoleReply, Error> {
-        match self.ask(Op::Console(pb::Console { from, follow }), LONG).await? {
+    /// A part of the console, from byte `from` of boot `boot` on.
+    pub(super) async fn console(
+        &self,
+        boot: u64,
+        from: u64,
+        follow: bool,
+    ) -> Result<pb::ConsoleReply, Error> {
+        match self.ask(Op::Console(pb::Console { from, follow, boot }), LONG).await? {
             Answer::Console(chunk) => Ok(chunk),
             _ => Err(unexpected()),
         }

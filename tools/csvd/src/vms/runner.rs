@@ -237,6 +237,17 @@ impl Runner {
         Ok(())
     }
 
+    /// Whether somebody has asked it to end.
+    pub(super) fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
+    /// Returns when nobody wants it to end any more: it could not be asked.
+    pub(super) async fn stop_failed(&self) {
+        let mut stopping = self.stopping.subscribe();
+        drop(stopping.wait_for(|stopping| !*stopping).await);
+    }
+
     /// Its end is expected from here on: the VM has gone elsewhere.
     pub(super) fn release(&self) {
         self.stopping.send_replace(true);
@@ -264,21 +275,36 @@ impl Runner {
         drop(tokio::time::timeout(END_WITHIN, recorded.wait_for(|recorded| *recorded)).await);
     }
 
-    /// A piece of the console from byte `from` on, waiting up to `limit` for one.
-    pub(super) async fn console(&self, from: u64, limit: Duration) -> Result<pb::ConsoleChunk, Error> {
-        let shown = |chunk: hv::control::ConsoleReply| pb::ConsoleChunk {
-            data: chunk.data,
-            from: chunk.from,
-            next: chunk.next,
-        };
-        let now = self.control.console(from, false).await?;
+    /// A piece of the console from byte `from` of boot `boot` on, waiting up to `limit` for one. When nothing will come any more
+    /// it waits for the record of the end instead: then others know what becomes of the VM.
+    pub(super) async fn console(
+        &self,
+        (boot, from): (u64, u64),
+        limit: Duration,
+    ) -> Result<pb::ConsoleChunk, Error> {
+        let now = self.control.console(boot, from, false).await?;
         if !now.data.is_empty() || limit.is_zero() {
             return Ok(shown(now));
         }
-        match tokio::time::timeout(limit, self.control.console(from, true)).await {
-            Ok(chunk) => chunk.map(shown),
-            Err(_) => Ok(shown(now)),
-        }
+        let more = async {
+            let more = self.control.console(boot, now.next, true).await?;
+            if more.data.is_empty() && more.last {
+                self.record_written().await;
+            }
+            Ok(shown(more))
+        };
+        tokio::time::timeout(limit, more).await.unwrap_or_else(|_| Ok(shown(now.clone())))
+    }
+}
+
+fn shown(part: hv::control::ConsoleReply) -> pb::ConsoleChunk {
+    pb::ConsoleChunk {
+        data: part.data,
+        from: part.from,
+        next: part.next,
+        boot: part.boot,
+        last: part.last,
+        ended: String::new(),
     }
 }
 

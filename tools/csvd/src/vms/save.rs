@@ -52,7 +52,7 @@ pub(crate) async fn save(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> 
 }
 
 /// Whether a VM waits for a user who starts it, on whatever node. One that a move has saved goes on by itself.
-pub(super) fn is_put_by(vm: &VmRecord) -> bool {
+pub(crate) fn is_put_by(vm: &VmRecord) -> bool {
     vm.state == VmState::Saved && vm.peer == Some(vm.owner)
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use api::Error;
-use api::pb::VmConsoleRequest;
+use api::pb::{ConsoleChunk, VmConsoleRequest};
 use clap::Args;
 use serde::Serialize;
 
@@ -14,13 +14,15 @@ use crate::units;
 pub(crate) struct Console {
     /// Name of the VM
     name: String,
-    /// Go on with what comes next, until interrupted or the VM ends; with --json one document per line
+    /// Go on with what comes next, also when the VM moves or boots again, until interrupted or it ends; with --json one document
+    /// per line
     #[arg(long)]
     follow: bool,
     /// With --follow: end as soon as there is something new, at the latest after this time
     #[arg(long, value_name = "MS", requires = "follow", value_parser = units::parse_duration)]
     limit_ms: Option<Duration>,
-    /// Start at this byte of what the VM has written since its boot; without it --limit-ms starts at the end
+    /// Start at this byte of what the VM has written since its boot; without it --limit-ms starts at the end. Of a VM that has
+    /// stopped or failed, its last output is kept until it starts again
     #[arg(long, value_name = "BYTE")]
     from: Option<u64>,
 }
@@ -30,7 +32,12 @@ struct Chunk {
     vm: String,
     from: u64,
     next: u64,
+    /// Which boot of the VM positions count from; 0: not known.
+    boot: u64,
     text: String,
+    /// What has become of the VM, in the last document of one that is followed.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    ended: String,
 }
 
 impl Console {
@@ -47,23 +54,37 @@ impl Console {
             from,
             follow: self.follow,
             limit_ms: self.limit_ms.map_or(0, |limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
+            boot: 0,
         };
         let mut stream = client.vm_console(request).await?.into_inner();
-        let mut all = Collected { from: None, next: from, data: Vec::new() };
+        let mut all = Collected { next: from, ..Collected::default() };
         while let Some(chunk) = stream.message().await? {
             if !context.ui.is_json() {
-                context.ui.raw(&chunk.data)?;
+                self.print(context, &chunk, all.boot)?;
+                all.boot = chunk.boot;
                 continue;
             }
-            all.add(chunk.from, chunk.next, &chunk.data);
+            all.add(&chunk);
             if endless {
                 let part =
-                    std::mem::replace(&mut all, Collected { from: None, next: chunk.next, data: Vec::new() });
+                    std::mem::replace(&mut all, Collected { next: chunk.next, ..Collected::default() });
                 context.ui.show(&part.document(&self.name), |_| String::new())?;
             }
         }
         if context.ui.is_json() && !endless {
             context.ui.show(&all.document(&self.name), |_| String::new())?;
+        }
+        Ok(())
+    }
+
+    /// Output as it is; what becomes of the VM is not a part of it.
+    fn print(&self, context: &Context, chunk: &ConsoleChunk, boot_before: u64) -> Result<(), Error> {
+        if boot_before != 0 && chunk.boot != 0 && chunk.boot != boot_before {
+            context.ui.note(&format!("VM {}: it boots again", self.name));
+        }
+        context.ui.raw(&chunk.data)?;
+        if !chunk.ended.is_empty() {
+            context.ui.note(&format!("VM {}: {}", self.name, chunk.ended));
         }
         Ok(())
     }
@@ -76,17 +97,21 @@ async fn end_of(client: &mut api::Client, name: &str) -> Result<u64, Error> {
 }
 
 /// Pieces of the console, joined before they become text: a character may lie across two of them.
+#[derive(Default)]
 struct Collected {
     from: Option<u64>,
     next: u64,
+    boot: u64,
     data: Vec<u8>,
+    ended: String,
 }
 
 impl Collected {
-    fn add(&mut self, from: u64, next: u64, data: &[u8]) {
-        self.from.get_or_insert(from);
-        self.next = next;
-        self.data.extend_from_slice(data);
+    fn add(&mut self, chunk: &ConsoleChunk) {
+        self.from.get_or_insert(chunk.from);
+        (self.next, self.boot) = (chunk.next, chunk.boot);
+        self.data.extend_from_slice(&chunk.data);
+        self.ended.clone_from(&chunk.ended);
     }
 
     fn document(self, vm: &str) -> Chunk {
@@ -94,7 +119,9 @@ impl Collected {
             vm: vm.to_owned(),
             from: self.from.unwrap_or(self.next),
             next: self.next,
+            boot: self.boot,
             text: String::from_utf8_lossy(&self.data).into_owned(),
+            ended: self.ended,
         }
     }
 }
