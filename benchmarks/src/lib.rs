@@ -3,9 +3,11 @@
 
 mod apart;
 mod fio;
+mod streams;
 
 pub use apart::{ADDRESS, run_apart};
 pub use fio::Job;
+pub use streams::Streams;
 
 /// One line of a comparison.
 #[derive(Clone, Debug)]

@@ -26,7 +26,7 @@ pub(crate) fn pause(stage: &Stage) -> Figure {
                 worst
             });
             let name = stage.cluster.name(to);
-            stage.probe().around(&stage.cluster.mount(beside), || {
+            stage.around("planned move", beside, || {
                 stage.cluster.ctl(from).must(&["volume", "move", "vol1", "--to", &name]);
             });
             moved.store(true, Ordering::Relaxed);

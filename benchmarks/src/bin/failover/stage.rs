@@ -27,6 +27,11 @@ impl Stage {
         &self.probe
     }
 
+    /// Does something to the cluster while a node that it is not done to writes.
+    pub(crate) fn around<T>(&self, fault: &'static str, writing: usize, work: impl FnOnce() -> T) -> T {
+        self.probe.around(fault, &self.cluster.mount(writing), self.cluster.dir(), work)
+    }
+
     /// The node that coordinates the volume.
     pub(crate) fn owner(&self) -> usize {
         let shown = self.cluster.ctl(1).must(&["volume", "show", "vol1"]);
