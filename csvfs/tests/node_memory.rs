@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
-use csvfs::node::{Attr, FsError, Node, ROOT_INO, SetAttr, XattrFlags};
+use csvfs::node::{AtHand, Attr, FsError, NAME_BYTES_MAX, Node, ROOT_INO, SetAttr, XattrFlags};
 use csvfs::proto::Timestamp;
 use world::{Dice, PLAIN, World, append, create, open, read, write};
 
@@ -123,6 +123,9 @@ fn what_is_not_in_a_directory_costs_no_message_where_all_of_it_is_known() {
         a.lookup(made, b"two").expect("the file");
     };
     assert_eq!(messages(&a, looks), 0);
+    let too_long = a.lookup(made, &[b'x'; NAME_BYTES_MAX + 1]).expect_err("it cannot be a name");
+    assert_eq!(too_long.errno(), libc::ENAMETOOLONG);
+    assert_eq!(a.lookup_at_hand(made, &[b'x'; NAME_BYTES_MAX + 1]), AtHand::Unknown);
     // Read to its end: all of it is known here too.
     assert_eq!(names(&b, made).len(), 1);
     assert_eq!(messages(&b, || absent(&b, made, "three")), 0);

@@ -54,6 +54,10 @@ impl Node {
     /// As [`Node::lookup`], if that takes no message. Never blocks.
     #[must_use]
     pub fn lookup_at_hand(&self, parent: u64, name: &[u8]) -> AtHand {
+        if name.len() > NAME_BYTES_MAX {
+            // No directory has it, but that is not what is wrong with it.
+            return AtHand::Unknown;
+        }
         match self.core.remembered_name(parent, name) {
             Remembered::Inode(ino) => match self.attr_at_hand(ino).filter(|attr| attr.nlink > 0) {
                 Some(attr) => AtHand::Is(Box::new(attr)),
