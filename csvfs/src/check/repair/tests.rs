@@ -201,6 +201,26 @@ fn an_inode_without_a_name_is_in_lost_found() {
     served.end();
 }
 
+// What a repair puts into the root is seen by who knew all names there.
+#[test]
+fn the_folder_of_found_files_is_seen_by_who_had_listed_the_root() {
+    let mut lun = Lun::new();
+    lun.damage(|tables| {
+        // Nothing is wrong with the root itself.
+        let folder = ino_of(tables, "dir");
+        let dirent = tables.dirent(folder, b"inner").expect("readable").expect("there");
+        tables.remove_dirent(folder, b"inner", dirent.cookie).expect("a write");
+    });
+    let served = lun.serve();
+    assert!(served.node.readdir(ROOT_INO, 0, 100).expect("a listing").end);
+    assert!(served.node.lookup(ROOT_INO, b"lost+found").is_err());
+    served.repair();
+    assert!(served.node.lookup(ROOT_INO, b"lost+found").is_ok());
+    let page = served.node.readdir(ROOT_INO, 0, 100).expect("a listing");
+    assert!(page.entries.iter().any(|entry| entry.name == b"lost+found"));
+    served.end();
+}
+
 #[test]
 fn an_entry_to_nothing_is_set_aside() {
     let served = check("names a missing inode", "was set aside", |tables| {
