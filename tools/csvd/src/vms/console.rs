@@ -13,8 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use api::{Error, pb};
+use hv::control::ConsoleReply;
 use lockmgr::cluster::VmState;
 
+use super::runner::CONSOLE_BYTES;
 use super::{Runner, running_here};
 use crate::core::Core;
 use crate::view;
@@ -106,17 +108,33 @@ pub(super) async fn keep(core: &Core, runner: &Runner) {
 
 async fn take(runner: &Runner) -> Result<Kept, Error> {
     let first = runner.control().console(0, 0, false).await?;
-    let (boot, from, mut next, mut data) = (first.boot, first.from, first.next, first.data);
-    loop {
-        let part = runner.control().console(boot, next, false).await?;
-        // A guest that still talks may have pushed out what was to come next: then the rest is all that is kept.
-        if part.data.is_empty() || part.from != next {
-            break;
-        }
-        next = part.next;
-        data.extend_from_slice(&part.data);
+    let (boot, from) = (first.boot, first.from);
+    let mut gathered = Gathered { next: from, data: Vec::new() };
+    let mut goes_on = gathered.add(&first);
+    while goes_on {
+        goes_on = gathered.add(&runner.control().console(boot, gathered.next, false).await?);
     }
-    Ok(Kept { vm: runner.name.clone(), epoch: runner.epoch(), boot, from, data })
+    Ok(Kept { vm: runner.name.clone(), epoch: runner.epoch(), boot, from, data: gathered.data })
+}
+
+/// What a process has, part by part, and no more than it can have had at once: a guest that is told to stop may go on talking.
+struct Gathered {
+    next: u64,
+    data: Vec<u8>,
+}
+
+impl Gathered {
+    /// Takes the next part, and says whether one more is wanted.
+    fn add(&mut self, part: &ConsoleReply) -> bool {
+        // A guest that still talks may have pushed out what was to come next: then the rest is all that is kept.
+        if part.data.is_empty() || part.from != self.next {
+            return false;
+        }
+        self.next = part.next;
+        self.data.extend_from_slice(&part.data);
+        self.data.truncate(CONSOLE_BYTES);
+        self.data.len() < CONSOLE_BYTES
+    }
 }
 
 /// A piece of the console of a VM of this node.
@@ -183,6 +201,21 @@ mod tests {
         assert_eq!(consoles.of_ended(&asked("web", 2, 18), 5).expect("kept").from, 10);
         assert_eq!(consoles.of_ended(&asked("web", 3, 18), 5).expect("kept").data, b"ds");
         assert_eq!(consoles.of_ended(&asked("web", 0, 0), 6), None, "it was started since");
+    }
+
+    // What a guest says never takes memory without bound, nor keeps its VM from being stopped.
+    #[test]
+    fn a_guest_that_talks_on_and_on_is_kept_to_what_its_process_can_have() {
+        let says = |from: u64| {
+            let data = vec![b'x'; 100_000];
+            ConsoleReply { next: from + 100_000, from, data, ..ConsoleReply::default() }
+        };
+        let mut gathered = Gathered { next: 7, data: Vec::new() };
+        let parts = (0..100).take_while(|_| gathered.add(&says(gathered.next))).count();
+        assert_eq!((parts, gathered.data.len()), (CONSOLE_BYTES / 100_000, CONSOLE_BYTES));
+        let mut pushed_out = Gathered { next: 7, data: Vec::new() };
+        assert!(pushed_out.add(&says(7)) && !pushed_out.add(&says(200_000)), "it is not in one piece");
+        assert_eq!(pushed_out.data.len(), 100_000);
     }
 
     #[test]

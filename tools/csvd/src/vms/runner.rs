@@ -32,7 +32,7 @@ const READY_WITHIN: Duration = Duration::from_secs(60);
 /// Longest time that a process may take to end after it has agreed to.
 const END_WITHIN: Duration = Duration::from_secs(30);
 /// Console output that a process keeps.
-const CONSOLE_BYTES: usize = 1 << 20;
+pub(super) const CONSOLE_BYTES: usize = 1 << 20;
 /// Of what a process says before it dies, so much is kept.
 const WORDS_BYTES_MAX: u64 = 4096;
 
