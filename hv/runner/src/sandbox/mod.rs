@@ -17,16 +17,13 @@
 //!
 //! **Invariant:** after this no program is run and no process made by whatever runs in here.
 
-use std::collections::BTreeMap;
-
 use ::threads::Kind;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, apply_filter,
-};
+use seccompiler::{SeccompAction, apply_filter};
 
 use crate::failure::Failure;
+use program::{Answer, Case, Policy};
 
+mod program;
 mod threads;
 mod trap;
 
@@ -111,15 +108,9 @@ const FORBIDDEN: &[libc::c_long] = &[
     libc::SYS_userfaultfd,
 ];
 
-/// Calls of the 32-bit pointer ABI have this bit, and some have numbers of their own.
-const X32: libc::c_long = 0x4000_0000;
-const X32_OWN: std::ops::Range<libc::c_long> = 512..548;
-
 /// Forbids them to this thread and all that it starts, for good; later threads are confined to what each needs.
 pub(crate) fn enter() -> Result<(), Failure> {
-    for program in programs().map_err(|error| failed(&error))? {
-        apply_filter(&program).map_err(|error| failed(&error))?;
-    }
+    apply_filter(&forbidden().program()).map_err(|error| failed(&error))?;
     threads::confine_all().map_err(|error| failed(&error))
 }
 
@@ -135,44 +126,29 @@ fn failed(error: &dyn std::fmt::Display) -> Failure {
     )
 }
 
-fn programs() -> Result<[BpfProgram; 3], seccompiler::BackendError> {
-    let always = |call: &libc::c_long| (*call, Vec::new());
-    let mut forbidden: BTreeMap<_, _> = FORBIDDEN.iter().map(always).collect();
-    forbidden.extend(FORBIDDEN.iter().map(|call| (call | X32, Vec::new())));
-    forbidden.extend(X32_OWN.map(|call| (call | X32, Vec::new())));
+fn forbidden() -> Policy {
+    let (allowed, deadly) = (SeccompAction::Allow, SeccompAction::KillProcess);
+    let mut policy = Policy::new(allowed.clone());
+    policy.set_all(FORBIDDEN, &deadly);
+    policy.set(libc::SYS_clone3, Answer::Always(error(libc::ENOSYS)));
     // A process of its own is what is no thread of this one.
-    let thread = u64::from(libc::CLONE_THREAD.cast_unsigned());
-    forbidden.insert(libc::SYS_clone, vec![rule(0, SeccompCmpOp::MaskedEq(thread), &[0])?]);
-    let own = u64::from(std::process::id());
-    forbidden.insert(libc::SYS_tgkill, vec![rule(0, SeccompCmpOp::Ne, &[own])?]);
-    let number = |domain: libc::c_int| u64::from(domain.cast_unsigned());
-    let domains = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK].map(number);
-    forbidden.insert(libc::SYS_socket, vec![rule(0, SeccompCmpOp::Ne, &domains)?]);
-    let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let process = Case::HasNone(libc::CLONE_THREAD.cast_unsigned());
+    let cases = vec![(process, deadly.clone())];
+    policy.set(libc::SYS_clone, Answer::By { argument: 0, cases, otherwise: allowed.clone() });
+    let cases = vec![(Case::Is(std::process::id()), allowed.clone())];
+    policy.set(libc::SYS_tgkill, Answer::By { argument: 0, cases, otherwise: deadly.clone() });
+    let domain = |domain: libc::c_int| Case::Is(domain.cast_unsigned());
+    let mut cases =
+        [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6].map(|of| (domain(of), allowed.clone())).to_vec();
     // Whoever resolves a name asks the kernel for this host's addresses, to order what was found; without them it goes on.
-    let netlink = [number(libc::AF_NETLINK)];
-    let no_netlink = BTreeMap::from([(libc::SYS_socket, vec![rule(0, SeccompCmpOp::Eq, &netlink)?])]);
-    let error = |errno: libc::c_int| SeccompAction::Errno(errno.cast_unsigned());
-    Ok([
-        filter(no_clone3, SeccompAction::Allow, error(libc::ENOSYS))?,
-        filter(no_netlink, SeccompAction::Allow, error(libc::EAFNOSUPPORT))?,
-        filter(forbidden, SeccompAction::Allow, SeccompAction::KillProcess)?,
-    ])
+    cases.push((domain(libc::AF_NETLINK), error(libc::EAFNOSUPPORT)));
+    policy.set(libc::SYS_socket, Answer::By { argument: 0, cases, otherwise: deadly });
+    policy
 }
 
-/// All of them must hold.
-fn rule(argument: u8, op: SeccompCmpOp, values: &[u64]) -> Result<SeccompRule, seccompiler::BackendError> {
-    let condition =
-        |value: &u64| SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op.clone(), *value);
-    SeccompRule::new(values.iter().map(condition).collect::<Result<_, _>>()?)
-}
-
-fn filter(
-    rules: BTreeMap<libc::c_long, Vec<SeccompRule>>,
-    others: SeccompAction,
-    then: SeccompAction,
-) -> Result<BpfProgram, seccompiler::BackendError> {
-    SeccompFilter::new(rules, others, then, TargetArch::x86_64)?.try_into()
+/// The call is not made, and fails by this.
+fn error(number: libc::c_int) -> SeccompAction {
+    SeccompAction::Errno(number.cast_unsigned())
 }
 
 #[cfg(test)]

@@ -15,18 +15,14 @@
 //! **Invariants:** no thread but those that resolve names can make memory executable. What is in [`EVERY`] is never missing:
 //! it holds what the language, the C library and the kernel call by themselves on any thread, at its end and when it panics too.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::sync::OnceLock;
 
 use libc::c_long;
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule,
-    apply_filter,
-};
+use seccompiler::{SeccompAction, apply_filter};
 use threads::Kind;
 
-use super::{filter, trap};
+use super::program::{Answer, Case, Policy};
+use super::{error, trap};
 
 /// Any thread, at any time.
 const EVERY: &[c_long] = &[
@@ -202,17 +198,8 @@ fn fault_requests() -> impl Iterator<Item = u32> {
     hv::fault_calls().into_iter().map(|call| u32::try_from(call).expect("a request has 32 bits"))
 }
 
-/// The filters of a kind, in the order in which they are installed: after the last none can be.
-type Filters = [BpfProgram; 3];
-
-static FILTERS: OnceLock<BTreeMap<Kind, Filters>> = OnceLock::new();
-
 /// Confines every thread that is started from here on to its kind.
 pub(super) fn confine_all() -> io::Result<()> {
-    let all = Kind::ALL.map(|kind| filters(kind).map(|filters| (kind, filters)));
-    let all = all.into_iter().collect::<Result<_, _>>().map_err(io::Error::other)?;
-    // Only the first call sets them, and it makes the same ones.
-    let _ = FILTERS.set(all);
     trap::install()?;
     // The first call of a library's clock looks for the kernel's code for it, in a file where the kernel is older.
     let _ = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
@@ -220,58 +207,41 @@ pub(super) fn confine_all() -> io::Result<()> {
 }
 
 fn confine(kind: Kind) -> io::Result<()> {
-    let filters = FILTERS.get().and_then(|all| all.get(&kind)).expect("made before the first thread");
     trap::this_thread_is(kind);
-    filters.iter().try_for_each(|filter| apply_filter(filter)).map_err(io::Error::other)
+    apply_filter(&policy(kind).program()).map_err(io::Error::other)
 }
 
-fn filters(kind: Kind) -> Result<Filters, BackendError> {
-    let refused = |errno: libc::c_int| SeccompAction::Errno(errno.cast_unsigned());
-    let allowed = rules_of(kind)?;
-    Ok([
-        filter(refused_of(kind)?, SeccompAction::Allow, refused(libc::EACCES))?,
-        filter(always(THREADS), SeccompAction::Allow, refused(libc::EAGAIN))?,
-        filter(allowed, SeccompAction::Trap, SeccompAction::Allow)?,
-    ])
-}
-
-type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
-
-/// Without conditions.
-fn always<'a>(calls: impl IntoIterator<Item = &'a c_long>) -> Rules {
-    calls.into_iter().map(|call| (*call, Vec::new())).collect()
-}
-
-/// What is answered with an error. The filter after this one must know it too, or it would be deadly.
-fn refused_of(kind: Kind) -> Result<Rules, BackendError> {
-    let mut rules = always(LIMITS);
-    if !needs(kind).files {
-        rules.extend(always(FILES));
-        // Of what is open they are asked with an empty name.
-        let open = libc::AT_EMPTY_PATH.cast_unsigned().into();
-        rules.insert(libc::SYS_newfstatat, vec![when(3, SeccompCmpOp::MaskedEq(open), 0)?]);
-        rules.insert(libc::SYS_statx, vec![when(2, SeccompCmpOp::MaskedEq(open), 0)?]);
-    }
-    Ok(rules)
-}
-
-fn rules_of(kind: Kind) -> Result<Rules, BackendError> {
+fn policy(kind: Kind) -> Policy {
     let needs = needs(kind);
-    let mut rules =
-        always([EVERY, FILES, LIMITS, THREADS, NEWER_THREADS].into_iter().chain(needs.calls).flatten());
-    let requests = needs.requests.iter().map(|request| when(1, SeccompCmpOp::Eq, (*request).into()));
-    rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
-    let settings = SETTINGS.iter().map(|setting| when(0, SeccompCmpOp::Eq, setting.cast_unsigned().into()));
-    rules.insert(libc::SYS_prctl, settings.collect::<Result<_, _>>()?);
-    let executable = libc::PROT_EXEC.cast_unsigned().into();
-    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        // Names may be resolved by libraries that are loaded for it.
-        let data = if needs.files { None } else { Some(when(2, SeccompCmpOp::MaskedEq(executable), 0)?) };
-        rules.insert(call, data.into_iter().collect());
+    let (allowed, forbidden) = (SeccompAction::Allow, SeccompAction::Trap);
+    let mut policy = Policy::new(forbidden.clone());
+    policy.set_all(EVERY.iter().chain(NEWER_THREADS).chain(needs.calls.into_iter().flatten()), &allowed);
+    policy.set_all(LIMITS, &error(libc::EACCES));
+    policy.set_all(THREADS, &error(libc::EAGAIN));
+    if !needs.files {
+        policy.set_all(FILES, &error(libc::EACCES));
+        // Of what is open they are asked with an empty name.
+        let named = Case::HasNone(libc::AT_EMPTY_PATH.cast_unsigned());
+        for (call, argument) in [(libc::SYS_newfstatat, 3), (libc::SYS_statx, 2)] {
+            let cases = vec![(named, error(libc::EACCES))];
+            policy.set(call, Answer::By { argument, cases, otherwise: allowed.clone() });
+        }
     }
-    Ok(rules)
-}
-
-fn when(argument: u8, op: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
-    SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, op, value)?])
+    let one_of = |argument, values: &mut dyn Iterator<Item = u32>| Answer::By {
+        argument,
+        cases: values.map(|value| (Case::Is(value), allowed.clone())).collect(),
+        otherwise: forbidden.clone(),
+    };
+    policy.set(libc::SYS_ioctl, one_of(1, &mut needs.requests.into_iter()));
+    policy.set(libc::SYS_prctl, one_of(0, &mut SETTINGS.into_iter().map(libc::c_int::cast_unsigned)));
+    // Names may be resolved by libraries that are loaded for it.
+    let memory = if needs.files {
+        Answer::Always(allowed)
+    } else {
+        let data = Case::HasNone(libc::PROT_EXEC.cast_unsigned());
+        Answer::By { argument: 2, cases: vec![(data, allowed)], otherwise: forbidden }
+    };
+    policy.set(libc::SYS_mmap, memory.clone());
+    policy.set(libc::SYS_mprotect, memory);
+    policy
 }
