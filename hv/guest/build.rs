@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 16] = [
+const SOURCES: [&str; 17] = [
     // What all share.
     "entry.S",
     "processor.S",
@@ -20,6 +20,7 @@ const SOURCES: [&str; 16] = [
     "reader.c",
     "ping_pong.c",
     "listener.c",
+    "balloon.c",
     "registers.c",
     "hold.S",
 ];

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   slot 0 .. 7     disks; those without a medium are empty, and can be filled while the guest runs
-//!   slot 8          network, when the VM has one          slot 9   random numbers
+//!   slot 8          network, when the VM has one          slot 9   random numbers          slot 10   balloon
 //! ```
 //! Slots are the same in every VM, so a saved state always finds its devices. **Invariant:** a device's place depends on its
 //! slot only, never on what else there is.
@@ -18,6 +18,7 @@ use crate::devices::bus::{Bus, Other, Place, Slot};
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{COM1_LINE, SerialPort};
 use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Disk, shape_of};
 use crate::devices::virtio::mmio::{NOTIFY, Transport};
 use crate::devices::virtio::net::Net;
@@ -32,8 +33,10 @@ use crate::vm::{DiskConfig, VmError};
 
 const NET_SLOT: usize = DISKS_MAX;
 const RNG_SLOT: usize = DISKS_MAX + 1;
+const BALLOON_SLOT: usize = DISKS_MAX + 2;
 const NET: &str = "net";
 const RNG: &str = "rng";
+const BALLOON: &str = "balloon";
 
 /// A network card of a VM.
 #[derive(Debug)]
@@ -49,6 +52,7 @@ pub struct NetConfig {
 pub(crate) struct Board {
     pub(crate) bus: Arc<Bus>,
     net: Option<Arc<Net>>,
+    pub(crate) balloon: Arc<Balloon>,
     ram: GuestRam,
     // Dropped with the board: a device's thread ends before its VM.
     _workers: Vec<Worker>,
@@ -66,9 +70,10 @@ impl Board {
         let slots = maker.disks(disks)?;
         let net = net.map(|config| maker.net(config)).transpose()?;
         maker.rng()?;
+        let balloon = maker.balloon()?;
         let serial = SerialPort::new(Arc::clone(console), machine.line(COM1_LINE)?);
         let bus = Arc::new(Bus { serial, rtc: Rtc::default(), slots, others: maker.others });
-        Ok(Self { bus, net, ram: ram.clone(), _workers: maker.workers })
+        Ok(Self { bus, net, balloon, ram: ram.clone(), _workers: maker.workers })
     }
 
     /// Where its devices are, for the tables of a kernel.
@@ -104,7 +109,8 @@ impl Board {
         machine.serial = Some(self.bus.serial.save());
         machine.rtc_register = self.bus.rtc.selected().into();
         machine.disks = self.bus.slots.iter().map(save_disk).collect();
-        machine.devices = self.bus.others.iter().map(save_other).collect();
+        let known = self.bus.others.iter().filter(|other| other.name != BALLOON || self.balloon.is_known());
+        machine.devices = known.map(save_other).collect();
     }
 
     /// Takes over all devices.
@@ -198,6 +204,14 @@ impl Maker<'_> {
         self.other(RNG, RNG_SLOT, rng.clone(), rng.wakeup(), move || served.serve())
     }
 
+    fn balloon(&mut self) -> Result<Arc<Balloon>, VmError> {
+        let line = self.machine.line(Place::of_slot(BALLOON_SLOT).line)?;
+        let balloon = Arc::new(Balloon::new(self.ram.clone(), line).tried("making a balloon")?);
+        let served = Arc::clone(&balloon);
+        self.other(BALLOON, BALLOON_SLOT, balloon.clone(), balloon.wakeup(), move || served.serve())?;
+        Ok(balloon)
+    }
+
     fn other(
         &mut self,
         name: &'static str,
@@ -242,12 +256,15 @@ fn restore_disk(slot: &Slot, saved: &state::Disk) -> Result<(), StateError> {
 }
 
 fn save_other(other: &Other) -> state::Device {
-    state::Device {
+    let mut saved = state::Device {
         name: other.name.to_owned(),
         transport: Some(other.transport.save()),
         queues: other.device.queues().iter().map(|queue| queue.save()).collect(),
         identity: other.device.identity(),
-    }
+        ..state::Device::default()
+    };
+    other.device.save(&mut saved);
+    saved
 }
 
 fn restore_other(other: &Other, saved: &state::Device, ram: &GuestRam) -> Result<(), StateError> {
@@ -256,6 +273,7 @@ fn restore_other(other: &Other, saved: &state::Device, ram: &GuestRam) -> Result
         let shown = |bytes: &[u8]| format!("{bytes:02x?}");
         return Err(StateError::mismatch(what, shown(&saved.identity), shown(&other.device.identity())));
     }
+    other.device.restore(saved)?;
     let queues = other.device.queues();
     if saved.queues.len() != queues.len() {
         return Err(StateError::mismatch("the number of queues", saved.queues.len(), queues.len()));

@@ -245,6 +245,7 @@ struct Shared {
     /// What came of it. A leaf.
     outcome: Mutex<Option<Result<(), String>>>,
     told: Condvar,
+    there: Box<dyn Fn() + Send + Sync>,
 }
 
 /// What a thread does.
@@ -263,12 +264,13 @@ impl fmt::Debug for LazyRam {
 }
 
 impl LazyRam {
-    /// Begins to fill RAM that nobody has touched. `failed` is called when a page cannot be had.
+    /// Begins to fill RAM that nobody has touched. `there` is called when all of it is, `failed` when a page cannot be had.
     pub(crate) fn start(
         fault: Userfault,
         file: Arc<dyn BlockDevice>,
         image: &SavedImage,
         ram: &GuestRam,
+        there: impl Fn() + Send + Sync + 'static,
         failed: impl Fn(String) + Send + Sync + 'static,
     ) -> Result<Self, LazyError> {
         let system = |what| move |source| LazyError::System { what, source };
@@ -292,6 +294,7 @@ impl LazyRam {
             end,
             outcome: Mutex::default(),
             told: Condvar::new(),
+            there: Box::new(there),
         });
         let mut lazy = Self { shared: Arc::clone(&shared), threads: Vec::new() };
         let failed = Arc::new(failed);
@@ -461,6 +464,7 @@ impl Shared {
                 .map_err(|source| LazyError::System { what: "telling that RAM is complete", source })?;
         }
         self.decide(Ok(()));
+        (self.there)();
         Ok(())
     }
 

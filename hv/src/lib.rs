@@ -28,6 +28,7 @@ pub use board::NetConfig;
 pub use boot::{BootError, BootSource, Firmware};
 pub use console::{Console, ConsoleText};
 pub use cpu::{Cpu, CpuProblem};
+pub use devices::virtio::balloon::{BalloonStatus, MemoryFigures};
 pub use devices::virtio::block::{DiskStats, SlotError};
 pub use devices::virtio::limiter::DiskLimits;
 pub use devices::virtio::queue::DrainTimeout;
@@ -35,7 +36,7 @@ pub use dirty::CHUNK_ALIGNMENT_PAGES;
 pub use kvm::{HostCaps, KvmError, calls};
 pub use lazy::{LazyError, LazyRam, Userfault, fault_calls};
 pub use memory::{GuestRam, MemoryError, PAGE_BYTES};
-pub use vm::{DiskConfig, GuestEnd, Processor, RunState, Vm, VmConfig, VmError};
+pub use vm::{DiskConfig, GuestEnd, Processor, RunState, Vm, VmConfig, VmError, balloon_bytes_max};
 
 /// Disks of one VM: each has a virtio-mmio slot and an interrupt line of its own.
 pub const DISKS_MAX: usize = 8;

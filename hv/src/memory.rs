@@ -9,11 +9,12 @@
 #![expect(unsafe_code, reason = "devices transfer directly between disks and the mapping of guest RAM")]
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use blockio::IoBuf;
-use rustix::fs::{MemfdFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, BitmapSlice};
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -29,6 +30,7 @@ pub(crate) const HOLE_START: u64 = 3 << 30;
 pub(crate) const HOLE_END: u64 = 4 << 30;
 /// Smallest unit of RAM.
 pub const PAGE_BYTES: u64 = 4096;
+const PAGE_LEN: usize = 4096;
 /// Least RAM: the guest's image at 1 MiB needs some room.
 const BYTES_MIN: u64 = 4 << 20;
 /// Most RAM; beyond it the 40-bit addresses of a small processor end.
@@ -231,6 +233,51 @@ impl GuestRam {
         Ok(ranges)
     }
 
+    /// Gives whole pages back to the system: they read as zeros from then on, here, in the guest and in every process that maps
+    /// this RAM, and take no memory until they are written or looked at again.
+    ///
+    /// # Errors
+    /// [`MemoryError::Outside`] when they are not whole pages of RAM, or what the system said.
+    pub fn discard(&self, address: u64, bytes: u64) -> Result<(), MemoryError> {
+        let outside = MemoryError::Outside { address, len: bytes };
+        let whole = address.is_multiple_of(PAGE_BYTES) && bytes.is_multiple_of(PAGE_BYTES);
+        let Some(len) = usize::try_from(bytes).ok().filter(|len| whole && *len > 0) else {
+            return Err(outside);
+        };
+        self.slice(address, len)?;
+        let offset = offset_of(address).ok_or(outside)?;
+        rustix::fs::fallocate(
+            &*self.file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            bytes,
+        )
+        .map_err(|error| MemoryError::Map { bytes: self.bytes, cause: error.to_string() })?;
+        // Afterwards, as after any write: a move that has sent the pages sends the zeros too.
+        self.mark_dirty(address, len);
+        Ok(())
+    }
+
+    /// As [`GuestRam::discard`], at an offset that counts RAM only.
+    ///
+    /// # Errors
+    /// As there, also for pages on both sides of the hole.
+    pub fn discard_linear(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
+        let outside = MemoryError::Outside { address: offset, len: bytes };
+        self.discard(address_of(offset).ok_or(outside)?, bytes)
+    }
+
+    /// Whether there is a whole page at this address.
+    pub(crate) fn has_page(&self, address: u64) -> bool {
+        self.map.check_range(GuestAddress(address), PAGE_LEN)
+    }
+
+    /// What of it takes memory of the system now.
+    #[must_use]
+    pub fn used_bytes(&self) -> u64 {
+        self.file.metadata().map_or(0, |metadata| metadata.blocks() * 512)
+    }
+
     /// Notes that a device has written there.
     pub fn mark_dirty(&self, address: u64, len: usize) {
         if let Ok(slice) = self.slice(address, len) {
@@ -279,6 +326,11 @@ fn address_of(offset: u64) -> Option<u64> {
     if offset < HOLE_START { Some(offset) } else { offset.checked_add(HOLE_END - HOLE_START) }
 }
 
+/// The other way round, of an address in RAM.
+fn offset_of(address: u64) -> Option<u64> {
+    if address < HOLE_START { Some(address) } else { address.checked_sub(HOLE_END - HOLE_START) }
+}
+
 /// Address, length and offset in the file of each piece.
 fn layout(bytes: u64) -> Vec<(u64, u64, u64)> {
     let low = bytes.min(HOLE_START);
@@ -316,6 +368,56 @@ mod tests {
         let mut seen = [0; 4];
         ram.read(8192, &mut seen).unwrap();
         assert_eq!(&seen, b"disk");
+    }
+
+    #[test]
+    fn discarded_pages_are_zeros_take_no_memory_and_count_as_written() {
+        let ram = GuestRam::new(BYTES_MIN).unwrap();
+        ram.write(0, &vec![7; 16 * PAGE_LEN]).unwrap();
+        drop(ram.take_device_writes());
+        let before = ram.used_bytes();
+        ram.discard(2 * PAGE_BYTES, 3 * PAGE_BYTES).unwrap();
+        assert_eq!(before - ram.used_bytes(), 3 * PAGE_BYTES);
+        assert_eq!(ram.take_device_writes()[0][0], 0b11100);
+        for (page, content) in [(1, 7), (2, 0), (4, 0), (5, 7)] {
+            let mut bytes = [9; PAGE_LEN];
+            ram.read(page * PAGE_BYTES, &mut bytes).unwrap();
+            assert_eq!(bytes, [content; PAGE_LEN], "page {page}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_whole_page_of_ram_is_not_discarded() {
+        let ram = GuestRam::new(BYTES_MIN).unwrap();
+        ram.write(0, &[7; PAGE_LEN]).unwrap();
+        for (address, bytes) in [
+            (0, 0),
+            (0, 1),
+            (1, PAGE_BYTES),
+            (BYTES_MIN, PAGE_BYTES),
+            (BYTES_MIN - PAGE_BYTES, 2 * PAGE_BYTES),
+            (HOLE_START, PAGE_BYTES),
+            (HOLE_END, PAGE_BYTES),
+            (u64::MAX - PAGE_BYTES + 1, PAGE_BYTES),
+            (0, u64::MAX - PAGE_BYTES + 1),
+        ] {
+            assert!(ram.discard(address, bytes).is_err(), "{bytes} bytes at {address:#x}");
+        }
+        assert_eq!(ram.used_bytes(), PAGE_BYTES);
+    }
+
+    #[test]
+    fn above_the_hole_the_right_page_is_discarded() {
+        let ram = GuestRam::new(HOLE_START + BYTES_MIN).unwrap();
+        ram.write(HOLE_END + PAGE_BYTES, &[7; PAGE_LEN]).unwrap();
+        ram.write(HOLE_START - PAGE_BYTES, &[7; PAGE_LEN]).unwrap();
+        ram.discard(HOLE_END + PAGE_BYTES, PAGE_BYTES).unwrap();
+        assert_eq!(ram.used_bytes(), PAGE_BYTES);
+        ram.discard_linear(HOLE_START - PAGE_BYTES, PAGE_BYTES).unwrap();
+        assert_eq!(ram.used_bytes(), 0);
+        let mut bytes = [9; 1];
+        ram.read(HOLE_END + PAGE_BYTES, &mut bytes).unwrap();
+        assert_eq!(bytes, [0]);
     }
 
     #[test]

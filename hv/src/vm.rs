@@ -18,13 +18,14 @@ use crate::board::{Board, NetConfig};
 use crate::boot::{self, BootError, BootSource};
 use crate::console::Console;
 use crate::cpu::{Cpu, CpuProblem};
+use crate::devices::virtio::balloon::BalloonStatus;
 use crate::devices::virtio::block::{DiskStats, SlotError};
 use crate::devices::virtio::limiter::DiskLimits;
 use crate::devices::virtio::queue::DrainTimeout;
 use crate::dirty::WrittenPages;
 use crate::kvm::{HostCaps, KvmError, Machine};
 use crate::lazy::{LazyError, LazyRam, Userfault};
-use crate::memory::{GuestRam, MemoryError};
+use crate::memory::{GuestRam, MemoryError, PAGE_BYTES};
 use crate::state::{self, STATE_VERSION, SavedMachine, StateError};
 use crate::throttle::Throttle;
 use crate::vcpu::{Stop, VcpuContext};
@@ -138,6 +139,14 @@ pub enum VmError {
     /// A disk cannot come or go.
     #[error(transparent)]
     Slot(#[from] SlotError),
+    /// The guest would be left without memory.
+    #[error("a balloon of {bytes} bytes was asked for; at most {most} of this VM's RAM can be given back")]
+    Balloon {
+        /// What was asked for.
+        bytes: u64,
+        /// The largest one.
+        most: u64,
+    },
     /// The VM is in a state in which this cannot be done.
     #[error("a VM that is {found:?} cannot be {wanted}")]
     WrongState {
@@ -169,6 +178,12 @@ struct Life {
     state: Mutex<RunState>,
     changed: Condvar,
     console: Arc<Console>,
+}
+
+/// What a VM can be asked to give back: a guest needs some memory to go on.
+#[must_use]
+pub fn balloon_bytes_max(memory_bytes: u64) -> u64 {
+    (memory_bytes - memory_bytes / 16) / PAGE_BYTES * PAGE_BYTES
 }
 
 fn suits(guest: &Cpu, hosts: &[Cpu]) -> Result<(), VmError> {
@@ -382,7 +397,10 @@ impl Vm {
         failed: impl Fn(String) + Send + Sync + 'static,
     ) -> Result<(), VmError> {
         self.expect_state("filled", |state| matches!(state, RunState::Created))?;
-        let lazy = LazyRam::start(fault, file, image, &self.ram, failed)?;
+        self.board.balloon.memory_comes();
+        let balloon = Arc::clone(&self.board.balloon);
+        let there = move || balloon.memory_is_there();
+        let lazy = LazyRam::start(fault, file, image, &self.ram, there, failed)?;
         *self.lazy.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(lazy));
         Ok(())
     }
@@ -525,6 +543,26 @@ impl Vm {
     /// When there is no such slot.
     pub fn disk_limits(&self, slot: u32) -> Result<DiskLimits, VmError> {
         Ok(self.board.slot(slot)?.disk.limits())
+    }
+
+    /// Asks the guest to give so much of its RAM back, in whole pages; running or not. It does as it can, and takes back what it needs.
+    ///
+    /// # Errors
+    /// [`VmError::Balloon`] when less than a sixteenth of its RAM would be left.
+    pub fn set_balloon(&self, bytes: u64) -> Result<(), VmError> {
+        let most = balloon_bytes_max(self.ram.bytes());
+        if bytes > most {
+            return Err(VmError::Balloon { bytes, most });
+        }
+        let pages = u32::try_from(bytes / PAGE_BYTES).expect("RAM has fewer pages");
+        self.board.balloon.set_target(pages);
+        Ok(())
+    }
+
+    /// How much of its RAM the guest has given back. Newer figures of its memory are asked for by this.
+    #[must_use]
+    pub fn balloon(&self) -> BalloonStatus {
+        self.board.balloon.status()
     }
 
     /// Why requests of a disk wait, by slot: they found no space, and wait for it without an answer.

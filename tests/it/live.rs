@@ -120,6 +120,71 @@ fn memory_on_both_sides_of_the_hole_for_devices_is_followed() {
     cluster.ctl(3).must(&["vm", "stop", "--force", "wide"]);
 }
 
+/// Asks, by node 3, for `given` MiB of the guest's memory, and waits for it. The guest checks all that it holds and gets back.
+fn give_back(cluster: &Cluster, node: usize, vm: &str, given_mib: u64) -> Value {
+    cluster.ctl(3).must(&["vm", "balloon", vm, &format!("{given_mib}M")]);
+    has_given(cluster, node, vm, given_mib)
+}
+
+fn has_given(cluster: &Cluster, node: usize, vm: &str, given_mib: u64) -> Value {
+    let pages = given_mib * 256;
+    let line = format!("balloon given={pages} held={}", POOL_PAGES - pages);
+    looked_after(cluster, node, vm, &line);
+    cluster.ctl(1).must(&["vm", "show", vm])
+}
+
+/// Waits until the guest has looked at all of its pages twice since it said `line` last.
+fn looked_after(cluster: &Cluster, node: usize, vm: &str, line: &str) {
+    cluster.console(node, vm, PATIENCE, |console| {
+        assert!(!console.contains("FAIL"), "memory was lost: {console}");
+        console.rsplit_once(line).is_some_and(|(_, after)| after.matches("round ").count() >= 2)
+    });
+}
+
+const POOL_PAGES: u64 = 1024;
+const MIB: u64 = 1 << 20;
+
+// Invariant H4
+#[test]
+fn memory_that_a_guest_gives_back_is_the_nodes_wherever_the_guest_goes() {
+    if !can_run() {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let ctl = cluster.ctl(1);
+    let pool = format!("pages={POOL_PAGES}");
+    let vm =
+        ["vm", "create", "b", "--memory", "64M", "--kernel", "builtin:balloon", "--cmdline", pool.as_str()];
+    ctl.must(&vm);
+    ctl.must(&["vm", "start", "b"]);
+    looked_after(&cluster, 1, "b", " ready");
+    let used = |shown: &Value| shown["memory_used_bytes"].as_u64().expect("a figure");
+    let before = used(&ctl.must(&["vm", "show", "b"]));
+    let shown = give_back(&cluster, 1, "b", 3);
+    let balloon = &shown["balloon"];
+    assert_eq!((&balloon["target_bytes"], &balloon["actual_bytes"]), (&(3 * MIB).into(), &(3 * MIB).into()));
+    let given = before - used(&shown);
+    assert!(given.abs_diff(3 * MIB) < MIB / 4, "{given} of {before} bytes are the node's again");
+
+    for (to, kind) in [(2, "live"), (3, "quick"), (1, "live")] {
+        cluster.ctl(3).must(&["vm", "migrate", "b", "--to", &cluster.name(to), "--type", kind]);
+        let shown = cluster.ctl(2).must(&["vm", "show", "b"]);
+        assert_eq!(shown["balloon"]["target_bytes"], 3 * MIB, "{shown}");
+        assert!(used(&shown) < before - 2 * MIB, "{kind}: it brought memory along: {shown}");
+        // What is taken again is empty, there too.
+        give_back(&cluster, to, "b", 1);
+        give_back(&cluster, to, "b", 3);
+    }
+    let refused = ctl.run(&["vm", "balloon", "b", "64M"]).expect_err("nothing would be left");
+    assert_eq!(refused.code, 2, "{refused}");
+    ctl.must(&["vm", "stop", "--force", "b"]);
+    ctl.must(&["vm", "balloon", "b", "2M"]);
+    ctl.must(&["vm", "start", "b"]);
+    let shown = has_given(&cluster, 1, "b", 2);
+    assert_eq!(shown["balloon"]["actual_bytes"], 2 * MIB, "{shown}");
+    ctl.must(&["vm", "stop", "--force", "b"]);
+}
+
 // Invariant H6
 #[test]
 fn what_cannot_be_done_within_the_blackout_is_refused_and_the_vm_runs_on() {

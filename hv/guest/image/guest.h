@@ -138,6 +138,7 @@ void run_clock(void) __attribute__((noreturn));
 void run_reader(const char *command_line) __attribute__((noreturn));
 void run_ping_pong(void) __attribute__((noreturn));
 void run_listener(const char *command_line) __attribute__((noreturn));
+void run_balloon(const struct boot_info *info) __attribute__((noreturn));
 void run_registers(const char *command_line) __attribute__((noreturn));
 
 #endif

@@ -18,12 +18,14 @@
 //! | `reader` | reads ports and registers with known values | `reads N` |
 //! | `ping-pong` | two processors take turns by interrupts | `balls N` |
 //! | `listener` | tells configuration changes of its disks | `changed index=I from=F sectors=N first=X` |
+//! | `balloon` | gives pages back and takes them again, as it is told | `balloon given=G held=H` |
 //! | `registers` | holds a pattern in every register | `held N` |
 //!
 //! The command line has `name=number` pairs. For the dirtier: `set` (8) MiB of the working set, `rate` (0: unbounded)
 //! KiB dirtied in a second, one word in a page; `noise` (0) 1 fills the set with what cannot be compressed; `module` (0) 1 takes
 //! the initial RAM disk as the set, with what is in it. For the listener: `reset` (0: never) sectors that make it reset the machine
-//! when a disk has got them, `off` (0: never) the same to switch it off; `words` (0) lines that it says before either. For the sector-writer:
+//! when a disk has got them, `off` (0: never) the same to switch it off; `words` (0) lines that it says before either. For the balloon:
+//! `pages` (512) that it can give, `report` (0) 1 to report them as free once. For the sector-writer:
 //!
 //! | name | default | meaning |
 //! |---|---|---|
@@ -55,4 +57,4 @@ pub const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
 pub const SECTOR_WRITER: &[u8] = IMAGE;
 /// What `role=` may name.
 pub const ROLES: &[&str] =
-    &["sector-writer", "dirtier", "clock", "reader", "ping-pong", "listener", "registers"];
+    &["sector-writer", "dirtier", "clock", "reader", "ping-pong", "listener", "balloon", "registers"];

@@ -31,6 +31,9 @@ pub struct RunnerConfig {
     pub vm_epoch: u64,
     /// Guest RAM in bytes, a multiple of 4096.
     pub memory_bytes: u64,
+    /// What of it the guest is asked to give back.
+    #[serde(default)]
+    pub balloon_bytes: u64,
     /// Number of virtual CPUs.
     pub cpus: u32,
     /// `builtin:ROLE` for a test guest, or the path of a kernel (ELF or bzImage).
@@ -254,6 +257,7 @@ mod tests {
             vm_id: Uuid::nil(),
             vm_epoch: 3,
             memory_bytes: 64 << 20,
+            balloon_bytes: 0,
             cpus: 1,
             kernel: BUILTIN_SECTOR_WRITER.into(),
             initrd: None,

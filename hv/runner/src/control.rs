@@ -108,6 +108,7 @@ fn carry_out(runner: &Arc<Runner>, op: control::Op) -> Result<control_reply::Res
             .map(|bits| control_reply::Result::Take(TakeReply { bits })),
         Op::Halt(_) => runner.halt().map(control_reply::Result::Halt),
         Op::Throttle(throttle) => runner.hold_back(throttle.percent).map(done),
+        Op::Balloon(balloon) => runner.set_balloon(balloon.bytes).map(done),
         Op::Retry(_) => {
             runner.vm().retry_stalled();
             Ok(done(()))

@@ -131,6 +131,8 @@ impl Runner {
         };
         let machine = SavedMachine::decode(state).map_err(|error| refused(&error))?;
         self.vm().restore_state(&machine).map_err(|error| refused(&error))?;
+        // What the record says holds, whatever was asked for when it was saved.
+        self.set_balloon(self.config().balloon_bytes)?;
         *self.phase() = Phase::Incoming { loaded: true };
         Ok(())
     }

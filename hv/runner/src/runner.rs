@@ -135,6 +135,10 @@ impl Runner {
         Ok((runner, told))
     }
 
+    pub(crate) fn config(&self) -> &RunnerConfig {
+        &self.config
+    }
+
     /// The VM, for its console.
     #[must_use]
     pub fn vm(&self) -> &Vm {
@@ -391,6 +395,14 @@ impl Runner {
         self.vm.limit_disk(slot, limits).map_err(|error| not_changed(&error))
     }
 
+    /// Asks the guest to give so much of its memory back.
+    ///
+    /// # Errors
+    /// When too little would be left.
+    pub fn set_balloon(&self, bytes: u64) -> Result<(), Failure> {
+        self.vm.set_balloon(bytes).map_err(|error| not_changed(&error))
+    }
+
     /// The volumes of this process.
     pub(crate) fn volumes(&self) -> &Volumes {
         &self.volumes
@@ -473,6 +485,8 @@ impl Runner {
             disks: self.shown().iter().filter_map(disk).collect(),
             stalled,
             waited: false,
+            balloon: Some(balloon_status(&self.vm)),
+            memory_used_bytes: self.vm.ram().used_bytes(),
         }
     }
 
@@ -596,6 +610,8 @@ fn restored(
     let image = saved::read(&file, from, config)?;
     let vm = incoming(config, volumes, disks, net)?;
     saved::load(&file, from, &image, &vm, fault, lost)?;
+    // What the record says holds, whatever was asked for when it was saved.
+    vm.set_balloon(config.balloon_bytes).map_err(|error| not_built(&error))?;
     Ok(vm)
 }
 
@@ -633,7 +649,21 @@ fn build(
         let limits = DiskLimits { iops: disk.spec().iops, bytes_per_second: disk.spec().bytes_per_second };
         vm.limit_disk(disk.slot(), limits).map_err(|error| not_built(&error))?;
     }
+    vm.set_balloon(config.balloon_bytes).map_err(|error| not_built(&error))?;
     Ok(vm)
+}
+
+fn balloon_status(vm: &Vm) -> hv::control::BalloonStatus {
+    let hv::BalloonStatus { target_bytes, actual_bytes, has_driver, figures } = vm.balloon();
+    hv::control::BalloonStatus {
+        target_bytes,
+        actual_bytes,
+        has_driver,
+        total_bytes: figures.total_bytes.unwrap_or(0),
+        free_bytes: figures.free_bytes.unwrap_or(0),
+        available_bytes: figures.available_bytes.unwrap_or(0),
+        cached_bytes: figures.cached_bytes.unwrap_or(0),
+    }
 }
 
 fn shown(disks: &[RunnerDisk]) -> Vec<Shown> {
@@ -715,6 +745,7 @@ fn not_changed(error: &VmError) -> Failure {
         VmError::Slot(hv::SlotError::Drain(_)) => {
             "the storage does not answer: look at the volume with `csvctl volume show`"
         }
+        VmError::Balloon { .. } => "choose a smaller one",
         VmError::Slot(hv::SlotError::BlockSize { .. }) => "stop the VM, add the disk, and start it",
         _ => "look at its disks with `csvctl vm show`",
     };

@@ -1,6 +1,7 @@
 //! VMs on KVM, with the built-in guest and disks in memory.
 #![expect(clippy::print_stdout, reason = "a skipped test says so")]
 
+mod balloon;
 mod cpu;
 mod crash;
 mod dirtier;

@@ -337,6 +337,10 @@ impl pb::admin_server::Admin for Admin {
         answer(vm::disk(&self.core, request.into_inner()).await)
     }
 
+    async fn vm_balloon(&self, request: Request<pb::VmBalloonRequest>) -> Answer<pb::Vm> {
+        answer(vm::balloon(&self.core, request.into_inner()).await)
+    }
+
     async fn vm_resume(&self, request: Request<pb::VmRequest>) -> Answer<pb::Vm> {
         answer(vm::resume(&self.core, request.into_inner()).await)
     }

@@ -134,6 +134,7 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
         NodeOp::VmPause(request) => NodeAnswer::Vm(vms::pause(core, &request.name).await?),
         NodeOp::VmResume(request) => NodeAnswer::Vm(vms::resume(core, &request.name).await?),
         NodeOp::VmDisk(request) => NodeAnswer::Vm(vms::change_disk(core, request).await?),
+        NodeOp::VmBalloon(request) => NodeAnswer::Vm(vms::set_balloon(core, request).await?),
         NodeOp::VmShow(request) => NodeAnswer::Vm(vms::show(core, &request.name).await?),
         NodeOp::VmConsole(request) => NodeAnswer::Console(vms::console(core, &request).await?),
         NodeOp::VmMigrate(request) => NodeAnswer::Migrated(vms::migrate(core, request).await?),

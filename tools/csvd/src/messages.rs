@@ -48,7 +48,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 44, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83, 100"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 44, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83, 100, 110"
     )]
     pub(crate) op: Option<NodeOp>,
     /// How far the sender's copy of the records has come: what it asks for may rest on all of that. 0 in older releases.
@@ -138,6 +138,9 @@ pub(crate) enum NodeOp {
     LogRead(pb::LogRequest),
     #[prost(message, tag = "30")]
     VmDisk(pb::VmDiskRequest),
+    /// To the owner.
+    #[prost(message, tag = "110")]
+    VmBalloon(pb::VmBalloonRequest),
     /// To the owner: work on the image of a disk.
     #[prost(message, tag = "70")]
     VmImage(pb::VmImageRequest),
@@ -239,6 +242,7 @@ pub(crate) struct NodeReply {
 
 /// See [`NodeReply`].
 #[derive(Clone, PartialEq, prost::Oneof)]
+#[expect(clippy::large_enum_variant, reason = "one answer at a time is held, for a moment")]
 pub(crate) enum NodeAnswer {
     #[prost(message, tag = "1")]
     Error(pb::ErrorDetail),
@@ -356,6 +360,7 @@ impl NodeOp {
             | Self::VmPause(_)
             | Self::VmResume(_)
             | Self::VmDisk(_)
+            | Self::VmBalloon(_)
             | Self::VmShow(_)
             | Self::VmConsole(_)
             | Self::VmMigrate(_)

@@ -44,7 +44,7 @@ pub(crate) use checkpoints::checkpoint;
 pub(crate) use console::console;
 pub(crate) use disks::users;
 pub(crate) use ha::{Priority, has_arrived, lost, run as restart_lost};
-pub(crate) use hotplug::change_disk;
+pub(crate) use hotplug::{change_disk, set_balloon};
 pub(crate) use images::{image_progress, work_on_image};
 pub(crate) use migration::{
     Moves, Rehearsal, await_arrival, cancel, check as check_migrate, incoming, migrate, problems, progress,
@@ -592,6 +592,16 @@ pub(crate) async fn show(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error> 
     vm.pid = runner.pid.into();
     vm.start_ms = runner.started_in.as_secs_f64() * 1000.0;
     if let Ok(status) = runner.control().status().await {
+        vm.memory_used_bytes = status.memory_used_bytes;
+        vm.balloon = status.balloon.map(|balloon| pb::VmBalloonStatus {
+            target_bytes: balloon.target_bytes,
+            actual_bytes: balloon.actual_bytes,
+            has_driver: balloon.has_driver,
+            total_bytes: balloon.total_bytes,
+            free_bytes: balloon.free_bytes,
+            available_bytes: balloon.available_bytes,
+            cached_bytes: balloon.cached_bytes,
+        });
         vm.console_bytes = status.console_bytes;
         vm.exits = status.exits;
         if !status.reason.is_empty() && vm.reason.is_empty() {

@@ -208,6 +208,7 @@ impl World {
             vm: "web".into(),
             vm_id: Uuid::from_u128(7),
             vm_epoch: 1,
+            balloon_bytes: 0,
             memory_bytes: 16 << 20,
             cpus: 1,
             kernel: BUILTIN_SECTOR_WRITER.into(),

@@ -92,8 +92,11 @@ impl Transport {
         }
     }
 
-    /// The guest writes. No configuration space here has anything to write.
+    /// The guest writes.
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) {
+        if offset >= CONFIG_SPACE {
+            return self.device.write_config(offset - CONFIG_SPACE, bytes);
+        }
         let Ok(value) = bytes.try_into().map(u32::from_le_bytes) else { return };
         let mut registers = self.lock();
         match offset {

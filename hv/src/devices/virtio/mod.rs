@@ -1,10 +1,11 @@
 //! virtio 1.x devices. A device model is transport-neutral; [`mmio`] is the transport it is reached by.
 //!
 //! ```text
-//!   guest driver -- registers --> mmio::Transport -- activate, reset, notify --> dyn VirtioDevice (block, net, rng)
+//!   guest driver -- registers --> mmio::Transport -- activate, reset, notify --> dyn VirtioDevice (block, net, rng, balloon)
 //!        \--- rings in guest RAM ------------------------------------------------> queue::RequestQueue
 //! ```
 
+pub(crate) mod balloon;
 pub(crate) mod block;
 mod flight;
 pub(crate) mod limiter;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::devices::Interrupt;
+use crate::state::{self, StateError};
 use queue::{DrainTimeout, RequestQueue};
 
 /// `VIRTIO_F_VERSION_1`: the driver speaks the standard, not a draft of it.
@@ -43,6 +45,8 @@ pub(crate) trait VirtioDevice: Send + Sync {
     fn interrupt(&self) -> &DeviceInterrupt;
     /// Reads configuration space; zeros beyond its end.
     fn read_config(&self, offset: u64, into: &mut [u8]);
+    /// The driver writes to configuration space; most devices have nothing there to write.
+    fn write_config(&self, _offset: u64, _bytes: &[u8]) {}
     /// The driver is ready and has accepted these features.
     fn activate(&self, features: u64);
     /// There may be new requests in any queue. Never blocks.
@@ -54,6 +58,13 @@ pub(crate) trait VirtioDevice: Send + Sync {
     /// What must be the same wherever the VM runs, beside the features. Saved, and compared at a restore.
     fn identity(&self) -> Vec<u8> {
         Vec::new()
+    }
+
+    /// Adds to a saved state what it has beside its queues and its registers.
+    fn save(&self, _into: &mut state::Device) {}
+    /// Takes that over, before its queues and registers.
+    fn restore(&self, _saved: &state::Device) -> Result<(), StateError> {
+        Ok(())
     }
 
     /// Back to power-on. When something stays in flight, guest memory is still in use: then nothing changes, and the

@@ -106,6 +106,17 @@ impl RequestQueue {
         }
     }
 
+    /// The next request, which stays where the driver has posted it.
+    pub(crate) fn peek(&self, ram: &GuestRam) -> Option<Chain> {
+        let mut inner = self.lock();
+        if inner.held || inner.broken || !inner.queue.ready() {
+            return None;
+        }
+        let chain = inner.queue.iter(ram.map()).ok()?.next()?;
+        inner.queue.go_to_previous_position();
+        Some(Chain { head: chain.head_index(), parts: parts_of(chain) })
+    }
+
     /// Gives a request back to the driver and tells it.
     pub(crate) fn complete(&self, ram: &GuestRam, head: u16, written: u32, interrupt: &DeviceInterrupt) {
         let mut inner = self.lock();

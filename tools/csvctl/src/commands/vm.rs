@@ -1,5 +1,6 @@
 //! `csvctl vm`.
 
+mod balloon;
 mod check_migrate;
 mod checkpoint;
 mod console;
@@ -45,6 +46,8 @@ pub(crate) enum VmCommand {
     /// Add, remove, resize or limit a disk, also while the VM runs
     #[command(subcommand)]
     Disk(disk::DiskCommand),
+    /// Have a VM's guest give a part of its memory back to the node, also while it runs
+    Balloon(balloon::Balloon),
     /// Keep a VM as it is at a moment, and return to that
     #[command(subcommand)]
     Checkpoint(checkpoint::CheckpointCommand),
@@ -69,6 +72,7 @@ impl VmCommand {
             Self::Show(vm) => show::run(vm, context).await,
             Self::Console(command) => command.run(context).await,
             Self::Disk(command) => command.run(context).await,
+            Self::Balloon(command) => command.run(context).await,
             Self::Checkpoint(command) => command.run(context).await,
             Self::Migrate(command) => command.run(context).await,
             Self::CheckMigrate(command) => command.run(context).await,
@@ -90,6 +94,29 @@ fn summary(vm: &Vm) -> String {
     }
 }
 
+fn balloon(vm: &Vm, target_bytes: u64) -> String {
+    let target = units::size(target_bytes);
+    match &vm.balloon {
+        Some(balloon) if balloon.has_driver => format!("{} of {target}", units::size(balloon.actual_bytes)),
+        Some(_) if target_bytes > 0 => format!("nothing of {target}: the guest has no driver for it"),
+        None if target_bytes > 0 => target,
+        _ => String::new(),
+    }
+}
+
+/// What the guest says of it.
+fn guest_memory(vm: &Vm) -> String {
+    let balloon = vm.balloon.unwrap_or_default();
+    let figures = [
+        ("total", balloon.total_bytes),
+        ("free", balloon.free_bytes),
+        ("available", balloon.available_bytes),
+        ("cached", balloon.cached_bytes),
+    ];
+    let said = figures.iter().filter(|(_, bytes)| *bytes > 0);
+    said.map(|(what, bytes)| format!("{} {what}", units::size(*bytes))).collect::<Vec<_>>().join(", ")
+}
+
 fn details(vm: &Vm) -> String {
     let spec = vm.spec.clone().unwrap_or_default();
     let known = |number: u64| if number == 0 { String::new() } else { number.to_string() };
@@ -102,6 +129,9 @@ fn details(vm: &Vm) -> String {
         ("epoch", vm.epoch.to_string()),
         ("pid", known(vm.pid)),
         ("memory", units::size(spec.memory_bytes)),
+        ("memory used", if vm.pid == 0 { String::new() } else { units::size(vm.memory_used_bytes) }),
+        ("balloon", balloon(vm, spec.balloon_bytes)),
+        ("guest memory", guest_memory(vm)),
         ("CPUs", spec.cpus.to_string()),
         ("kernel", spec.kernel),
         ("initrd", spec.initrd),

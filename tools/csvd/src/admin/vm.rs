@@ -93,6 +93,10 @@ pub(super) async fn disk(core: &Arc<Core>, mut request: pb::VmDiskRequest) -> Re
     at_owner(core, &request.name.clone(), NodeOp::VmDisk(request)).await
 }
 
+pub(super) async fn balloon(core: &Arc<Core>, request: pb::VmBalloonRequest) -> Result<pb::Vm, Error> {
+    at_owner(core, &request.name.clone(), NodeOp::VmBalloon(request)).await
+}
+
 pub(super) fn list(core: &Arc<Core>) -> pb::Vms {
     let state = core.state();
     pb::Vms { vms: state.vms.values().map(|vm| vms::describe(&state, vm)).collect() }

@@ -113,7 +113,7 @@ impl Control {
         self.ask(Op::Retry(pb::Retry {}), QUICK).await.map(drop)
     }
 
-    /// Adds, removes, resizes or limits a disk.
+    /// Adds, removes, resizes or limits a disk, or changes the balloon.
     pub(super) async fn disk(&self, op: Op) -> Result<(), Error> {
         self.ask(op, LONG).await.map(drop)
     }

@@ -1,9 +1,11 @@
-//! Disks that are added, removed, resized and limited, while the VM runs or while it is stopped.
+//! Disks that are added, removed, resized and limited, and memory that a guest is asked to give back, while the VM runs or while it is
+//! stopped.
 //!
 //! ```text
 //!   add:     record (the disk is the VM's: no other may take it) -> process opens and inserts it; refused: record back
 //!   remove:  process ejects and closes it -> record
 //!   clone:   process holds the guest still, closes its disks, clones the file, runs on
+//!   balloon: process tells the guest -> record
 //! ```
 //! **Invariant (E6):** a disk is in the record as long as a process may have it open for writing.
 
@@ -11,7 +13,7 @@ use std::sync::Arc;
 
 use api::{Error, pb};
 use hv::control::control::Op;
-use hv::control::{DiskAdd, DiskClone, DiskLimit, DiskRemove, DiskResize};
+use hv::control::{Balloon, DiskAdd, DiskClone, DiskLimit, DiskRemove, DiskResize};
 use lockmgr::cluster::{VmRecord, VmState};
 use prost::Message;
 
@@ -26,7 +28,7 @@ pub(crate) async fn change_disk(core: &Arc<Core>, request: pb::VmDiskRequest) ->
     let _decision = core.vms.decide(&request.name).await;
     let state = core.cluster.read().await.map_err(|error| crate::core::refused(&error))?;
     let record = view::vm(&state, &request.name)?.clone();
-    let change = Change::begin(core, record, &request).map_err(during)?;
+    let change = Change::begin(core, record).map_err(during)?;
     let disk = request.disk.clone().unwrap_or_default();
     match request.action.as_str() {
         "add" => change.add(disk).await,
@@ -42,7 +44,18 @@ pub(crate) async fn change_disk(core: &Arc<Core>, request: pb::VmDiskRequest) ->
     described(core, &request.name)
 }
 
-/// A VM whose disks are being changed: it is not moved meanwhile.
+/// Asks the guest to give so much of its memory back, now and whenever it runs. The VM belongs to this node.
+pub(crate) async fn set_balloon(core: &Arc<Core>, request: pb::VmBalloonRequest) -> Result<pb::Vm, Error> {
+    let during = |error: Error| error.during(format!("vm balloon {}", request.name));
+    let _decision = core.vms.decide(&request.name).await;
+    let state = core.cluster.read().await.map_err(|error| crate::core::refused(&error))?;
+    let record = view::vm(&state, &request.name)?.clone();
+    let change = Change::begin(core, record).map_err(during)?;
+    change.balloon(request.bytes).await.map_err(during)?;
+    super::show(core, &request.name).await
+}
+
+/// A VM that is being changed: it is not moved meanwhile.
 struct Change<'a> {
     core: &'a Arc<Core>,
     record: VmRecord,
@@ -53,11 +66,11 @@ struct Change<'a> {
 }
 
 impl<'a> Change<'a> {
-    fn begin(core: &'a Arc<Core>, record: VmRecord, request: &pb::VmDiskRequest) -> Result<Self, Error> {
+    fn begin(core: &'a Arc<Core>, record: VmRecord) -> Result<Self, Error> {
         let wrong =
             || Error::conflict(format!("it is {}", record.state)).hint("wait until it runs or is stopped");
         let runner = match record.state {
-            VmState::Running | VmState::Paused => Some(core.vms.get(&request.name).ok_or_else(wrong)?),
+            VmState::Running | VmState::Paused => Some(core.vms.get(&record.name).ok_or_else(wrong)?),
             VmState::Stopped | VmState::Failed => None,
             _ => return Err(wrong()),
         };
@@ -121,6 +134,18 @@ impl<'a> Change<'a> {
         (kept.iops, kept.bytes_per_second) = (iops, bytes_per_second);
         let slot = kept.slot.unwrap_or_default();
         self.tell(Op::DiskLimit(DiskLimit { slot, iops, bytes_per_second })).await?;
+        self.write(&self.spec).await
+    }
+
+    async fn balloon(mut self, bytes: u64) -> Result<(), Error> {
+        let most = hv::balloon_bytes_max(self.spec.memory_bytes);
+        if bytes > most {
+            let all = self.spec.memory_bytes;
+            return Err(Error::usage(format!("{bytes} of its {all} bytes of memory cannot be given back"))
+                .hint(format!("give at most {most} bytes: a guest needs some memory to go on")));
+        }
+        self.spec.balloon_bytes = bytes / hv::PAGE_BYTES * hv::PAGE_BYTES;
+        self.tell(Op::Balloon(Balloon { bytes })).await?;
         self.write(&self.spec).await
     }
 

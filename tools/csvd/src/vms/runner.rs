@@ -355,6 +355,7 @@ fn config(
         vm_id: record.id,
         vm_epoch: record.epoch,
         memory_bytes: spec.memory_bytes,
+        balloon_bytes: spec.balloon_bytes,
         cpus: spec.cpus,
         kernel: spec.kernel.clone(),
         initrd: (!spec.initrd.is_empty()).then(|| PathBuf::from(&spec.initrd)),

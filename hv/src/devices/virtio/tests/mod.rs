@@ -1,5 +1,6 @@
 //! A disk driven as a guest drives it, without KVM: rings in plain memory, registers by their offsets.
 
+mod balloon;
 mod driver;
 mod hostile;
 mod rate;
