@@ -66,6 +66,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ),
     ("csvfs/fuse/src/wire/ring/mod.rs", "calls of a FUSE ring, which point to memory that its entries hold"),
     ("csvfs/blockio/src/uring.rs", "the kernel reads and writes buffers that a ring entry points to"),
+    ("hv/runner/src/privileges.rs", "a thread leaves what it shares with others"),
     ("hv/runner/src/sandbox/tests.rs", "makes the calls that are forbidden"),
     ("hv/runner/src/sandbox/trap.rs", "a signal handler, which tells of a forbidden call"),
     ("hv/runner/src/tap.rs", "a tap is configured by an ioctl"),

@@ -33,7 +33,7 @@ pub use devices::virtio::block::{DiskStats, SlotError};
 pub use devices::virtio::limiter::DiskLimits;
 pub use devices::virtio::queue::DrainTimeout;
 pub use dirty::CHUNK_ALIGNMENT_PAGES;
-pub use kvm::{HostCaps, KvmError, calls};
+pub use kvm::{HostCaps, KvmError, calls, keep_kvm_open};
 pub use lazy::{LazyError, LazyRam, Userfault, fault_calls};
 pub use memory::{GuestRam, MemoryError, PAGE_BYTES};
 pub use vm::{DiskConfig, GuestEnd, Processor, RunState, Vm, VmConfig, VmError, balloon_bytes_max};

@@ -70,7 +70,7 @@ fn a_cluster_that_goes_down_stops_its_vms_in_order_and_leaves_nothing() {
     Ctl::local().must(&["dev", "down", "--dir", &dir]);
     for number in 1..=3 {
         let node = cluster.dir().join(cluster.name(number));
-        assert!(!node.join("csvd.sock").exists() && !node.join("node.sock").exists(), "node {number}");
+        assert!(!node.join("csvd.sock").exists() && !node.join("hv/node.sock").exists(), "node {number}");
         let of_vms = fs::read_dir(node.join("vm")).unwrap().flatten().map(|entry| entry.path());
         let left: Vec<_> = of_vms.filter(|path| path.extension().is_none_or(|kind| kind != "log")).collect();
         assert!(left.is_empty(), "{left:?}");

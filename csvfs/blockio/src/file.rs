@@ -99,10 +99,42 @@ impl FileDevice {
     /// [`IoError::NotOpened`], with the reason and a hint.
     pub fn open(path: impl AsRef<Path>, options: OpenOptions) -> Result<Self, IoError> {
         let path = path.as_ref();
+        let file = Self::open_file(path, options)?;
+        Self::over(file, path, options, None)
+    }
+
+    /// The open file alone, for a process that cannot open it by itself and goes on with [`FileDevice::of_file`].
+    ///
+    /// # Errors
+    /// [`IoError::NotOpened`], with the reason and a hint.
+    pub fn open_file(path: impl AsRef<Path>, options: OpenOptions) -> Result<File, IoError> {
+        let path = path.as_ref();
         let flags = if options.direct { libc::O_DIRECT } else { 0 };
         let opened = File::options().read(true).write(options.writable).custom_flags(flags).open(path);
-        let file = opened.map_err(|error| not_opened(path, &error))?;
-        Self::over(file, path, options)
+        opened.map_err(|error| not_opened(path, &error))
+    }
+
+    /// Takes a file that somebody else has opened at `path`, with the same options. `can_discard` is what
+    /// [`FileDevice::takes_discards`] has said there.
+    ///
+    /// # Errors
+    /// As [`FileDevice::open`].
+    pub fn of_file(
+        file: File,
+        path: impl AsRef<Path>,
+        options: OpenOptions,
+        can_discard: bool,
+    ) -> Result<Self, IoError> {
+        Self::over(file, path.as_ref(), options, Some(can_discard))
+    }
+
+    /// Whether the device takes discards, as the system says where all of it can be seen.
+    ///
+    /// # Errors
+    /// When the file cannot be looked at.
+    pub fn takes_discards(file: &File) -> std::io::Result<bool> {
+        let about = file.metadata()?;
+        Ok(!about.file_type().is_block_device() || discards(about.rdev()))
     }
 
     /// Makes a new sparse file of `size_bytes` and opens it for direct I/O; where the file system has none (some
@@ -122,8 +154,13 @@ impl FileDevice {
         }
     }
 
-    fn over(file: File, path: &Path, options: OpenOptions) -> Result<Self, IoError> {
-        let target = Arc::new(Target::examine(file, path, options)?);
+    fn over(
+        file: File,
+        path: &Path,
+        options: OpenOptions,
+        can_discard: Option<bool>,
+    ) -> Result<Self, IoError> {
+        let target = Arc::new(Target::examine(file, path, options, can_discard)?);
         let name = thread_name(path);
         let engine = match Uring::start(&name, options.queue_depth, &target) {
             Ok(uring) => Engine::Uring(uring),
@@ -233,7 +270,12 @@ impl fmt::Debug for FileDevice {
 }
 
 impl Target {
-    fn examine(file: File, path: &Path, options: OpenOptions) -> Result<Self, IoError> {
+    fn examine(
+        file: File,
+        path: &Path,
+        options: OpenOptions,
+        can_discard: Option<bool>,
+    ) -> Result<Self, IoError> {
         let about = file.metadata().map_err(|error| not_opened(path, &error))?;
         let is_block = about.file_type().is_block_device();
         if !is_block && !about.is_file() {
@@ -242,7 +284,7 @@ impl Target {
         }
         let (block_bytes, memory_align) =
             if options.direct { direct_alignment(&file, is_block) } else { (1, 1) };
-        let can_discard = !is_block || discards(about.rdev());
+        let can_discard = can_discard.unwrap_or_else(|| !is_block || discards(about.rdev()));
         let target = Self {
             fd: file.into(),
             path: path.to_owned(),
@@ -393,7 +435,7 @@ pub(crate) mod tests {
         let path = folder.path().join("file");
         let file = File::options().read(true).write(true).create_new(true).open(&path).expect("create");
         file.set_len(size_bytes).expect("set_len");
-        let target = Target::examine(file, &path, OpenOptions::buffered()).expect("a regular file");
+        let target = Target::examine(file, &path, OpenOptions::buffered(), None).expect("a regular file");
         (folder, Target { block_bytes: 512, ..target })
     }
 

@@ -47,4 +47,4 @@ pub use reserve::{
     ConflictDevice, Keys, Nexus, ReservationType, Reservations, ReserveError, SharedLun, Tripwire,
     despite_attentions, is_conflict,
 };
-pub use uri::open_uri;
+pub use uri::{file_of_uri, open_uri};

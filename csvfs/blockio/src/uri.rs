@@ -1,5 +1,6 @@
 //! What a LUN is called: `/dev/...`, `file:PATH`, `nbd://...` or `nbd+unix://...`.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::{BlockDevice, FileDevice, IoError, NbdAddress, NbdDevice, NbdOptions, OpenOptions};
@@ -24,6 +25,12 @@ pub fn open_uri(uri: &str, options: OpenOptions) -> Result<Arc<dyn BlockDevice>,
     }
     let path = path_of(uri).map_err(not_opened)?;
     Ok(Arc::new(FileDevice::open(path, options)?))
+}
+
+/// The file or block device that `uri` names; none when it is reached over a network or a server.
+#[must_use]
+pub fn file_of_uri(uri: &str) -> Option<&Path> {
+    path_of(uri).ok().map(Path::new)
 }
 
 fn path_of(uri: &str) -> Result<&str, String> {

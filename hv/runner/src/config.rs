@@ -58,6 +58,9 @@ pub struct RunnerConfig {
     pub client_serial: u64,
     /// The node's lease page, read right before each write to a LUN.
     pub lease_page: PathBuf,
+    /// Give up the daemon's user; without it the process stays what the daemon is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub own_user: Option<OwnUser>,
     /// Where to listen for control requests; made with mode 0600.
     pub control_socket: PathBuf,
     /// Console output that is kept, in bytes.
@@ -74,6 +77,20 @@ pub struct RunnerConfig {
     /// Start as the target of a migration: load this state, wait for Activate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restore_from: Option<VolumePath>,
+}
+
+/// The first of the users that VM processes become, each the one that is as far behind it as the process's number says. Numbers
+/// from here to 2^31 are given to nobody else.
+pub const VM_USER_FIRST: u32 = 0x7000_0000;
+/// The group of all of them: who may use the daemon's sockets for VMs.
+pub const VM_GROUP: u32 = 0x7000_0000;
+
+/// A process that does not stay the daemon's user: it becomes one that nobody else is, and finds files below `root` alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OwnUser {
+    /// The folder of the daemon's sockets for VMs.
+    pub root: PathBuf,
 }
 
 /// A disk of the VM.
@@ -168,7 +185,22 @@ pub fn blocks_socket(node_socket: &Path) -> PathBuf {
     node_socket.with_file_name("blocks.sock")
 }
 
+/// Where the daemon that listens at `node_socket` gives its processes the LUNs that they cannot open.
+#[must_use]
+pub fn luns_socket(node_socket: &Path) -> PathBuf {
+    node_socket.with_file_name("luns.sock")
+}
+
 impl RunnerConfig {
+    /// The sockets, as a process sees them whose root folder is theirs.
+    pub(crate) fn see_from_root(&mut self) {
+        for volume in &mut self.volumes {
+            if let Some(name) = volume.node_socket.file_name() {
+                volume.node_socket = Path::new("/").join(name);
+            }
+        }
+    }
+
     /// Reads and checks a configuration file.
     ///
     /// # Errors
@@ -284,6 +316,7 @@ mod tests {
             node_epoch: 1,
             client_serial: 5,
             lease_page: "/tmp/lease".into(),
+            own_user: None,
             control_socket: "/tmp/control.sock".into(),
             console_log_bytes: 65536,
             incoming: false,

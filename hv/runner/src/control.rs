@@ -26,22 +26,9 @@ const FOLLOW_LIMIT: Duration = Duration::from_secs(1);
 /// How long an answer waits for the end of the guest, at most.
 const STATUS_LIMIT: Duration = Duration::from_secs(30);
 
-/// Serves the runner's control socket until the server is dropped.
-///
-/// # Errors
-/// When the socket cannot be made.
-pub fn serve_control(
-    runner: Arc<Runner>,
-    socket: &Path,
-    node: u16,
-    vm: &str,
-) -> Result<BlockingServer, Failure> {
-    let failed = |error: &dyn std::fmt::Display| {
-        Failure::new(
-            format!("cannot listen on {}: {error}", socket.display()),
-            "the folder must exist and the path be shorter than 108 bytes",
-        )
-    };
+/// Makes the control socket, while the process may. Who connects is served once the VM is there.
+pub(crate) fn listen(socket: &Path) -> Result<UnixListener, Failure> {
+    let failed = |error: &dyn std::fmt::Display| not_listening(socket, error);
     // A socket that a former process left behind; one that still listens is another VM's supervisor's mistake.
     match std::fs::remove_file(socket) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(&error)),
@@ -50,6 +37,24 @@ pub fn serve_control(
     let listener = UnixListener::bind(socket).map_err(|error| failed(&error))?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))
         .map_err(|error| failed(&error))?;
+    Ok(listener)
+}
+
+fn not_listening(socket: &Path, error: &dyn std::fmt::Display) -> Failure {
+    Failure::new(
+        format!("cannot listen on {}: {error}", socket.display()),
+        "the folder must exist and the path be shorter than 108 bytes",
+    )
+}
+
+/// Serves the runner's control socket until the server is dropped.
+///
+/// # Errors
+/// When the system refuses, or it is served already.
+pub fn serve_control(runner: &Arc<Runner>, node: u16, vm: &str) -> Result<BlockingServer, Failure> {
+    let failed = |error: &dyn std::fmt::Display| not_listening(runner.control_socket(), error);
+    let listener = runner.take_listener().ok_or_else(|| failed(&"it is served already"))?;
+    let runner = Arc::clone(runner);
     let local = Local { cluster: uuid::Uuid::nil(), node, name: format!("hv {vm}") };
     BlockingServer::serve(listener, local, Box::new(move |_, service, body| answer(&runner, service, body)))
         .map_err(|error| failed(&error))

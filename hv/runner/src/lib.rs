@@ -6,6 +6,7 @@
 //!   supervisor --control socket--> Runner: status, pause, resume, save, abandon, activate, console, stop, live moves, image work
 //! ```
 
+mod boot;
 pub mod chain;
 pub mod config;
 mod control;
@@ -16,6 +17,7 @@ mod images;
 mod lease;
 mod link;
 mod live;
+mod lun;
 mod parents;
 mod path;
 mod privileges;
@@ -28,6 +30,7 @@ mod volume;
 
 pub use control::serve_control;
 pub use failure::Failure;
+pub use lun::{LunQuestion, OpenLun, answer_lun_question};
 pub use path::PathOrder;
 pub use runner::{Ended, Runner};
 pub use sandbox::FORBIDDEN_CALL;

@@ -6,7 +6,6 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use hv_runner::config::RunnerConfig;
 use hv_runner::{Ended, Failure, Runner, confine_main, serve_control};
@@ -48,7 +47,7 @@ fn run_vm(config: RunnerConfig) -> Result<ExitCode, Failure> {
     let (socket, node, vm) = (config.control_socket.clone(), config.node, config.vm.clone());
     let state = if config.incoming || config.restore_from.is_some() { "incoming" } else { "running" };
     let (runner, ended) = Runner::start(config)?;
-    let server = serve_control(Arc::clone(&runner), &socket, node, &vm)?;
+    let server = serve_control(&runner, node, &vm)?;
     println!("{}", serde_json::json!({ "state": state }));
     confine_main()?;
     let why = ended.recv().unwrap_or(Ended::Stopped);

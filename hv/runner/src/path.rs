@@ -11,15 +11,17 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use blockio::{
-    BlockDevice, ConflictDevice, CutDevice, Detour, GatedDevice, IoError, NbdDevice, NbdOptions, OpenOptions,
-    PathDevice, PathStatus, Permission, Switch, Tripwire, Ways, WriteRight, open_uri,
+    BlockDevice, ConflictDevice, CutDevice, Detour, FileDevice, GatedDevice, IoError, NbdDevice, NbdOptions,
+    OpenOptions, PathDevice, PathStatus, Permission, Switch, Tripwire, Ways, WriteRight, file_of_uri,
+    open_uri,
 };
 use csvfs::Superblock;
 use lockmgr::lease::LeaseReader;
 use lockmgr::{Epoch, VolumeId};
 use prost::Message;
 
-use crate::config::{RunnerConfig, VolumeSpec, blocks_socket};
+use crate::config::{RunnerConfig, VolumeSpec, blocks_socket, luns_socket};
+use crate::lun::{self, LunQuestion};
 
 /// Requests of one VM in flight on one LUN.
 const QUEUE_DEPTH: u32 = 128;
@@ -81,6 +83,7 @@ impl Path {
         let road = Road {
             spec: spec.clone(),
             serial: config.client_serial,
+            asks: config.own_user.is_some(),
             epoch: Epoch(config.node_epoch),
             lease: lease.clone(),
             gates: gates.clone(),
@@ -106,6 +109,8 @@ impl Path {
 struct Road {
     spec: VolumeSpec,
     serial: u64,
+    /// This process cannot open LUNs: the daemon does.
+    asks: bool,
     epoch: Epoch,
     lease: LeaseReader,
     gates: Gates,
@@ -141,6 +146,15 @@ impl Road {
         gate
     }
 
+    /// The LUN as the daemon has opened it.
+    fn ask(&self, options: OpenOptions) -> Result<Arc<dyn BlockDevice>, IoError> {
+        let (uri, socket) = (&self.spec.lun_uri, luns_socket(&self.spec.node_socket));
+        let lun = lun::ask(&socket, LunQuestion { volume: self.spec.id, serial: self.serial });
+        let lun = lun.map_err(|error| IoError::NotOpened { what: uri.clone(), why: error.to_string() })?;
+        let path = file_of_uri(uri).unwrap_or(uri.as_ref());
+        Ok(Arc::new(FileDevice::of_file(lun.file, path, options, lun.can_discard)?))
+    }
+
     /// A session with the daemon. It begins when all that the former one of this process had begun is done.
     fn session(&self) -> Result<NbdDevice, IoError> {
         let socket: PathBuf = blocks_socket(&self.spec.node_socket);
@@ -162,7 +176,8 @@ impl Road {
 impl Ways for Road {
     fn direct(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
         let options = OpenOptions { queue_depth: QUEUE_DEPTH, ..OpenOptions::default() };
-        let device = CutDevice::new(open_uri(&self.spec.lun_uri, options)?, self.cut.clone());
+        let lun = if self.asks { self.ask(options)? } else { open_uri(&self.spec.lun_uri, options)? };
+        let device = CutDevice::new(lun, self.cut.clone());
         self.check(&device)?;
         // The node's daemon has registered the node; processes of the same machine share its way.
         if device.reservations().is_some() {

@@ -8,6 +8,8 @@
 //! **Invariants:** the disks are open for writing only in `Live`; before the hand-over the source may always go on
 //! (`abandon`), and whether the hand-over happened is not known here: the supervisor reads the record (H1).
 
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,25 +19,27 @@ use std::time::{Duration, Instant};
 use blockio::{BlockDevice, Tripwire};
 use hv::control::{DiskPlace, SaveReply, StatusReply, VmRunState};
 use hv::{
-    BootSource, DiskConfig, DiskLimits, Firmware, NetConfig, Processor, RunState, Userfault, Vm, VmConfig,
-    VmError,
+    BootSource, DiskConfig, DiskLimits, NetConfig, Processor, RunState, Userfault, Vm, VmConfig, VmError,
 };
 use lockmgr::Epoch;
 use threads::Kind;
 
-use crate::config::{BUILTIN, DiskSpec, ProcessorSpec, RunnerConfig, VolumePath};
+use crate::boot::{BootFiles, firmware_for};
+use crate::config::{DiskSpec, ProcessorSpec, RunnerConfig, VolumePath};
 use crate::disk::{RunnerDisk, of_slot};
 use crate::failure::Failure;
 use crate::images::Works;
 use crate::saved::Copying;
 use crate::volume::Volumes;
-use crate::{lease, privileges, sandbox, saved, tap};
+use crate::{control, lease, privileges, sandbox, saved, tap};
 
 const WATCH_STACK_BYTES: usize = 256 << 10;
 
 /// One VM with everything that it needs.
 pub struct Runner {
     config: RunnerConfig,
+    /// The control socket until it is served. A leaf.
+    listener: Mutex<Option<UnixListener>>,
     vm: Vm,
     volumes: Volumes,
     /// Held over a whole operation, so that operations come one after the other. Never taken by an I/O thread.
@@ -95,15 +99,22 @@ impl Runner {
     ///
     /// # Errors
     /// What could not be opened and what to do about it.
-    pub fn start(config: RunnerConfig) -> Result<(Arc<Self>, Receiver<Ended>), Failure> {
+    pub fn start(mut config: RunnerConfig) -> Result<(Arc<Self>, Receiver<Ended>), Failure> {
         config.check()?;
-        // First of all, while this is the only thread.
+        // First of all, while this is the only thread, and everything can be opened.
         let net = config.net.as_ref().map(|net| tap::card(net, config.vm_id)).transpose()?;
         // Without rights nobody may hear of pages that the kernel itself misses.
         let fault = config.restore_from.as_ref().and_then(|_| open_fault());
+        let lease = lease::open(&config.lease_page)?;
+        let kernel = BootFiles::of(&config)?;
+        let listener = Mutex::new(Some(control::listen(&config.control_socket)?));
+        if let Some(user) = &config.own_user {
+            hv::keep_kvm_open().map_err(|error| not_built(&VmError::Kvm(error)))?;
+            privileges::become_own_user(user)?;
+            config.see_from_root();
+        }
         privileges::drop_all()?;
         sandbox::enter()?;
-        let lease = lease::open(&config.lease_page)?;
         let (ended, told) = channel();
         let (over, cut) = (ended.clone(), ended.clone());
         let wire = Tripwire::new(move |why| drop(cut.send(Ended::LeaseOver(why.to_owned()))));
@@ -121,7 +132,7 @@ impl Runner {
             None if config.incoming => {
                 incoming(&config, &volumes, &mut disks, net).map(|vm| (vm, Phase::Incoming { loaded: false }))
             }
-            None => boot(&config, &volumes, &mut disks, net).map(|vm| (vm, Phase::Live)),
+            None => boot(&config, &kernel, &volumes, &mut disks, net).map(|vm| (vm, Phase::Live)),
         };
         // Nobody waits for grants of a process that is about to end.
         let (vm, phase) = vm.inspect_err(|_| volumes.detach())?;
@@ -129,14 +140,33 @@ impl Runner {
         let copy_off = AtomicBool::new(false);
         let (work, phase, copying) = (Mutex::new(disks), Mutex::new(phase), Mutex::default());
         let works = Works::default();
-        let runner =
-            Arc::new(Self { config, vm, volumes, work, phase, shown, works, copying, copy_off, ended });
+        let runner = Arc::new(Self {
+            config,
+            listener,
+            vm,
+            volumes,
+            work,
+            phase,
+            shown,
+            works,
+            copying,
+            copy_off,
+            ended,
+        });
         watch_end(&runner)?;
         Ok((runner, told))
     }
 
     pub(crate) fn config(&self) -> &RunnerConfig {
         &self.config
+    }
+
+    pub(crate) fn control_socket(&self) -> &Path {
+        &self.config.control_socket
+    }
+
+    pub(crate) fn take_listener(&self) -> Option<UnixListener> {
+        self.listener.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The VM, for its console.
@@ -563,12 +593,11 @@ impl Runner {
 /// A VM that runs when this returns.
 fn boot(
     config: &RunnerConfig,
+    files: &BootFiles,
     volumes: &Volumes,
     disks: &mut [RunnerDisk],
     net: Option<NetConfig>,
 ) -> Result<Vm, Failure> {
-    let (kernel, cmdline) = read_kernel(config)?;
-    let initrd = config.initrd.as_ref().map(|path| read_file(path, "initrd")).transpose()?;
     let mut devices = Vec::new();
     for disk in disks.iter_mut() {
         let device = disk.open(volumes)?;
@@ -576,7 +605,8 @@ fn boot(
         devices.push(Some(device));
     }
     let firmware = firmware_for(config);
-    let source = BootSource { kernel: &kernel, initrd: initrd.as_deref(), cmdline: &cmdline, firmware };
+    let BootFiles { kernel, cmdline, initrd } = files;
+    let source = BootSource { kernel, initrd: initrd.as_deref(), cmdline, firmware };
     let vm = build(config, Some(source), disks, devices, net)?;
     // Each start has an epoch of its own, and what goes on elsewhere takes the number along.
     vm.console().begin(config.vm_epoch);
@@ -688,37 +718,6 @@ fn watch_end(runner: &Arc<Runner>) -> Result<(), Failure> {
     threads::spawn(Kind::Control, builder, work)
         .map(drop)
         .map_err(|error| Failure::new(format!("cannot start a thread: {error}"), "check the limits"))
-}
-
-/// The test guests read no tables, and a kernel that is told not to does not either.
-fn firmware_for(config: &RunnerConfig) -> Firmware {
-    let without =
-        config.kernel.starts_with(BUILTIN) || config.cmdline.split(' ').any(|word| word == "acpi=off");
-    if without { Firmware::CommandLine } else { Firmware::Acpi }
-}
-
-/// The kernel's image, and the command line with the role of a test guest.
-fn read_kernel(config: &RunnerConfig) -> Result<(Vec<u8>, String), Failure> {
-    let Some(role) = config.kernel.strip_prefix(BUILTIN) else {
-        let image = read_file(std::path::Path::new(&config.kernel), "kernel")?;
-        return Ok((image, config.cmdline.clone()));
-    };
-    if !hv_guest::ROLES.contains(&role) {
-        return Err(Failure::new(
-            format!("there is no test guest `{role}`"),
-            format!("give one of {}", hv_guest::ROLES.join(", ")),
-        ));
-    }
-    Ok((hv_guest::IMAGE.to_vec(), format!("role={role} {}", config.cmdline)))
-}
-
-fn read_file(path: &std::path::Path, what: &str) -> Result<Vec<u8>, Failure> {
-    std::fs::read(path).map_err(|error| {
-        Failure::new(
-            format!("cannot read the {what} {}: {error}", path.display()),
-            format!("give a readable file, or a test guest as {BUILTIN}ROLE"),
-        )
-    })
 }
 
 fn not_built(error: &VmError) -> Failure {

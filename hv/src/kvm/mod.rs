@@ -16,7 +16,8 @@ mod dirty;
 pub(crate) mod msr;
 pub(crate) mod processor;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
@@ -99,8 +100,28 @@ impl HostCaps {
 /// `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`, which the library has no name for.
 const MANUAL_DIRTY_LOG: u64 = 168;
 
+/// `/dev/kvm`, for processes that later cannot open it any more.
+static KEPT: OnceLock<OwnedFd> = OnceLock::new();
+
+/// Opens `/dev/kvm` and keeps it: from here on VMs are made without looking for it.
+///
+/// # Errors
+/// When it cannot be opened.
+pub fn keep_kvm_open() -> Result<(), KvmError> {
+    let opened = Kvm::open_with_cloexec(true).tried("opening /dev/kvm")?;
+    // SAFETY: the call has just made this descriptor for us alone.
+    let kept = unsafe { OwnedFd::from_raw_fd(opened) };
+    // Whoever was first has kept the same device.
+    let _ = KEPT.set(kept);
+    Ok(())
+}
+
 fn open() -> Result<Kvm, KvmError> {
-    Kvm::new().tried("opening /dev/kvm")
+    let Some(kept) = KEPT.get() else { return Kvm::new().tried("opening /dev/kvm") };
+    let handle = kept.try_clone().map_err(|error| errno::Error::new(error.raw_os_error().unwrap_or(0)));
+    let handle = handle.tried("sharing /dev/kvm")?;
+    // SAFETY: a descriptor of /dev/kvm that nobody else owns.
+    Ok(unsafe { Kvm::from_raw_fd(handle.into_raw_fd()) })
 }
 
 /// An interrupt line of the in-kernel chips.

@@ -36,12 +36,32 @@ pub struct NodeConfig {
     /// The base of all time limits, in milliseconds (the network heartbeat's period).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_ms: Option<u64>,
+    /// Which user a VM's process is.
+    #[serde(default, skip_serializing_if = "VmUser::is_default")]
+    pub vm_user: VmUser,
     /// Certificates.
     pub tls: TlsConfig,
     /// How dead nodes are made certain to be dead.
     pub fence: FenceConfig,
     /// All nodes, this one too.
     pub members: Vec<MemberConfig>,
+}
+
+/// Which user the process of a VM is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VmUser {
+    /// Each one that nobody else is, where the daemon is root; else the daemon's.
+    #[default]
+    Own,
+    /// The daemon's.
+    Daemon,
+}
+
+impl VmUser {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// PEM files of a node.
@@ -111,7 +131,13 @@ impl NodeConfig {
     /// The socket of this node's VM processes.
     #[must_use]
     pub fn node_socket(&self) -> PathBuf {
-        self.dir.join("node.sock")
+        self.vm_root().join("node.sock")
+    }
+
+    /// What a VM's process finds as its root folder, where it has a user of its own: the daemon's sockets for it.
+    #[must_use]
+    pub fn vm_root(&self) -> PathBuf {
+        self.dir.join("hv")
     }
 
     /// Names the daemon's process group; locked as long as it lives.

@@ -16,7 +16,7 @@ use wire::Mesh;
 use crate::clients::Clients;
 use crate::membership::Membership;
 use crate::redirect::{PeerKey, ProcessKey, Sessions};
-use crate::vms::Vms;
+use crate::vms::{self, Vms};
 use crate::volumes::Volumes;
 
 /// The daemon's parts and where they find each other.
@@ -60,6 +60,7 @@ impl Core {
         cluster: Arc<Cluster>,
         stop: CancellationToken,
     ) -> Arc<Self> {
+        let own_user = vms::user::is_own(&config);
         Arc::new(Self {
             me: NodeId(config.id),
             membership: Membership::new(&config, &timing),
@@ -71,7 +72,7 @@ impl Core {
             cluster,
             clients: Clients::default(),
             volumes: Volumes::default(),
-            vms: Vms::default(),
+            vms: Vms::new(own_user),
             lun_cut: blockio::Switch::default(),
             peer_sessions: Sessions::default(),
             process_sessions: Sessions::default(),

@@ -109,6 +109,7 @@ async fn live(core: &Arc<Core>) -> Result<(), Error> {
     }
     let processes = node_socket::serve(core)?;
     redirect::serve_processes(core)?;
+    vms::user::serve_luns(core)?;
     membership::start(core);
     vms::adopt(core).await;
     core.runtime.spawn(tell_processor(Arc::clone(core)));

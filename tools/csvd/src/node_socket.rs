@@ -17,12 +17,14 @@ use wire::{Connection, Handler, Local, Peer, Refusal, RefusalCode, Server, Via, 
 
 use crate::clients::Client;
 use crate::core::Core;
-use crate::{redirect, router};
+use crate::{redirect, router, vms};
 
-/// Listens on the node's socket; only root may connect.
+/// Listens on the node's socket; only root may connect, and the users of VM processes.
 pub(crate) fn serve(core: &Arc<Core>) -> Result<Server, Error> {
     let path = core.config.node_socket();
+    make_root(&core.config.vm_root())?;
     let listener = listen(&path, 0o600)?;
+    vms::user::open_to_processes(core, &path)?;
     let local =
         Local { cluster: core.config.cluster_id, node: core.config.id, name: core.config.name.clone() };
     Ok(Server::serve_unix(
@@ -30,6 +32,13 @@ pub(crate) fn serve(core: &Arc<Core>) -> Result<Server, Error> {
         local,
         Arc::new(Processes { core: Arc::clone(core), serials: Mutex::default() }),
     ))
+}
+
+/// The folder of the sockets for VMs: any process may look a name up in it, and no other.
+fn make_root(root: &std::path::Path) -> Result<(), Error> {
+    let made = std::fs::create_dir_all(root)
+        .and_then(|()| std::fs::set_permissions(root, std::fs::Permissions::from_mode(0o711)));
+    made.map_err(|error| Error::failed(format!("make {}: {error}", root.display())))
 }
 
 /// A Unix socket at `path` with these permissions. What a former daemon left there is replaced: the pid file says that

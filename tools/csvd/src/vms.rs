@@ -23,6 +23,7 @@ mod processor;
 mod runner;
 mod save;
 mod trouble;
+pub(crate) mod user;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,8 +32,8 @@ use std::time::Duration;
 use api::{Error, pb};
 use hv::control::VmRunState;
 use hv_runner::config::VolumePath;
-use lockmgr::NodeId;
 use lockmgr::cluster::{ClusterState, Command, ProposeError, VmRecord, VmState};
+use lockmgr::{NodeId, VolumeId};
 use prost::Message;
 use uuid::Uuid;
 
@@ -72,8 +73,10 @@ const PRESENT_WITHIN: Duration = Duration::from_secs(1);
 pub(crate) struct Vms {
     /// By name. Rank: a leaf.
     running: Mutex<HashMap<String, Arc<Runner>>>,
-    /// The csvfs clients that processes were started as; the process, once its number is known. Rank: a leaf.
-    serials: Mutex<HashMap<u64, Option<u32>>>,
+    /// The csvfs clients that processes were started as. Held while one is started. Rank: a leaf.
+    serials: Mutex<HashMap<u64, Expected>>,
+    /// Whether processes get a user of their own.
+    own_user: bool,
     /// The moves to this node.
     moves: Moves,
     /// What this node can give to guests.
@@ -86,7 +89,18 @@ pub(crate) struct Vms {
     deciding: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
+/// A process that was started.
+#[derive(Debug)]
+struct Expected {
+    pid: u32,
+    volumes: Vec<VolumeId>,
+}
+
 impl Vms {
+    pub(crate) fn new(own_user: bool) -> Self {
+        Self { own_user, ..Self::default() }
+    }
+
     fn get(&self, name: &str) -> Option<Arc<Runner>> {
         self.lock().get(name).cloned()
     }
@@ -112,13 +126,22 @@ impl Vms {
         }
     }
 
-    fn serials(&self) -> MutexGuard<'_, HashMap<u64, Option<u32>>> {
+    fn serials(&self) -> MutexGuard<'_, HashMap<u64, Expected>> {
         self.serials.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A process is started as the csvfs client `serial`.
-    fn expect(&self, serial: u64, pid: Option<u32>) {
-        self.serials().insert(serial, pid);
+    /// Starts a process, which has the number that `start` gives, as the csvfs client `serial` with these volumes.
+    fn expect<T>(
+        &self,
+        serial: u64,
+        volumes: Vec<VolumeId>,
+        start: impl FnOnce() -> Result<(u32, T), Error>,
+    ) -> Result<(u32, T), Error> {
+        // Held meanwhile, so that its first request finds it known, and nobody else's is taken for one of it.
+        let mut serials = self.serials();
+        let (pid, started) = start()?;
+        serials.insert(serial, Expected { pid, volumes });
+        Ok((pid, started))
     }
 
     fn expect_no_more(&self, serial: u64) {
@@ -132,7 +155,13 @@ impl Vms {
 
     /// Whether the process `pid` was started as the csvfs client `serial`.
     pub(crate) fn owns_serial(&self, serial: u64, pid: u32) -> bool {
-        self.serials().get(&serial).is_some_and(|expected| expected.is_none_or(|expected| expected == pid))
+        self.serials().get(&serial).is_some_and(|process| process.pid == pid)
+    }
+
+    /// Whether it was started with this volume.
+    pub(crate) fn may_use(&self, serial: u64, pid: u32, volume: VolumeId) -> bool {
+        let serials = self.serials();
+        serials.get(&serial).is_some_and(|process| process.pid == pid && process.volumes.contains(&volume))
     }
 
     /// Whether a VM may be on its way here.

@@ -3,7 +3,7 @@
 //! | forbidden | because a guest that has broken out could |
 //! |---|---|
 //! | other programs, and processes beside this one | leave this process |
-//! | signals to others, and looking into them | touch the node's daemon, which runs under the same user |
+//! | signals to others, and looking into them | touch the node's daemon, where that runs under the same user |
 //! | mounts, namespaces, modules, the clock, identities | change the machine |
 //! | `bpf`, `perf`, keys, debugging | reach what few programs need and many holes were found in |
 //! | sockets of other kinds than Unix and IP | talk to the kernel where nothing here does |

@@ -227,6 +227,7 @@ impl World {
             node_epoch: EPOCH,
             client_serial: serial,
             lease_page: at("lease"),
+            own_user: None,
             control_socket: at(&format!("hv{serial}.sock")),
             console_log_bytes: 1 << 18,
             incoming: false,

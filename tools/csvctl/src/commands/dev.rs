@@ -4,7 +4,7 @@
 //!   DIR/dev.toml     what `dev up` was told; `dev.lock` is held by each dev command while it works
 //!   DIR/lun.img      the LUN, unless another was named
 //!   DIR/ca/          the cluster's certificate authority
-//!   DIR/n1 ...       one folder per node: csvd.toml csvd.pid csvd.sock node.sock mnt/ log/ data/ vm/
+//!   DIR/n1 ...       one folder per node: csvd.toml csvd.pid csvd.sock hv/ mnt/ log/ data/ vm/
 //! ```
 //!
 //! The daemons are the same as on real hosts; only the way they are started is special.

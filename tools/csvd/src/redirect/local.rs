@@ -17,10 +17,11 @@ use crate::core::Core;
 /// A session of a process: which volume, which client.
 pub(crate) type ProcessKey = (VolumeId, u64);
 
-/// Listens on the socket for blocks, which only root may use. It lives as long as the daemon.
+/// Listens on the socket for blocks, for the processes of VMs. It lives as long as the daemon.
 pub(crate) fn serve(core: &Arc<Core>) -> Result<(), Error> {
     let path = hv_runner::config::blocks_socket(&core.config.node_socket());
     let listener = crate::node_socket::listen(&path, 0o600)?;
+    crate::vms::user::open_to_processes(core, &path)?;
     let listener =
         listener.into_std().and_then(|listener| listener.set_nonblocking(false).map(|()| listener));
     let listener =
@@ -48,7 +49,8 @@ fn accept_all(core: &Arc<Core>, listener: &UnixListener) {
 
 fn serve_one(core: &Arc<Core>, stream: UnixStream) -> Result<(), String> {
     let handle = stream.try_clone().map_err(|error| error.to_string())?;
-    let served = Served { core: Arc::clone(core), stream: Arc::new(handle), session: Mutex::new(None) };
+    let pid = crate::vms::user::pid_of(&stream);
+    let served = Served { core: Arc::clone(core), stream: Arc::new(handle), pid, session: Mutex::new(None) };
     let outcome = serve_nbd(stream, &served);
     if let Some((key, number)) = served.session.lock().unwrap_or_else(PoisonError::into_inner).take() {
         core.process_sessions.leave(&key, number);
@@ -59,6 +61,8 @@ fn serve_one(core: &Arc<Core>, stream: UnixStream) -> Result<(), String> {
 struct Served {
     core: Arc<Core>,
     stream: Arc<UnixStream>,
+    /// Who is at the other end.
+    pid: u32,
     /// Rank: above the table of sessions.
     session: Mutex<Option<(ProcessKey, u64)>>,
 }
@@ -66,6 +70,9 @@ struct Served {
 impl NbdExports for Served {
     fn find(&self, name: &str) -> Result<NbdExport, String> {
         let key = parse(name).ok_or("this is no volume and client")?;
+        if !self.core.vms.may_use(key.1, self.pid, key.0) {
+            return Err("this process was not started with that volume".to_owned());
+        }
         let volume = self.core.volumes.get(key.0).ok_or("there is no such volume here")?;
         let path = volume.path().ok_or("the volume is not open here")?;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);

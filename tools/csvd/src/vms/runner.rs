@@ -14,6 +14,7 @@ use api::{Error, pb};
 use hv::control::VmRunState;
 use hv_runner::config::{DiskSpec, NetSpec, RunnerConfig, VolumePath, VolumeSpec};
 use hv_runner::{FORBIDDEN_CALL, Failure};
+use lockmgr::VolumeId;
 use lockmgr::cluster::VmRecord;
 use rustix::process::{Pid, Signal};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -122,12 +123,13 @@ impl Runner {
         let serial = core.clients.new_serial();
         let config = config(core, record, spec, serial, content)?;
         let file = write_config(core, &config)?;
-        // Before the process is there: its first request must not be refused.
-        core.vms.expect(serial, None);
+        let volumes = config.volumes.iter().map(|volume| VolumeId(volume.id)).collect();
         let begun = now();
-        let (mut child, stdout) = spawn(&file).inspect_err(|_| core.vms.expect_no_more(serial))?;
-        let pid = child.id().ok_or_else(|| Error::failed("the VM's process ended at once"))?;
-        core.vms.expect(serial, Some(pid));
+        let (pid, (mut child, stdout)) = core.vms.expect(serial, volumes, || {
+            let (child, stdout) = spawn(&file)?;
+            let pid = child.id().ok_or_else(|| Error::failed("the VM's process ended at once"))?;
+            Ok((pid, (child, stdout)))
+        })?;
         let local = Local {
             cluster: core.config.cluster_id,
             node: core.config.id,
@@ -140,6 +142,7 @@ impl Runner {
         if let Err(error) = started {
             drop(child.start_kill());
             drop(child.wait().await);
+            drop(std::fs::remove_file(&config.control_socket));
             forget_client(core, serial).await;
             return Err(last_words(&file.with_extension("log")).unwrap_or(error));
         }
@@ -350,7 +353,9 @@ fn config(
         bytes_per_second: disk.bytes_per_second,
     });
     let epoch = core.epoch().ok_or_else(|| Error::unreachable("this node has not joined yet"))?;
+    let own_user = super::user::of_vm(core, &volumes);
     Ok(RunnerConfig {
+        own_user,
         vm: record.name.clone(),
         vm_id: record.id,
         vm_epoch: record.epoch,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use api::Error;
-use api::config::{FenceConfig, MemberConfig, NodeConfig};
+use api::config::{FenceConfig, MemberConfig, NodeConfig, VmUser};
 use clap::Args;
 use serde::Serialize;
 use uuid::Uuid;
@@ -88,6 +88,7 @@ impl Create {
             bootstrap: true,
             witness: false,
             base_ms: self.base_ms,
+            vm_user: VmUser::default(),
             tls: node_home::tls_of(&dir),
             fence: self.fence()?,
             members: vec![me],

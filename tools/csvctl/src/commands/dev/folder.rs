@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use api::Error;
-use api::config::{FenceConfig, MemberConfig, NodeConfig, TlsConfig};
+use api::config::{FenceConfig, MemberConfig, NodeConfig, TlsConfig, VmUser};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 use wire::authority;
@@ -132,6 +132,7 @@ impl Folder {
             bootstrap: node.id == 1,
             witness: false,
             base_ms: plan.base_ms,
+            vm_user: VmUser::default(),
             tls,
             fence: FenceConfig::LocalKill,
             members: plan.nodes.iter().map(|member| self.member(member)).collect(),

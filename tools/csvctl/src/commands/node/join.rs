@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use api::Error;
-use api::config::{MemberConfig, NodeConfig, SharedConfig};
+use api::config::{MemberConfig, NodeConfig, SharedConfig, VmUser};
 use clap::Args;
 use serde::Serialize;
 use uuid::Uuid;
@@ -89,6 +89,7 @@ impl Join {
             bootstrap: false,
             witness: self.witness,
             base_ms: shared.base_ms,
+            vm_user: VmUser::default(),
             tls: node_home::tls_of(&dir),
             fence: shared.fence,
             members: members.collect::<Result<_, Error>>()?,
