@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::format::owner::{OWNER_BYTES, OwnerBlock};
 use crate::format::superblock::{
-    INCOMPAT_POOLS, INCOMPAT_REDB3, NAME_BYTES_MAX, SUPERBLOCK_BYTES, Superblock,
+    INCOMPAT_JOURNAL, INCOMPAT_POOLS, INCOMPAT_REDB3, NAME_BYTES_MAX, SUPERBLOCK_BYTES, Superblock,
 };
 use crate::format::{Damaged, intent, layout};
 use crate::meta::{Store, StoreError};
@@ -124,7 +124,7 @@ impl Volume {
             created_seconds: crate::clock::wall().seconds,
             compat: 0,
             ro_compat: 0,
-            incompat: INCOMPAT_REDB3 | INCOMPAT_POOLS,
+            incompat: INCOMPAT_REDB3 | INCOMPAT_POOLS | INCOMPAT_JOURNAL,
             generation: 1,
         };
         format_lun(&device, &block)?;
@@ -223,11 +223,11 @@ impl Superblock {
 
     /// Gives a volume of an older version what this one adds to the format; it then has its feature bits.
     pub(crate) fn upgraded(self, device: &dyn BlockDevice) -> Result<Self, VolumeError> {
-        let added = INCOMPAT_POOLS & !self.incompat;
+        let added = (INCOMPAT_POOLS | INCOMPAT_JOURNAL) & !self.incompat;
         if added == 0 {
             return Ok(self);
         }
-        tracing::warn!(volume = %self.volume, name = %self.name, "upgrading the volume: pools and intent logs");
+        tracing::warn!(volume = %self.volume, name = %self.name, "upgrading the volume: pools, intent logs, a journal of the metadata");
         let next = Self { incompat: self.incompat | added, generation: self.generation + 1, ..self };
         write_superblocks(device, &next)?;
         Ok(next)

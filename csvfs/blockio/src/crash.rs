@@ -3,6 +3,7 @@
 //! A disk may have written any part of them, in any order, in units of one sector. Only what a flush (or a forced
 //! write) covered is certain.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Smallest unit that a disk writes as a whole.
@@ -37,6 +38,27 @@ pub enum Change {
         /// Bytes.
         size_bytes: u64,
     },
+}
+
+impl Change {
+    /// Whether the order of the two matters.
+    pub(crate) fn touches(&self, other: &Self) -> bool {
+        match (self.range(), other.range()) {
+            (Some(a), Some(b)) => a.start < b.end && b.start < a.end,
+            _ => true,
+        }
+    }
+
+    /// The bytes that it is about; none for the size.
+    fn range(&self) -> Option<Range<u64>> {
+        match self {
+            Self::Write { offset, bytes } => Some(*offset..offset.saturating_add(bytes.len() as u64)),
+            Self::Zero { offset, len } | Self::Discard { offset, len } => {
+                Some(*offset..offset.saturating_add(*len))
+            }
+            Self::SetLen { .. } => None,
+        }
+    }
 }
 
 /// Which of the changes that were not flushed survive a power cut.

@@ -229,9 +229,12 @@ impl<D: BlockDevice> Faulty<D> {
             }
             IoOp::Write { offset, buf, fua } => {
                 self.check("write", *offset, buf.len() as u64, state)?;
-                state.unflushed.push(Change::Write { offset: *offset, bytes: buf.to_vec().into() });
-                // Forcing one write makes all earlier ones stable here: the simplest device that keeps the promise.
-                if *fua { self.settle(state).inspect_err(|cause| self.poison.set(cause)) } else { Ok(()) }
+                let change = Change::Write { offset: *offset, bytes: buf.to_vec().into() };
+                if *fua {
+                    return self.force(state, change).inspect_err(|cause| self.poison.set(cause));
+                }
+                state.unflushed.push(change);
+                Ok(())
             }
             IoOp::WriteZeroes { offset, len, .. } => {
                 self.check("write-zeroes", *offset, *len, state)?;
@@ -251,6 +254,16 @@ impl<D: BlockDevice> Faulty<D> {
             return Ok(());
         }
         Err(IoError::OutOfRange { op, offset, len, size_bytes, block_bytes })
+    }
+
+    /// Makes one write stable, and no other, unless an earlier one touches the same place.
+    fn force(&self, state: &mut State<D>, change: Change) -> Result<(), IoError> {
+        if state.unflushed.iter().any(|earlier| earlier.touches(&change)) {
+            state.unflushed.push(change);
+            return self.settle(state);
+        }
+        self.apply(state, &change)?;
+        self.inner.flush()
     }
 
     /// Moves everything to the inner device and makes it stable there.

@@ -178,6 +178,23 @@ fn a_forced_write_is_safe_alone() {
 }
 
 #[test]
+fn a_forced_write_takes_only_what_lies_below_it_along() {
+    let after = |first: u64, forced: u64| {
+        let device = FaultDevice::new(MemoryDevice::new(4096));
+        device.write_at(first, &[1; 1024]).expect("write");
+        let buf = IoBuf::zeroed(512);
+        buf.copy_from(&[2; 512]);
+        device.run(IoOp::Write { offset: forced, buf, fua: true }).expect("forced write");
+        device.crash(Unflushed::None).expect("power cut");
+        device.inner().to_bytes()
+    };
+    let apart = after(0, 1024);
+    assert_eq!((apart[0], apart[1024]), (0, 2));
+    let above = after(0, 512);
+    assert_eq!((above[0], above[512]), (1, 2), "what was written before must not come after");
+}
+
+#[test]
 fn a_size_change_is_recorded_and_replayed() {
     let recorder = Recorder::new(MemoryDevice::new(4096));
     recorder.set_len(8192).expect("grow");

@@ -88,9 +88,9 @@ pub(crate) fn check_tables(
         .map_or(lun_bytes, |blocks| lun_bytes.min(blocks * layout::BLOCK_BYTES));
     let mut findings = Findings::default();
     for row in snapshot.damaged_rows(PROBLEMS_MAX)? {
-        findings.problem(0, format!("a row of {} cannot be read", row.table));
+        findings.problem(0, format!("a row of {} cannot be read", row.table.name()));
     }
-    (findings.report.quarantined, _) = snapshot.set_aside("")?;
+    findings.report.quarantined = snapshot.set_aside(None)?;
     let inodes = tree::check(snapshot, &mut findings)?;
     space::check(snapshot, lun_bytes, chunks, inodes, &mut findings)?;
     Ok(findings.finish())

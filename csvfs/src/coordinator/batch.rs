@@ -73,6 +73,7 @@ impl Server {
         }
         let grace = core.grace.as_ref().filter(|g| !g.reported).map(|g| g.deadline);
         let deadlines = core.engine.next_deadline().into_iter().chain(grace).chain(core.scarcity.deadline());
+        let deadlines = deadlines.chain(core.reclaim_at);
         let at: Option<Millis> = deadlines.min();
         at.map(|at| Duration::from_millis(at.since(core.clock.now())))
     }
@@ -82,11 +83,10 @@ impl Server {
         let mut tables = transaction.tables()?;
         let next = self.execute(&mut tables, jobs)?;
         let chunks = self.chores(&mut tables)?;
-        let changed = tables.changed();
-        drop(tables);
-        if changed {
+        let changes = tables.into_changes();
+        if changes.any() {
             self.check_owner()?;
-            transaction.commit()?;
+            self.store.commit(transaction, &changes)?;
             self.core.commits += 1;
         } else {
             transaction.abort()?;
@@ -137,7 +137,7 @@ impl Server {
     /// What a batch does beside its requests. Gives the chunks that the store is to get after the commit.
     fn chores(&mut self, tables: &mut Tables<'_>) -> Result<Vec<Run>, StoreError> {
         let core = &mut self.core;
-        core.reclaim_some(tables)?;
+        core.reclaim_in_time(tables)?;
         let chunks = core.grow_store(&self.store, tables)?;
         core.prune_replies(tables)?;
         core.store_space(tables)?;
@@ -226,7 +226,7 @@ impl Server {
 impl Core {
     /// Whether there is something to do without a new job.
     fn has_work(&self) -> bool {
-        !self.later.is_empty() || !self.reclaimable.is_empty() || !self.ready.is_empty()
+        !self.later.is_empty() || !self.ready.is_empty()
     }
 
     /// Everything that waits for something, taken out.

@@ -55,6 +55,8 @@ pub(super) struct Core {
     pub(super) orphans: BTreeSet<u64>,
     /// Those of them that nobody has open: their blocks are to be freed.
     pub(super) reclaimable: BTreeSet<u64>,
+    /// When that is done at the latest, also if nothing else is committed.
+    pub(super) reclaim_at: Option<Millis>,
     /// What waits in the lock engine.
     pub(super) tickets: HashMap<u64, Ticket>,
     /// Locks of programs.

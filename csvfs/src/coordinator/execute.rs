@@ -35,7 +35,7 @@ impl Core {
             Op::ReturnPool(op) => self.return_pool(tables, client, op),
             Op::Merge(op) => self.merge(tables, client, op),
             Op::Extend(_) => self.extend(tables),
-            Op::StatFs(_) => Ok(self.stat_fs(client)),
+            Op::StatFs(_) => self.stat_fs(client),
             Op::ListGrants(op) => Ok(self.list_grants(op.ino)),
             Op::GetXattr(op) => Self::get_xattr(tables, op),
             Op::ListXattrs(op) => Self::list_xattrs(tables, op.ino),

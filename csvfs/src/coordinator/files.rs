@@ -19,6 +19,8 @@ use crate::refusal::OpError;
 
 /// Most extents, and counts of references, that are given up in one transaction.
 const RECLAIM_EXTENTS: usize = 2048;
+/// Longest wait for another change to free blocks along with.
+const RECLAIM_DELAY_MS: u64 = 20;
 
 impl Core {
     pub(super) fn open(
@@ -87,8 +89,22 @@ impl Core {
         }
     }
 
+    /// Frees blocks of orphans in a transaction that is committed anyway, or when they have waited, or somebody needs them: who
+    /// removes one file after the other shall not wait for two commits each.
+    pub(super) fn reclaim_in_time(&mut self, tables: &mut Tables<'_>) -> Result<(), StoreError> {
+        let due = self.reclaim_at.is_some_and(|at| at <= self.now);
+        if tables.changed() || due || !self.later.is_empty() {
+            self.reclaim_some(tables)?;
+            // What did not fit in this transaction goes into the next one.
+            self.reclaim_at = (!self.reclaimable.is_empty()).then_some(self.now);
+        } else if !self.reclaimable.is_empty() {
+            self.reclaim_at.get_or_insert(self.now.plus(RECLAIM_DELAY_MS));
+        }
+        Ok(())
+    }
+
     /// Frees blocks of orphans, a bounded number in one transaction.
-    pub(super) fn reclaim_some(&mut self, tables: &mut Tables<'_>) -> Result<(), StoreError> {
+    fn reclaim_some(&mut self, tables: &mut Tables<'_>) -> Result<(), StoreError> {
         let mut budget = RECLAIM_EXTENTS;
         while budget > 0 {
             let Some(&ino) = self.reclaimable.first() else { return Ok(()) };

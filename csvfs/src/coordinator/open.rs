@@ -42,9 +42,11 @@ pub(super) fn open(params: OpenParams) -> Result<Server, OpenError> {
     take_ownership(&params)?;
     block.repair(params.device.as_ref())?;
     let block = block.upgraded(params.device.as_ref())?;
-    let store = Store::open(params.device.clone(), block.volume, block.lun_bytes)?;
+    let mut store = guarded("a page that cannot be read", || {
+        Store::open(params.device.clone(), block.volume, block.lun_bytes, params.term)
+    })??;
     let revoker = store.revoker();
-    let core = guarded("a page that cannot be read", || load(params, &block, &store))??;
+    let core = guarded("a page that cannot be read", || load(params, &block, &mut store))??;
     Ok(Server::new(store, core, Mailbox::new(revoker)))
 }
 
@@ -67,7 +69,7 @@ fn take_ownership(params: &OpenParams) -> Result<(), OpenError> {
     Ok(())
 }
 
-fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, OpenError> {
+fn load(params: OpenParams, block: &Superblock, store: &mut Store) -> Result<Core, OpenError> {
     let transaction = store.begin()?;
     let mut tables = transaction.tables()?;
     finish_growth(&tables, store)?;
@@ -102,6 +104,7 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         open_counts: HashMap::new(),
         orphans,
         reclaimable,
+        reclaim_at: None,
         tickets: HashMap::new(),
         range_locks: RangeTable::default(),
         lock_since: HashMap::new(),
@@ -129,9 +132,9 @@ fn load(params: OpenParams, block: &Superblock, store: &Store) -> Result<Core, O
         recalls: 0,
     };
     core.hold_back();
-    drop(tables);
+    let changes = tables.into_changes();
     if accounted {
-        transaction.commit()?;
+        store.commit(transaction, &changes)?;
     } else {
         transaction.abort()?;
     }

@@ -13,17 +13,21 @@ use crate::check;
 use crate::format::layout::BLOCK_BYTES;
 use crate::meta::{Store, guarded};
 use crate::proto::{CheckProblem, Failure, FailureKind, VolumeStat, reply};
-use crate::refusal::failure;
+use crate::refusal::{OpError, failure};
 
 impl Core {
-    pub(super) fn stat_fs(&self, client: ClientId) -> reply::Result {
-        reply::Result::VolumeStat(VolumeStat {
+    /// Tells of what is free when all is freed that can be: who has removed something looks here for it.
+    pub(super) fn stat_fs(&self, client: ClientId) -> Result<reply::Result, OpError> {
+        if !self.reclaimable.is_empty() {
+            return Err(OpError::Later);
+        }
+        Ok(reply::Result::VolumeStat(VolumeStat {
             block_bytes: BLOCK_BYTES,
             blocks: self.lun_bytes / BLOCK_BYTES,
             blocks_free: self.alloc.available() + self.alloc.pending() + self.pools.blocks(),
             inodes: self.globals.inodes,
             pooled: self.pools.of(client).map_or(0, Pool::blocks),
-        })
+        }))
     }
 
     /// Checks the volume as of now, on a thread of its own.

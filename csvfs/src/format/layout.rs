@@ -22,6 +22,10 @@ pub const NODE_SLOTS: u64 = lockmgr::NODES_MAX as u64;
 pub const META_SLOT_OFFSETS: [u64; 2] = [20 * MIB, 20 * MIB + META_SLOT_BYTES as u64];
 /// Size of a metadata slot.
 pub const META_SLOT_BYTES: usize = 16 * 1024;
+/// Journal of the metadata store: changes that are not yet in its pages.
+pub const JOURNAL_OFFSET: u64 = 20 * MIB + 64 * 1024;
+/// Size of the journal.
+pub const JOURNAL_BYTES: u64 = FIRST_CHUNK_OFFSET - JOURNAL_OFFSET;
 /// First metadata chunk.
 pub const FIRST_CHUNK_OFFSET: u64 = 21 * MIB;
 /// Size of the first metadata chunk.
@@ -34,5 +38,7 @@ const MIB: u64 = 1 << 20;
 const _: () = assert!(INTENT_OFFSET + NODE_SLOTS * INTENT_RING_BYTES == META_SLOT_OFFSETS[0]);
 const _: () = assert!(HEARTBEAT_OFFSET + NODE_SLOTS * BLOCK_BYTES <= TRIAL_OFFSET);
 const _: () = assert!(TRIAL_OFFSET + (NODE_SLOTS + 1) * BLOCK_BYTES <= HEARTBEAT_OFFSET + HEARTBEAT_BYTES);
-const _: () = assert!(META_SLOT_OFFSETS[1] + META_SLOT_BYTES as u64 <= FIRST_CHUNK_OFFSET);
+const _: () = assert!(META_SLOT_OFFSETS[1] + META_SLOT_BYTES as u64 <= JOURNAL_OFFSET);
+const _: () =
+    assert!(JOURNAL_OFFSET.is_multiple_of(BLOCK_BYTES) && JOURNAL_BYTES.is_multiple_of(BLOCK_BYTES));
 const _: () = assert!(FIRST_CHUNK_OFFSET + FIRST_CHUNK_BYTES < LUN_BYTES_MIN);

@@ -4,7 +4,7 @@
 //! 0        superblock A        2 MiB    owner block A, +4 KiB owner block B
 //! 1 MiB    superblock B        3 MiB    heartbeat area, one 4 KiB slot per node
 //!                              4 MiB    intent logs, one ring of 256 KiB per node
-//!                              20 MiB   metadata slot A, +16 KiB metadata slot B
+//!                              20 MiB   metadata slot A, +16 KiB metadata slot B, +64 KiB the store's journal
 //!                              21 MiB   first metadata chunk, then the data area
 //! ```
 //!
@@ -14,6 +14,7 @@
 #![doc = include_str!("../../FORMAT.md")]
 
 pub mod intent;
+pub(crate) mod journal;
 pub mod layout;
 pub mod log_record;
 pub(crate) mod meta_slot;

@@ -28,14 +28,17 @@ pub const RO_COMPAT_KNOWN: u64 = RO_COMPAT_XATTRS;
 pub const RO_COMPAT_XATTRS: u64 = 1;
 /// Features that a program must know to do anything. Bit 0: the metadata store is redb, file format 3, at the chunks of
 /// the metadata slot. Bit 1: pools and intent logs: blocks and records that an older program would take for lost ones. Bit 2:
-/// clones: blocks that several files have, with counts of references.
-pub const INCOMPAT_KNOWN: u64 = INCOMPAT_REDB3 | INCOMPAT_POOLS | INCOMPAT_CLONES;
+/// clones: blocks that several files have, with counts of references. Bit 3: changes of the metadata are in the journal before
+/// they are in the store.
+pub const INCOMPAT_KNOWN: u64 = INCOMPAT_REDB3 | INCOMPAT_POOLS | INCOMPAT_CLONES | INCOMPAT_JOURNAL;
 /// See [`INCOMPAT_KNOWN`].
 pub const INCOMPAT_REDB3: u64 = 1;
 /// See [`INCOMPAT_KNOWN`].
 pub const INCOMPAT_POOLS: u64 = 2;
 /// See [`INCOMPAT_KNOWN`].
 pub const INCOMPAT_CLONES: u64 = 4;
+/// See [`INCOMPAT_KNOWN`].
+pub const INCOMPAT_JOURNAL: u64 = 8;
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]

@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, mpsc};
 
 use blockio::{AlignedBuf, BlockDevice, IoBuf, IoError, IoOp, IoRequest};
 use lockmgr::VolumeId;
@@ -113,6 +113,14 @@ impl Region {
         self.flight.drain();
     }
 
+    pub(super) fn volume(&self) -> VolumeId {
+        self.volume
+    }
+
+    pub(super) fn device(&self) -> &dyn BlockDevice {
+        self.device.as_ref()
+    }
+
     pub(super) fn len(&self) -> u64 {
         self.state().slot.len
     }
@@ -155,6 +163,21 @@ impl Region {
         let flight = self.flight.clone();
         let done = Box::new(move |outcome| flight.land(at, outcome));
         self.device.submit(IoRequest { op: IoOp::Write { offset: at, buf, fua: false }, done });
+    }
+
+    /// Writes whole blocks to a place on the LUN beside the store, past its cache. [`Landing::wait`] returns when they are stable.
+    pub(super) fn force(&self, at: u64, bytes: &[u8]) -> Result<Landing, IoError> {
+        self.check_writable()?;
+        let buf = IoBuf::from(AlignedBuf::copy_of(bytes));
+        self.flight.depart(at, buf.len() as u64);
+        let (tell, told) = mpsc::sync_channel(1);
+        let flight = self.flight.clone();
+        let done = Box::new(move |outcome: Result<(), IoError>| {
+            let _ = tell.send(outcome.as_ref().map_or_else(|error| Err(error.to_string()), |()| Ok(())));
+            flight.land(at, outcome);
+        });
+        self.device.submit(IoRequest { op: IoOp::Write { offset: at, buf, fua: true }, done });
+        Ok(Landing { told })
     }
 
     /// Makes everything written so far stable, the length and the chunk table too.
@@ -287,6 +310,21 @@ impl Region {
             chunk_start = chunk_end;
         }
         Ok(pieces)
+    }
+}
+
+/// A forced write on its way.
+#[must_use]
+pub(super) struct Landing {
+    told: mpsc::Receiver<Result<(), String>>,
+}
+
+impl Landing {
+    /// Returns when the write is on stable media.
+    pub(super) fn wait(self) -> Result<(), IoError> {
+        let lost = || Err("the device has dropped the write".to_owned());
+        let outcome = self.told.recv().unwrap_or_else(|_| lost());
+        outcome.map_err(|cause| IoError::Poisoned { cause })
     }
 }
 

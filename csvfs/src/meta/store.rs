@@ -1,6 +1,7 @@
 //! Opening, transactions and growth of the metadata store.
 //!
-//! Every commit is two-phase with quick repair, so that the store of a dead coordinator opens in milliseconds.
+//! Every commit of pages is two-phase with quick repair, so that the store of a dead coordinator opens in milliseconds; most commits
+//! are a record in the journal instead.
 //! **Invariant:** chunks are added ahead: between batches the capacity covers the next growth of the database, or the
 //! store says that it is `tight` and only what frees space is let in.
 
@@ -9,10 +10,12 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use blockio::{BlockDevice, IoError};
-use lockmgr::VolumeId;
-use redb::ReadableDatabase;
+use lockmgr::{Term, VolumeId};
+use redb::{Durability, ReadableDatabase};
 
 use super::backend::LunBackend;
+use super::changes::Changes;
+use super::journal::{Head, Journal};
 use super::region::Region;
 use super::tables::{self, Globals, Tables, View};
 use crate::format::layout::{BLOCK_BYTES, FIRST_CHUNK_BYTES, FIRST_CHUNK_OFFSET};
@@ -60,7 +63,7 @@ pub(super) fn engine<E: Into<redb::Error>>(doing: &'static str) -> impl FnOnce(E
     move |error| StoreError::Engine { doing, source: Box::new(error.into()) }
 }
 
-fn device(doing: &'static str) -> impl FnOnce(IoError) -> StoreError {
+pub(super) fn device(doing: &'static str) -> impl FnOnce(IoError) -> StoreError {
     move |error| StoreError::Engine { doing, source: Box::new(error) }
 }
 
@@ -74,6 +77,8 @@ pub(crate) fn guarded<T>(what: &str, work: impl FnOnce() -> T) -> Result<T, Stor
 pub(crate) struct Store {
     db: redb::Database,
     region: Arc<Region>,
+    /// None: every commit is one of pages.
+    journal: Option<Journal>,
 }
 
 impl std::fmt::Debug for Store {
@@ -93,34 +98,38 @@ impl Store {
         let region =
             Region::create(device_, volume, Vec::new()).map_err(device("write the metadata slot"))?;
         region.add_chunks(&[chunk]).map_err(device("write the first metadata chunk"))?;
-        let store = Self::on(region, false)?;
+        let mut store = Self::on(region, false)?;
         let transaction = store.begin()?;
-        {
-            let mut tables = transaction.tables()?;
-            fill_new(&mut tables, chunk, lun_bytes)?;
-        }
-        transaction.commit()?;
+        let mut tables = transaction.tables()?;
+        fill_new(&mut tables, chunk, lun_bytes)?;
+        let changes = tables.into_changes();
+        store.commit(transaction, &changes)?;
         store.close()
     }
 
-    /// Opens the store, after a crash too.
+    /// Opens the store, after a crash too, for the coordinator of `term`.
     pub(crate) fn open(
         device_: Arc<dyn BlockDevice>,
         volume: VolumeId,
         lun_bytes: u64,
+        term: Term,
     ) -> Result<Self, StoreError> {
         let region = Region::open(device_, volume, lun_bytes).map_err(device("read the metadata slot"))?;
-        Self::on(region, false)
+        let mut store = Self::on(region, false)?;
+        store.replay(Some(term))?;
+        Ok(store)
     }
 
-    /// As `open`, with the checksum of every page verified.
+    /// As `open`, with the checksum of every page verified: for a copy that nobody serves.
     pub(crate) fn open_verified(
         device_: Arc<dyn BlockDevice>,
         volume: VolumeId,
         lun_bytes: u64,
     ) -> Result<Self, StoreError> {
         let region = Region::open(device_, volume, lun_bytes).map_err(device("read the metadata slot"))?;
-        Self::on(region, true)
+        let mut store = Self::on(region, true)?;
+        store.replay(None)?;
+        Ok(store)
     }
 
     fn on(region: Region, verified: bool) -> Result<Self, StoreError> {
@@ -129,20 +138,76 @@ impl Store {
         builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(verified);
         let backend = LunBackend::new(region.clone());
         let opened = guarded("a page that cannot be", || builder.create_with_backend(backend))?;
-        Ok(Self { db: opened.map_err(engine("open the metadata store"))?, region })
+        Ok(Self { db: opened.map_err(engine("open the metadata store"))?, region, journal: None })
+    }
+
+    /// Does again what the journal has beyond the pages, in one transaction, and begins the journal of `term`. A crash
+    /// in it leaves pages and journal as they were (D3).
+    fn replay(&mut self, term: Option<Term>) -> Result<(), StoreError> {
+        let transaction = self.begin()?;
+        let mut tables = transaction.tables()?;
+        let known = tables.journal_head()?;
+        let mut journal = Journal::begin(known.unwrap_or(Head { term: Term(0), next: 0 }));
+        let mut records: u64 = 0;
+        if known.is_some() {
+            let (device, volume) = (self.region.device(), self.region.volume());
+            while journal.replay_next(device, volume, |bytes| tables.redo(bytes))? {
+                records += 1;
+            }
+        }
+        let head = Head { term: term.unwrap_or(journal.head().term), next: journal.head().next };
+        if records > 0 {
+            tracing::info!(volume = %self.region.volume(), records, "the metadata's journal was replayed");
+        }
+        if known == Some(head) {
+            drop(tables);
+            transaction.abort()?;
+        } else {
+            tables.put_journal_head(head)?;
+            drop(tables);
+            transaction.make_stable()?;
+        }
+        self.journal = term.map(|_| Journal::begin(head));
+        Ok(())
     }
 
     pub(crate) fn begin(&self) -> Result<Transaction, StoreError> {
-        let mut inner = self.db.begin_write().map_err(engine("begin a metadata transaction"))?;
-        inner.set_quick_repair(true);
+        let inner = self.db.begin_write().map_err(engine("begin a metadata transaction"))?;
         Ok(Transaction { inner })
+    }
+
+    /// Ends a transaction that made these changes. Returns when all of it is on stable media.
+    pub(crate) fn commit(&mut self, transaction: Transaction, changes: &Changes) -> Result<(), StoreError> {
+        let Some(journal) = &mut self.journal else { return transaction.make_stable() };
+        match changes.bytes().filter(|bytes| journal.has_room(bytes)) {
+            Some(bytes) => {
+                let writing = device("write the metadata's journal");
+                let landing = journal.append(&self.region, bytes).map_err(writing)?;
+                // Meanwhile. Nobody reads it before this returns, and if the record fails nothing follows.
+                transaction.keep_in_memory()?;
+                landing.wait().map_err(device("write the metadata's journal"))
+            }
+            None => self.checkpoint_with(transaction),
+        }
+    }
+
+    /// Makes all that the journal has stable in the pages.
+    fn checkpoint_with(&mut self, transaction: Transaction) -> Result<(), StoreError> {
+        if let Some(journal) = &mut self.journal {
+            let head = journal.head();
+            transaction.tables()?.put_journal_head(head)?;
+            transaction.make_stable()?;
+            *journal = Journal::begin(head);
+            return Ok(());
+        }
+        transaction.make_stable()
     }
 
     /// Makes tables that this version has and the one that made the volume had not.
     pub(crate) fn make_tables(&self) -> Result<(), StoreError> {
         let transaction = self.begin()?;
         drop(transaction.tables()?);
-        transaction.commit()
+        transaction.make_stable()
     }
 
     /// All tables as they were committed last; later commits do not show.
@@ -164,7 +229,11 @@ impl Store {
     }
 
     /// Leaves the store clean for the next opener.
-    pub(crate) fn close(self) -> Result<(), StoreError> {
+    pub(crate) fn close(mut self) -> Result<(), StoreError> {
+        if self.journal.is_some_and(|journal| !journal.is_empty()) {
+            let transaction = self.begin()?;
+            self.checkpoint_with(transaction)?;
+        }
         self.db.close().map_err(engine("close the metadata store"))
     }
 
@@ -239,9 +308,16 @@ impl Transaction {
         tables::open_write(&self.inner)
     }
 
-    /// Returns when all of it is on stable media.
-    pub(crate) fn commit(self) -> Result<(), StoreError> {
+    /// Returns when all of it, and all before, is on stable media.
+    fn make_stable(mut self) -> Result<(), StoreError> {
+        self.inner.set_quick_repair(true);
         self.inner.commit().map_err(engine("commit metadata"))
+    }
+
+    /// Makes it visible to what comes after, and no more than that.
+    fn keep_in_memory(mut self) -> Result<(), StoreError> {
+        self.inner.set_durability(Durability::None).map_err(engine("commit metadata in memory"))?;
+        self.inner.commit().map_err(engine("commit metadata in memory"))
     }
 
     pub(crate) fn abort(self) -> Result<(), StoreError> {

@@ -26,10 +26,12 @@ use std::collections::BTreeSet;
 use std::ops::{Bound, Range, RangeBounds};
 
 use bytes::Bytes;
-use lockmgr::ClientId;
+use lockmgr::{ClientId, Term};
 use prost::Message;
 use redb::{ReadOnlyTable, ReadTransaction, ReadableTable, Table, TableDefinition, WriteTransaction};
 
+use super::changes::{self, Changes};
+use super::journal::Head;
 use super::store::engine;
 use super::{ClientRecord, InodeRecord, LogRow, StoreError, StoredReply, keys};
 use crate::extents::{Extent, State};
@@ -41,64 +43,107 @@ pub(crate) type ReadTable = ReadOnlyTable<Raw, Raw>;
 pub(crate) type Tables<'t> = View<Table<'t, Raw, Raw>>;
 
 const AREA_BLOCKS: &[u8] = b"area_blocks";
+const JOURNAL_TERM: &[u8] = b"journal_term";
+const JOURNAL_NEXT: &[u8] = b"journal_next";
 const READ: &str = "read metadata";
 const WRITE: &str = "write metadata";
+
+/// Which table. **Invariant:** the numbers are on the LUN, in the journal: they never change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum TableId {
+    Inodes = 0,
+    Dirents = 1,
+    Cookies = 2,
+    Extents = 3,
+    Free = 4,
+    Chunks = 5,
+    Orphans = 6,
+    Clients = 7,
+    Replies = 8,
+    Globals = 9,
+    Pools = 10,
+    Logs = 11,
+    Xattrs = 12,
+    Quarantine = 13,
+    Refcounts = 14,
+}
+
+/// Names of the tables in the store, by number.
+const NAMES: [&str; 15] = [
+    "inodes",
+    "dirents",
+    "cookies",
+    "extents",
+    "free",
+    "chunks",
+    "orphans",
+    "clients",
+    "replies",
+    "globals",
+    "pools",
+    "logs",
+    "xattrs",
+    "quarantine",
+    "refcounts",
+];
+
+impl TableId {
+    const ALL: [Self; NAMES.len()] = [
+        Self::Inodes,
+        Self::Dirents,
+        Self::Cookies,
+        Self::Extents,
+        Self::Free,
+        Self::Chunks,
+        Self::Orphans,
+        Self::Clients,
+        Self::Replies,
+        Self::Globals,
+        Self::Pools,
+        Self::Logs,
+        Self::Xattrs,
+        Self::Quarantine,
+        Self::Refcounts,
+    ];
+
+    pub(super) fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(number)).copied()
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        NAMES[self as usize]
+    }
+}
 
 /// All tables, to be read through any transaction.
 #[derive(Debug)]
 pub(crate) struct View<T> {
-    inodes: T,
-    dirents: T,
-    cookies: T,
-    extents: T,
-    free: T,
-    chunks: T,
-    orphans: T,
-    clients: T,
-    replies: T,
-    globals: T,
-    pools: T,
-    logs: T,
-    xattrs: T,
-    refcounts: T,
-    quarantine: T,
-    changed: bool,
+    /// By number.
+    tables: [T; NAMES.len()],
+    changes: Changes,
     pass_over: bool,
 }
 
-macro_rules! open_all {
-    ($txn:expr) => {{
-        let open = |name: &'static str| {
-            $txn.open_table(TableDefinition::<Raw, Raw>::new(name)).map_err(engine("open a table"))
-        };
-        Ok(View {
-            inodes: open("inodes")?,
-            dirents: open("dirents")?,
-            cookies: open("cookies")?,
-            extents: open("extents")?,
-            free: open("free")?,
-            chunks: open("chunks")?,
-            orphans: open("orphans")?,
-            clients: open("clients")?,
-            replies: open("replies")?,
-            globals: open("globals")?,
-            pools: open("pools")?,
-            logs: open("logs")?,
-            xattrs: open("xattrs")?,
-            refcounts: open("refcounts")?,
-            quarantine: open("quarantine")?,
-            changed: false,
-            pass_over: false,
-        })
-    }};
+/// Opens every table in the order of their numbers.
+fn open_all<T, E: Into<redb::Error>>(
+    open: impl Fn(TableDefinition<'static, Raw, Raw>) -> Result<T, E>,
+) -> Result<View<T>, StoreError> {
+    let tables = NAMES.map(|name| open(TableDefinition::new(name)).map_err(engine("open a table")));
+    let mut opened = Vec::with_capacity(NAMES.len());
+    for table in tables {
+        opened.push(table?);
+    }
+    let tables = opened.try_into().unwrap_or_else(|_| unreachable!("as many as there are names"));
+    Ok(View { tables, changes: Changes::default(), pass_over: false })
 }
 
 pub(super) fn open_write(txn: &WriteTransaction) -> Result<Tables<'_>, StoreError> {
-    open_all!(txn)
+    open_all(|definition| txn.open_table(definition))
 }
 
 pub(super) fn open_read(txn: &ReadTransaction) -> Result<View<ReadTable>, StoreError> {
-    open_all!(txn)
+    open_all(|definition| txn.open_table(definition))
 }
 
 /// A directory's entry.
@@ -224,6 +269,16 @@ fn read_listed(key: &[u8], value: &[u8]) -> Option<(u64, ListedEntry)> {
     Some((parent, ListedEntry { cookie, ino, kind, name }))
 }
 
+impl<T> View<T> {
+    fn table(&self, id: TableId) -> &T {
+        &self.tables[id as usize]
+    }
+
+    fn table_mut(&mut self, id: TableId) -> &mut T {
+        &mut self.tables[id as usize]
+    }
+}
+
 impl<T: ReadableTable<Raw, Raw>> View<T> {
     /// Rows that do not decode are passed over from here on: for who tells of them by itself.
     pub(crate) fn passing_over_damage(mut self) -> Self {
@@ -251,7 +306,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     }
 
     pub(crate) fn inode(&self, ino: u64) -> Result<Option<InodeRecord>, StoreError> {
-        let bytes = get(&self.inodes, &keys::number(ino))?;
+        let bytes = get(self.table(TableId::Inodes), &keys::number(ino))?;
         bytes.map(|b| decode(&b, || format!("inode {ino}"))).transpose()
     }
 
@@ -260,14 +315,16 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         &self,
         mut visit: impl FnMut(u64, InodeRecord) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        self.scan(&self.inodes, .., |key, value| {
+        self.scan(self.table(TableId::Inodes), .., |key, value| {
             let ino = keys::read_number(key).ok_or_else(|| damaged("a key of the inodes"))?;
             visit(ino, decode(value, || format!("inode {ino}"))?).map(|()| true)
         })
     }
 
     pub(crate) fn dirent(&self, parent: u64, name: &[u8]) -> Result<Option<Dirent>, StoreError> {
-        let Some(value) = get(&self.dirents, &keys::name(parent, name))? else { return Ok(None) };
+        let Some(value) = get(self.table(TableId::Dirents), &keys::name(parent, name))? else {
+            return Ok(None);
+        };
         read_dirent(&value).map(Some).ok_or_else(|| damaged(format!("an entry of directory {parent}")))
     }
 
@@ -276,7 +333,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         &self,
         mut visit: impl FnMut(u64, &[u8], Dirent) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        self.scan(&self.dirents, .., |key, value| {
+        self.scan(self.table(TableId::Dirents), .., |key, value| {
             let row = keys::read_name(key).zip(read_dirent(value));
             let ((parent, name), dirent) = row.ok_or_else(|| damaged("a directory entry"))?;
             visit(parent, name, dirent).map(|()| true)
@@ -288,7 +345,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         let (from, to) = (keys::pair(parent, cookie), keys::pair(parent, u64::MAX));
         let mut entries = Vec::new();
         let range = (Bound::Excluded(&from[..]), Bound::Included(&to[..]));
-        self.scan(&self.cookies, range, |key, value| {
+        self.scan(self.table(TableId::Cookies), range, |key, value| {
             let (_, entry) =
                 read_listed(key, value).ok_or_else(|| damaged(format!("a cookie of directory {parent}")))?;
             entries.push(entry);
@@ -302,7 +359,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         &self,
         mut visit: impl FnMut(u64, ListedEntry) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        self.scan(&self.cookies, .., |key, value| {
+        self.scan(self.table(TableId::Cookies), .., |key, value| {
             let (parent, entry) = read_listed(key, value).ok_or_else(|| damaged("a directory cookie"))?;
             visit(parent, entry).map(|()| true)
         })
@@ -321,7 +378,8 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
             read_extent(key, value).ok_or_else(|| damaged(format!("an extent of inode {ino}")))
         };
         let (low, at) = (keys::pair(ino, 0), keys::pair(ino, from));
-        let before = self.extents.range::<&[u8]>(&low[..]..&at[..]).map_err(engine(READ))?.next_back();
+        let before =
+            self.table(TableId::Extents).range::<&[u8]>(&low[..]..&at[..]).map_err(engine(READ))?.next_back();
         if let Some(row) = before {
             let (key, value) = row.map_err(engine(READ))?;
             let (_, extent) = decode(key.value(), value.value())?;
@@ -329,7 +387,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         }
         let high = keys::pair(ino, to);
         if from < to {
-            self.scan(&self.extents, &at[..]..&high[..], |key, value| {
+            self.scan(self.table(TableId::Extents), &at[..]..&high[..], |key, value| {
                 if extents.len() >= max {
                     return Ok(false);
                 }
@@ -345,7 +403,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         &self,
         mut visit: impl FnMut(u64, Extent) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        self.scan(&self.extents, .., |key, value| {
+        self.scan(self.table(TableId::Extents), .., |key, value| {
             let (ino, extent) = read_extent(key, value).ok_or_else(|| damaged("an extent"))?;
             visit(ino, extent).map(|()| true)
         })
@@ -354,7 +412,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     /// All free runs, in order.
     pub(crate) fn free(&self) -> Result<Vec<(u64, u64)>, StoreError> {
         let mut runs = Vec::new();
-        self.scan(&self.free, .., |key, value| {
+        self.scan(self.table(TableId::Free), .., |key, value| {
             runs.push(run_of(key, value)?);
             Ok(true)
         })?;
@@ -364,7 +422,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     /// All runs that belong to the metadata store, in order.
     pub(crate) fn chunks(&self) -> Result<Vec<(u64, u64)>, StoreError> {
         let mut runs = Vec::new();
-        self.scan(&self.chunks, .., |key, value| {
+        self.scan(self.table(TableId::Chunks), .., |key, value| {
             runs.push(run_of(key, value)?);
             Ok(true)
         })?;
@@ -374,7 +432,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     /// All runs of all pools, in order.
     pub(crate) fn pools(&self) -> Result<Vec<PoolRun>, StoreError> {
         let mut runs = Vec::new();
-        self.scan(&self.pools, .., |key, value| {
+        self.scan(self.table(TableId::Pools), .., |key, value| {
             runs.push(read_pool_run(key, value)?);
             Ok(true)
         })?;
@@ -385,13 +443,14 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     pub(crate) fn shared_runs(&self, range: &Range<u64>, max: usize) -> Result<Vec<SharedRun>, StoreError> {
         let mut runs = Vec::new();
         let (low, high) = (keys::number(range.start), keys::number(range.end.saturating_add(1)));
-        let before = self.refcounts.range::<&[u8]>(..&low[..]).map_err(engine(READ))?.next_back();
+        let before =
+            self.table(TableId::Refcounts).range::<&[u8]>(..&low[..]).map_err(engine(READ))?.next_back();
         if let Some(row) = before {
             let (key, value) = row.map_err(engine(READ))?;
             let run = read_shared_run(key.value(), value.value())?;
             runs.extend(Some(run).filter(|run| run.end() >= range.start));
         }
-        self.scan(&self.refcounts, &low[..]..&high[..], |key, value| {
+        self.scan(self.table(TableId::Refcounts), &low[..]..&high[..], |key, value| {
             if runs.len() >= max {
                 return Ok(false);
             }
@@ -406,13 +465,15 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         &self,
         mut visit: impl FnMut(SharedRun) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        self.scan(&self.refcounts, .., |key, value| visit(read_shared_run(key, value)?).map(|()| true))
+        self.scan(self.table(TableId::Refcounts), .., |key, value| {
+            visit(read_shared_run(key, value)?).map(|()| true)
+        })
     }
 
     /// The intent logs in use, and whose they are.
     pub(crate) fn logs(&self) -> Result<Vec<(ClientId, LogRow)>, StoreError> {
         let mut logs = Vec::new();
-        self.scan(&self.logs, .., |key, value| {
+        self.scan(self.table(TableId::Logs), .., |key, value| {
             let id = keys::read_client(key).ok_or_else(|| damaged("a key of the intent logs"))?;
             logs.push((id, decode(value, || format!("the intent log of client {id}"))?));
             Ok(true)
@@ -423,7 +484,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     /// All inodes without a name.
     pub(crate) fn orphans(&self) -> Result<Vec<u64>, StoreError> {
         let mut orphans = Vec::new();
-        self.scan(&self.orphans, .., |key, _| {
+        self.scan(self.table(TableId::Orphans), .., |key, _| {
             orphans.push(keys::read_number(key).ok_or_else(|| damaged("a key of the orphans"))?);
             Ok(true)
         })?;
@@ -433,7 +494,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     /// As `orphans`, without those that cannot be read: they take space until a repair, and harm nobody.
     pub(crate) fn readable_orphans(&self) -> Result<Vec<u64>, StoreError> {
         let mut orphans = Vec::new();
-        self.scan(&self.orphans, .., |key, _| {
+        self.scan(self.table(TableId::Orphans), .., |key, _| {
             orphans.extend(keys::read_number(key));
             Ok(true)
         })?;
@@ -443,7 +504,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     /// All attached clients.
     pub(crate) fn clients(&self) -> Result<Vec<(ClientId, ClientRecord)>, StoreError> {
         let mut clients = Vec::new();
-        self.scan(&self.clients, .., |key, value| {
+        self.scan(self.table(TableId::Clients), .., |key, value| {
             let id = keys::read_client(key).ok_or_else(|| damaged("a key of the clients"))?;
             clients.push((id, decode(value, || format!("client {id}"))?));
             Ok(true)
@@ -453,7 +514,9 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
 
     /// The encoded reply that `client` got to its request.
     pub(crate) fn reply(&self, client: ClientId, request_id: u64) -> Result<Option<Bytes>, StoreError> {
-        let Some(value) = get(&self.replies, &keys::request(client, request_id))? else { return Ok(None) };
+        let Some(value) = get(self.table(TableId::Replies), &keys::request(client, request_id))? else {
+            return Ok(None);
+        };
         let stored: StoredReply = decode(&value, || format!("a reply to client {client}"))?;
         Ok(Some(stored.reply))
     }
@@ -462,7 +525,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     pub(crate) fn reply_ids(&self, client: ClientId, below: u64) -> Result<Vec<u64>, StoreError> {
         let (from, to) = (keys::request(client, 0), keys::request(client, below));
         let mut ids = Vec::new();
-        self.scan(&self.replies, &from[..]..&to[..], |key, _| {
+        self.scan(self.table(TableId::Replies), &from[..]..&to[..], |key, _| {
             let (_, id) = keys::read_request(key).ok_or_else(|| damaged("a key of the replies"))?;
             ids.push(id);
             Ok(true)
@@ -471,14 +534,14 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
     }
 
     pub(crate) fn xattr(&self, ino: u64, name: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
-        get(&self.xattrs, &keys::name(ino, name))
+        get(self.table(TableId::Xattrs), &keys::name(ino, name))
     }
 
     /// Names of all extended attributes of an inode, in order.
     pub(crate) fn xattr_names(&self, ino: u64) -> Result<Vec<Vec<u8>>, StoreError> {
         let (from, to) = (keys::number(ino), keys::number(ino.saturating_add(1)));
         let mut names = Vec::new();
-        self.scan(&self.xattrs, &from[..]..&to[..], |key, _| {
+        self.scan(self.table(TableId::Xattrs), &from[..]..&to[..], |key, _| {
             let (_, name) = keys::read_name(key).ok_or_else(|| damaged("a key of the attributes"))?;
             names.push(name.to_vec());
             Ok(true)
@@ -491,7 +554,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
         &self,
         mut visit: impl FnMut(u64, &[u8], &[u8]) -> Result<(), StoreError>,
     ) -> Result<(), StoreError> {
-        self.scan(&self.xattrs, .., |key, value| {
+        self.scan(self.table(TableId::Xattrs), .., |key, value| {
             let (ino, name) = keys::read_name(key).ok_or_else(|| damaged("a key of the attributes"))?;
             visit(ino, name, value).map(|()| true)
         })
@@ -499,7 +562,7 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
 
     pub(crate) fn globals(&self) -> Result<Globals, StoreError> {
         let read = |name: &str| -> Result<u64, StoreError> {
-            let value = get(&self.globals, name.as_bytes())?;
+            let value = get(self.table(TableId::Globals), name.as_bytes())?;
             value.as_deref().and_then(read_u64).ok_or_else(|| damaged(format!("the counter {name}")))
         };
         Ok(Globals { next_ino: read("next_ino")?, inodes: read("inodes")? })
@@ -509,59 +572,101 @@ impl<T: ReadableTable<Raw, Raw>> View<T> {
 impl<T: ReadableTable<Raw, Raw>> View<T> {
     /// How much of the LUN the tables account for, in blocks; none in a volume of an older version.
     pub(crate) fn area_blocks(&self) -> Result<Option<u64>, StoreError> {
-        let value = get(&self.globals, AREA_BLOCKS)?;
+        let value = get(self.table(TableId::Globals), AREA_BLOCKS)?;
         value.map(|bytes| read_u64(&bytes).ok_or_else(|| damaged("the size of the data area"))).transpose()
     }
 }
 
+impl<T: ReadableTable<Raw, Raw>> View<T> {
+    /// Where the journal goes on; none in a volume that has none yet.
+    pub(super) fn journal_head(&self) -> Result<Option<Head>, StoreError> {
+        let read = |name: &[u8]| -> Result<Option<u64>, StoreError> {
+            let value = get(self.table(TableId::Globals), name)?;
+            value
+                .map(|bytes| read_u64(&bytes).ok_or_else(|| damaged("where the journal goes on")))
+                .transpose()
+        };
+        let rows = read(JOURNAL_TERM)?.zip(read(JOURNAL_NEXT)?);
+        Ok(rows.map(|(term, next)| Head { term: Term(term), next }))
+    }
+}
+
 impl Tables<'_> {
+    /// Says where the journal goes on: what it has before that is in this transaction or the ones before it.
+    pub(super) fn put_journal_head(&mut self, head: Head) -> Result<(), StoreError> {
+        self.put(TableId::Globals, JOURNAL_TERM, &head.term.0.to_le_bytes())?;
+        self.put(TableId::Globals, JOURNAL_NEXT, &head.next.to_le_bytes())
+    }
+
+    /// Does again what a record of the journal tells of.
+    pub(super) fn redo(&mut self, record: &[u8]) -> Result<(), StoreError> {
+        changes::each(record, |change| match change.value {
+            Some(value) => self.put(change.table, change.key, value),
+            None => self.remove(change.table, change.key),
+        })
+    }
+
     pub(crate) fn put_area_blocks(&mut self, blocks: u64) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.globals, AREA_BLOCKS, &blocks.to_le_bytes())
+        self.put(TableId::Globals, AREA_BLOCKS, &blocks.to_le_bytes())
     }
 
     /// Whether anything was written in this transaction.
     pub(crate) fn changed(&self) -> bool {
-        self.changed
+        self.changes.any()
+    }
+
+    /// Ends the access. What was written is what a commit wants.
+    pub(crate) fn into_changes(self) -> Changes {
+        self.changes
+    }
+
+    fn put(&mut self, table: TableId, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        self.changes.put(table, key, value);
+        self.table_mut(table).insert(key, value).map(drop).map_err(engine(WRITE))
+    }
+
+    /// Gives what was there.
+    fn take(&mut self, table: TableId, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
+        self.changes.remove(table, key);
+        let row = self.table_mut(table).remove(key).map_err(engine(WRITE))?;
+        Ok(row.map(|guard| guard.value().to_vec()))
+    }
+
+    fn remove(&mut self, table: TableId, key: &[u8]) -> Result<(), StoreError> {
+        self.take(table, key).map(drop)
     }
 
     pub(crate) fn put_inode(&mut self, ino: u64, inode: &InodeRecord) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.inodes, &keys::number(ino), &inode.encode_to_vec())
+        self.put(TableId::Inodes, &keys::number(ino), &inode.encode_to_vec())
     }
 
     /// Removes an inode and its extended attributes.
     pub(crate) fn remove_inode(&mut self, ino: u64) -> Result<(), StoreError> {
-        self.changed = true;
         for name in self.xattr_names(ino)? {
             self.remove_xattr(ino, &name)?;
         }
-        remove(&mut self.inodes, &keys::number(ino))
+        self.remove(TableId::Inodes, &keys::number(ino))
     }
 
     pub(crate) fn put_xattr(&mut self, ino: u64, name: &[u8], value: &[u8]) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.xattrs, &keys::name(ino, name), value)
+        self.put(TableId::Xattrs, &keys::name(ino, name), value)
     }
 
     pub(crate) fn remove_xattr(&mut self, ino: u64, name: &[u8]) -> Result<(), StoreError> {
-        self.changed = true;
-        remove(&mut self.xattrs, &keys::name(ino, name))
+        self.remove(TableId::Xattrs, &keys::name(ino, name))
     }
 
     pub(crate) fn put_dirent(&mut self, parent: u64, name: &[u8], dirent: Dirent) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.dirents, &keys::name(parent, name), &dirent_value(dirent))?;
+        self.put(TableId::Dirents, &keys::name(parent, name), &dirent_value(dirent))?;
         let mut value = dirent.ino.to_le_bytes().to_vec();
         value.push(kind_byte(dirent.kind));
         value.extend_from_slice(name);
-        put(&mut self.cookies, &keys::pair(parent, dirent.cookie), &value)
+        self.put(TableId::Cookies, &keys::pair(parent, dirent.cookie), &value)
     }
 
     pub(crate) fn remove_dirent(&mut self, parent: u64, name: &[u8], cookie: u64) -> Result<(), StoreError> {
-        self.changed = true;
-        remove(&mut self.dirents, &keys::name(parent, name))?;
-        remove(&mut self.cookies, &keys::pair(parent, cookie))
+        self.remove(TableId::Dirents, &keys::name(parent, name))?;
+        self.remove(TableId::Cookies, &keys::pair(parent, cookie))
     }
 
     /// Stores the difference between two windows of a file's map.
@@ -575,16 +680,14 @@ impl Tables<'_> {
         for extent in old {
             while kept.next_if(|n| n.file < extent.file).is_some() {}
             if kept.peek().is_none_or(|n| n.file != extent.file) {
-                self.changed = true;
-                remove(&mut self.extents, &keys::pair(ino, extent.file))?;
+                self.remove(TableId::Extents, &keys::pair(ino, extent.file))?;
             }
         }
         let mut known = old.iter().peekable();
         for extent in new {
             while known.next_if(|o| o.file < extent.file).is_some() {}
             if known.peek().is_none_or(|o| *o != extent) {
-                self.changed = true;
-                put(&mut self.extents, &keys::pair(ino, extent.file), &extent_value(extent))?;
+                self.put(TableId::Extents, &keys::pair(ino, extent.file), &extent_value(extent))?;
             }
         }
         Ok(())
@@ -598,74 +701,61 @@ impl Tables<'_> {
     ) -> Result<(), StoreError> {
         let starts: BTreeSet<u64> = new.iter().map(|run| run.start).collect();
         for run in old.iter().filter(|run| !starts.contains(&run.start)) {
-            self.changed = true;
-            remove(&mut self.refcounts, &keys::number(run.start))?;
+            self.remove(TableId::Refcounts, &keys::number(run.start))?;
         }
         let known: BTreeSet<SharedRun> = old.iter().copied().collect();
         for run in new.iter().filter(|run| !known.contains(run)) {
-            self.changed = true;
             let mut value = run.blocks.to_le_bytes().to_vec();
             value.extend_from_slice(&run.count.to_le_bytes());
-            put(&mut self.refcounts, &keys::number(run.start), &value)?;
+            self.put(TableId::Refcounts, &keys::number(run.start), &value)?;
         }
         Ok(())
     }
 
     pub(crate) fn put_free(&mut self, start: u64, blocks: u64) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.free, &keys::number(start), &blocks.to_le_bytes())
+        self.put(TableId::Free, &keys::number(start), &blocks.to_le_bytes())
     }
 
     pub(crate) fn remove_free(&mut self, start: u64) -> Result<(), StoreError> {
-        self.changed = true;
-        remove(&mut self.free, &keys::number(start))
+        self.remove(TableId::Free, &keys::number(start))
     }
 
     pub(crate) fn put_chunk(&mut self, start: u64, blocks: u64) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.chunks, &keys::number(start), &blocks.to_le_bytes())
+        self.put(TableId::Chunks, &keys::number(start), &blocks.to_le_bytes())
     }
 
     pub(crate) fn put_pool_run(&mut self, run: PoolRun) -> Result<(), StoreError> {
-        self.changed = true;
         let mut value = run.blocks.to_le_bytes().to_vec();
         value.extend_from_slice(&run.log.to_le_bytes());
-        put(&mut self.pools, &keys::number(run.start), &value)
+        self.put(TableId::Pools, &keys::number(run.start), &value)
     }
 
     pub(crate) fn remove_pool_run(&mut self, start: u64) -> Result<(), StoreError> {
-        self.changed = true;
-        remove(&mut self.pools, &keys::number(start))
+        self.remove(TableId::Pools, &keys::number(start))
     }
 
     pub(crate) fn put_log(&mut self, id: ClientId, row: &LogRow) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.logs, &keys::client(id), &row.encode_to_vec())
+        self.put(TableId::Logs, &keys::client(id), &row.encode_to_vec())
     }
 
     pub(crate) fn remove_log(&mut self, id: ClientId) -> Result<(), StoreError> {
-        self.changed = true;
-        remove(&mut self.logs, &keys::client(id))
+        self.remove(TableId::Logs, &keys::client(id))
     }
 
     pub(crate) fn put_orphan(&mut self, ino: u64) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.orphans, &keys::number(ino), &[])
+        self.put(TableId::Orphans, &keys::number(ino), &[])
     }
 
     pub(crate) fn remove_orphan(&mut self, ino: u64) -> Result<(), StoreError> {
-        self.changed = true;
-        remove(&mut self.orphans, &keys::number(ino))
+        self.remove(TableId::Orphans, &keys::number(ino))
     }
 
     pub(crate) fn put_client(&mut self, id: ClientId, record: &ClientRecord) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.clients, &keys::client(id), &record.encode_to_vec())
+        self.put(TableId::Clients, &keys::client(id), &record.encode_to_vec())
     }
 
     pub(crate) fn remove_client(&mut self, id: ClientId) -> Result<(), StoreError> {
-        self.changed = true;
-        remove(&mut self.clients, &keys::client(id))
+        self.remove(TableId::Clients, &keys::client(id))
     }
 
     pub(crate) fn put_reply(
@@ -674,27 +764,16 @@ impl Tables<'_> {
         request_id: u64,
         reply: Bytes,
     ) -> Result<(), StoreError> {
-        self.changed = true;
         let value = StoredReply { reply }.encode_to_vec();
-        put(&mut self.replies, &keys::request(id, request_id), &value)
+        self.put(TableId::Replies, &keys::request(id, request_id), &value)
     }
 
     pub(crate) fn remove_reply(&mut self, id: ClientId, request_id: u64) -> Result<(), StoreError> {
-        self.changed = true;
-        remove(&mut self.replies, &keys::request(id, request_id))
+        self.remove(TableId::Replies, &keys::request(id, request_id))
     }
 
     pub(crate) fn put_globals(&mut self, globals: Globals) -> Result<(), StoreError> {
-        self.changed = true;
-        put(&mut self.globals, b"next_ino", &globals.next_ino.to_le_bytes())?;
-        put(&mut self.globals, b"inodes", &globals.inodes.to_le_bytes())
+        self.put(TableId::Globals, b"next_ino", &globals.next_ino.to_le_bytes())?;
+        self.put(TableId::Globals, b"inodes", &globals.inodes.to_le_bytes())
     }
-}
-
-fn put(table: &mut Table<'_, Raw, Raw>, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
-    table.insert(key, value).map(drop).map_err(engine(WRITE))
-}
-
-fn remove(table: &mut Table<'_, Raw, Raw>, key: &[u8]) -> Result<(), StoreError> {
-    table.remove(key).map(drop).map_err(engine(WRITE))
 }

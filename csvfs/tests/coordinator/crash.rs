@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use blockio::{BlockDevice, MemoryDevice, Record, Recorder, Unflushed};
+use csvfs::format::layout::{JOURNAL_BYTES, JOURNAL_OFFSET};
 use csvfs::pb::request::Op;
 use csvfs::pb::{self, ExtentState, FileKind, GrantMode, reply};
 use lockmgr::VolumeId;
@@ -284,6 +285,60 @@ fn a_power_cut_at_any_flush_loses_nothing_that_was_promised() {
         recorded.check(cut, choices[i % 4]);
         recorded.check(cut, choices[(i + 2) % 4]);
     }
+}
+
+// Invariant D3: what was done again in part is done again as a whole.
+#[test]
+fn a_replay_of_the_journal_that_is_cut_short_loses_nothing() {
+    let recorded = record(0x5eed_0002, 40);
+    let (end, model) = recorded.promises.last().expect("steps were made");
+    let image = recorded.recorder.replay_prefix(*end, Unflushed::None);
+    let again = Arc::new(Recorder::with_base(image.fork(), image));
+    let device: Arc<dyn BlockDevice> = again.clone();
+    drop(World::open(device, recorded.volume, 2));
+    let flushes: Vec<usize> =
+        (0..again.position()).filter(|at| matches!(again.log()[*at], Record::Flush { .. })).collect();
+    assert!(flushes.len() > 2, "the opening has written something: {}", flushes.len());
+    for (i, &cut) in flushes.iter().enumerate() {
+        let seed = i as u64;
+        for choice in [Unflushed::None, Unflushed::All, Unflushed::Torn { seed }] {
+            let image: Arc<dyn BlockDevice> = Arc::new(again.replay_prefix(cut, choice));
+            assert_clean_offline(&image);
+            let world = World::open(image.clone(), recorded.volume, 3);
+            world.coordinator.client_gone(recorded.client);
+            let reader = world.client(2);
+            let tree = read_tree(&reader, image.as_ref());
+            assert!(tree == *model, "at {cut} with {choice:?}: {}", difference(model, &tree));
+            world.assert_clean(&reader);
+        }
+    }
+}
+
+// Invariant D5: what an older coordinator appends late is no record.
+#[test]
+fn a_record_of_an_older_term_is_not_done_again() {
+    let lun = Arc::new(MemoryDevice::new(LUN));
+    let volume = format(&(lun.clone() as Arc<dyn BlockDevice>));
+    let late = Arc::new(lun.fork());
+    let old = World::open(late.clone(), volume, 2);
+    let client = old.client(2);
+    client.create(ROOT, "late");
+    let mut record = vec![0; usize::try_from(JOURNAL_BYTES).expect("small")];
+    late.read_at(JOURNAL_OFFSET, &mut record).expect("good");
+    let follows = |term: u64| {
+        let lun = Arc::new(lun.fork());
+        drop(World::open(lun.clone(), volume, 2));
+        if term > 2 {
+            drop(World::open(lun.clone(), volume, term));
+        }
+        lun.write_at(JOURNAL_OFFSET, &record).expect("good");
+        let world = World::open(lun.clone(), volume, term + 1);
+        world.coordinator.client_gone(client.id);
+        let reader = world.client(3);
+        read_tree(&reader, lun.as_ref()).contains_key("late")
+    };
+    assert!(follows(2), "it is a record while no newer term has begun");
+    assert!(!follows(3));
 }
 
 #[test]

@@ -5,12 +5,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use blockio::{BlockDevice, FaultDevice, Geometry, IoOp, IoRequest, MemoryDevice, OpKind};
-use csvfs::pb::GetAttr;
 use csvfs::pb::request::Op;
+use csvfs::pb::{GetAttr, GrantMode};
 
-use crate::world::{MIB, ROOT, World, attr, create, result};
+use crate::world::{BLOCK, MIB, ROOT, World, attr, create, result};
 
-/// Counts flushes.
+/// Whether a request makes something stable: a flush, or a forced write.
+fn makes_stable(request: &IoRequest) -> bool {
+    matches!(request.op, IoOp::Flush | IoOp::Write { fua: true, .. })
+}
+
+/// Counts what makes something stable.
 struct Counted<D> {
     inner: D,
     flushes: AtomicU64,
@@ -22,7 +27,7 @@ impl<D: BlockDevice> BlockDevice for Counted<D> {
     }
 
     fn submit(&self, request: IoRequest) {
-        if matches!(request.op, IoOp::Flush) {
+        if makes_stable(&request) {
             self.flushes.fetch_add(1, Ordering::SeqCst);
         }
         self.inner.submit(request);
@@ -45,7 +50,7 @@ fn parallel_creates_share_commits() {
     let alone = flushes_of(&|| assert_eq!(clients[0].create(ROOT, "alone").nlink, 1));
     let together = flushes_of(&|| {
         // While the first commit hangs, all the others arrive.
-        device.inner.hold(Some(OpKind::Flush));
+        device.inner.hold(Some(OpKind::Write));
         let first = clients[0].start(create(ROOT, "first"));
         device.inner.wait_held(1);
         let started: Vec<_> = clients
@@ -95,7 +100,7 @@ impl<D: BlockDevice> BlockDevice for Gated<D> {
 
     fn submit(&self, request: IoRequest) {
         let mut waiting = self.waiting.lock().unwrap();
-        if matches!(request.op, IoOp::Flush) && !self.open.load(Ordering::SeqCst) {
+        if makes_stable(&request) && !self.open.load(Ordering::SeqCst) {
             waiting.push_back(request);
             self.came.notify_all();
         } else {
@@ -128,6 +133,29 @@ fn who_only_looks_does_not_wait_for_the_commit_of_what_others_change() {
     device.open();
     assert_eq!(attr(result(&second)).nlink, 1);
     world.assert_clean(&looking);
+}
+
+// The blocks of one file are freed along with the name of the next.
+#[test]
+fn removing_one_file_after_the_other_takes_a_commit_for_each() {
+    const FILES: u64 = 50;
+    let device = Arc::new(Counted { inner: MemoryDevice::new(64 * MIB), flushes: AtomicU64::new(0) });
+    let world = World::on(device.clone());
+    let c = world.client(1);
+    let names: Vec<String> = (0..FILES).map(|i| format!("f{i}")).collect();
+    let free = c.stat().blocks_free;
+    for name in &names {
+        let ino = c.create(ROOT, name).ino;
+        c.acquire(ino, GrantMode::Exclusive);
+        c.allocate(ino, 0, BLOCK);
+        c.release(ino, GrantMode::Null, 0);
+    }
+    let before = device.flushes.load(Ordering::SeqCst);
+    names.iter().for_each(|name| c.unlink(ROOT, name));
+    let made = device.flushes.load(Ordering::SeqCst) - before;
+    assert!(made < FILES + FILES / 2, "{made} for {FILES} files");
+    assert_eq!(c.stat().blocks_free, free, "who looks for the space finds it");
+    world.assert_clean(&c);
 }
 
 #[test]

@@ -110,6 +110,7 @@ fn a_request_sent_again_to_the_next_coordinator_is_done_once() {
     c.unlink(ROOT, "a");
     assert_eq!(c.getattr(ino).nlink, 0);
     c.done(Op::Close(pb::Close { ino }));
+    c.stat();
     assert_eq!(c.errno(Op::GetAttr(pb::GetAttr { ino, cache: false })), libc::ENOENT);
     world.assert_clean(&c);
 }
@@ -237,6 +238,7 @@ fn orphans_outlive_a_crash_as_long_as_somebody_claims_them() {
     let c = c.follow(&world);
     c.attach(attach_with(vec![], vec![pb::OpenClaim { ino: kept, count: 1 }]));
     c.getattr(kept);
+    c.stat();
     assert_eq!(c.errno(Op::GetAttr(pb::GetAttr { ino: lost, cache: false })), libc::ENOENT);
     assert_eq!(world.assert_clean(&c).orphans, 1);
     c.done(Op::Close(pb::Close { ino: kept }));

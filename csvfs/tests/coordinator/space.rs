@@ -133,8 +133,8 @@ fn an_open_file_survives_its_last_name_until_its_last_close() {
     c.done(close());
     assert_eq!(d.getattr(ino).nlink, 0);
     d.done(close());
-    assert_eq!(c.errno(Op::GetAttr(pb::GetAttr { ino, cache: false })), libc::ENOENT);
     assert_eq!(c.stat().blocks_free, free + 10);
+    assert_eq!(c.errno(Op::GetAttr(pb::GetAttr { ino, cache: false })), libc::ENOENT);
     assert_eq!(world.assert_clean(&c).orphans, 0);
 }
 
@@ -165,6 +165,7 @@ fn a_removed_file_keeps_its_blocks_while_somebody_has_a_grant() {
     assert_eq!(c.getattr(ino).nlink, 1, "others are not held up, and nothing has happened yet");
     c.release(ino, GrantMode::Null, recall.seq);
     result(&unlinked);
+    c.stat();
     assert_eq!(c.errno(Op::GetAttr(pb::GetAttr { ino, cache: false })), libc::ENOENT);
     // By the one who holds the grant itself: the name goes at once, the blocks when the grant is given up.
     let own = file_with_grant(&c, "own");

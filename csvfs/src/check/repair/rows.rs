@@ -1,7 +1,7 @@
 //! Rows that are no rows of their tables.
 
 use super::Repair;
-use crate::meta::StoreError;
+use crate::meta::{StoreError, TableId};
 
 /// Rows that one repair sets aside; a volume with more is repaired several times.
 const ROWS_MAX: usize = 100_000;
@@ -11,11 +11,12 @@ impl Repair<'_, '_> {
     pub(super) fn rows(&mut self) -> Result<(), StoreError> {
         for row in self.tables.damaged_rows(ROWS_MAX)? {
             self.tables.quarantine(row.table, &row.key)?;
-            let ino = if row.table == "inodes" || row.table == "extents" { number(&row.key) } else { 0 };
-            if row.table == "inodes" {
+            let ino =
+                if matches!(row.table, TableId::Inodes | TableId::Extents) { number(&row.key) } else { 0 };
+            if row.table == TableId::Inodes {
                 self.lost_rows.insert(ino);
             }
-            self.did(ino, format!("a row of {} that cannot be read was set aside", row.table));
+            self.did(ino, format!("a row of {} that cannot be read was set aside", row.table.name()));
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use super::Repair;
 use crate::check::shared::counted;
 use crate::extents::{Extent, State, merged, shared, without};
 use crate::format::layout::BLOCK_BYTES;
-use crate::meta::StoreError;
+use crate::meta::{StoreError, TableId};
 use crate::proto::FileKind;
 use crate::refcounts::SharedRun;
 
@@ -192,8 +192,8 @@ impl Repair<'_, '_> {
         let mut free = gaps(&self.params.area, &owned);
         let leaked: Runs = free.iter().flat_map(|run| gaps(run, &kept_runs)).collect();
         let leaked_blocks: u64 = leaked.iter().map(|run| run.end - run.start).sum();
-        let (_, unknown) = self.tables.set_aside("extents")?;
-        let (_, unknown_pools) = self.tables.set_aside("pools")?;
+        let unknown = self.tables.set_aside(Some(TableId::Extents))?;
+        let unknown_pools = self.tables.set_aside(Some(TableId::Pools))?;
         if leaked_blocks > 0 && unknown + unknown_pools > 0 {
             self.keep_as_file(&leaked)?;
             free = free.iter().flat_map(|run| gaps(run, &leaked)).collect();

@@ -9,7 +9,7 @@ use lockmgr::{ClientId, ClusterId, Epoch, NodeId, Term, VolumeId};
 
 use crate::extents::{Extent, State};
 use crate::local::{LocalLink, LocalPushes};
-use crate::meta::{Dirent, Store, Tables};
+use crate::meta::{Dirent, Store, TableId, Tables};
 use crate::node::{Creation, File, Node, NodeParams};
 use crate::proto::{FileKind, Repaired};
 use crate::refcounts::SharedRun;
@@ -94,10 +94,13 @@ impl Lun {
     /// Changes the tables behind everybody's back.
     fn damage(&self, change: impl FnOnce(&mut Tables<'_>)) {
         let block = Superblock::read(self.device.as_ref()).expect("a superblock");
-        let store = Store::open(self.device.clone(), self.volume, block.lun_bytes).expect("a store");
+        let mut store =
+            Store::open(self.device.clone(), self.volume, block.lun_bytes, Term(self.term)).expect("a store");
         let transaction = store.begin().expect("a transaction");
-        change(&mut transaction.tables().expect("tables"));
-        transaction.commit().expect("a commit");
+        let mut tables = transaction.tables().expect("tables");
+        change(&mut tables);
+        let changes = tables.into_changes();
+        store.commit(transaction, &changes).expect("a commit");
         store.close().expect("an orderly end");
     }
 }
@@ -236,7 +239,7 @@ fn an_entry_to_nothing_is_set_aside() {
 fn an_inode_that_cannot_be_read_is_made_anew_for_its_blocks() {
     let served = check("a row of inodes cannot be read", "was made anew", |tables| {
         let ino = ino_of(tables, "a");
-        tables.put_raw("inodes", &ino.to_be_bytes(), &[0xFF; 9]).expect("a write");
+        tables.put_raw(TableId::Inodes, &ino.to_be_bytes(), &[0xFF; 9]).expect("a write");
     });
     assert_eq!(read(&served.node, "/a"), vec![1; 16 * BLOCK]);
     served.end();
@@ -246,7 +249,7 @@ fn an_inode_that_cannot_be_read_is_made_anew_for_its_blocks() {
 fn a_directory_that_cannot_be_read_keeps_what_is_in_it() {
     let served = check("a row of inodes cannot be read", "made anew", |tables| {
         let ino = ino_of(tables, "dir");
-        tables.put_raw("inodes", &ino.to_be_bytes(), &[0xFF; 9]).expect("a write");
+        tables.put_raw(TableId::Inodes, &ino.to_be_bytes(), &[0xFF; 9]).expect("a write");
     });
     assert_eq!(read(&served.node, "/dir/inner"), vec![3; 4 * BLOCK]);
     served.end();
@@ -256,7 +259,7 @@ fn a_directory_that_cannot_be_read_keeps_what_is_in_it() {
 fn an_entry_that_cannot_be_read_comes_back_from_the_order_of_its_directory() {
     let served = check("a row of dirents cannot be read", "rebuilt from the order", |tables| {
         let key = [&ROOT_INO.to_be_bytes()[..], b"b"].concat();
-        tables.put_raw("dirents", &key, &[1]).expect("a write");
+        tables.put_raw(TableId::Dirents, &key, &[1]).expect("a write");
     });
     assert_eq!(read(&served.node, "/b"), vec![2; 16 * BLOCK]);
     served.end();
@@ -267,7 +270,7 @@ fn a_place_that_cannot_be_read_comes_back_from_its_entry() {
     let served = check("a row of cookies cannot be read", "its place", |tables| {
         let cookie = tables.dirent(ROOT_INO, b"b").expect("readable").expect("there").cookie;
         let key = [ROOT_INO.to_be_bytes(), cookie.to_be_bytes()].concat();
-        tables.put_raw("cookies", &key, &[]).expect("a write");
+        tables.put_raw(TableId::Cookies, &key, &[]).expect("a write");
     });
     assert_eq!(read(&served.node, "/b"), vec![2; 16 * BLOCK]);
     served.end();
@@ -279,7 +282,7 @@ fn blocks_of_an_extent_that_cannot_be_read_are_a_file_in_lost_found() {
     let served = check("a row of extents cannot be read", "blocks whose owner is not known", |tables| {
         let (ino, extent) = first_extent(tables, "a");
         let key = [ino.to_be_bytes(), extent.file.to_be_bytes()].concat();
-        tables.put_raw("extents", &key, &[9; 17]).expect("a write");
+        tables.put_raw(TableId::Extents, &key, &[9; 17]).expect("a write");
     });
     let folder = served.node.resolve("/lost+found").expect("there").ino;
     let page = served.node.readdir(folder, 0, 10).expect("a listing");
@@ -362,14 +365,14 @@ fn other_damage_is_named_and_mended() {
     type Damage = fn(&mut Tables<'_>);
     let cases: [(&str, &str, Damage); 5] = [
         ("a row of orphans cannot be read", "set aside", |t| {
-            t.put_raw("orphans", &[1, 2], &[]).expect("a write");
+            t.put_raw(TableId::Orphans, &[1, 2], &[]).expect("a write");
         }),
         ("attribute of an inode", "attribute", |t| t.put_xattr(5000, b"user.x", b"1").expect("a write")),
         ("a row of replies cannot be read", "set aside", |t| {
-            t.put_raw("replies", &[0; 26], &[0xFF; 4]).expect("a write");
+            t.put_raw(TableId::Replies, &[0; 26], &[0xFF; 4]).expect("a write");
         }),
         ("a row of refcounts cannot be read", "set aside", |t| {
-            t.put_raw("refcounts", &7_u64.to_be_bytes(), &[0; 16]).expect("a write");
+            t.put_raw(TableId::Refcounts, &7_u64.to_be_bytes(), &[0; 16]).expect("a write");
         }),
         ("the next inode number", "the next number is", |t| {
             let globals = t.globals().expect("readable");
