@@ -10,6 +10,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::cluster::check;
 use crate::drive;
 use crate::kernel::Kernel;
 use crate::network::Network;
@@ -19,8 +20,6 @@ use crate::tree::Tree;
 
 /// An emulated guest in an emulated machine.
 const GUEST_WITHIN: Duration = Duration::from_secs(300);
-/// From the end of a VM's process to its record; each question takes its time in emulation.
-const RECORDED_WITHIN: Duration = Duration::from_secs(60);
 const ROOT_MIB: u64 = 64;
 const GUEST_MODULES: &[&str] =
     &["virtio_mmio", "virtio_blk", "ext4", "crc32c_generic", "virtio_net", "virtio-rng"];
@@ -89,24 +88,16 @@ pub(super) fn prepare(kernel: &Kernel, content: &Path, init: &str) -> Result<(),
     drive::ext4(&content.join("root.raw"), ROOT_MIB, root.path())
 }
 
-/// Waits for the guest's end; gives all that it has said.
+/// Waits for the guest's end; gives all that it has said. Whoever follows a console is told of the end once it is recorded.
 fn follow_guest(node: &mut Node) -> Result<String, LabError> {
     let limit = GUEST_WITHIN.as_secs();
     // Ends with the VM; busybox' timeout bounds it.
-    let follow = format!("timeout {limit} csvctl --connect {SOCKET} vm console debian --follow || true");
+    let follow = format!("timeout {limit} csvctl --connect {SOCKET} vm console debian --follow");
     let said = node.machine.run(&follow, GUEST_WITHIN + Duration::from_secs(60))?;
     println!("{}", said.lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n"));
-    // The console ends with the VM's process, and the record follows.
-    let begun = Instant::now();
-    loop {
-        let shown = node.ctl(SOCKET, "vm show debian")?;
-        if shown["state"] == "stopped" {
-            return Ok(said);
-        }
-        if begun.elapsed() > RECORDED_WITHIN {
-            return Err(LabError::new(format!("the guest has not switched itself off: {shown}")));
-        }
-    }
+    let shown = node.ctl(SOCKET, "vm show debian")?;
+    check(shown["state"] == "stopped", "a guest that has switched itself off", &shown)?;
+    Ok(said)
 }
 
 fn check_guest(kernel: &Kernel, said: &str) -> Result<(), LabError> {
