@@ -419,3 +419,45 @@ fn whoever_is_told_of_the_end_of_a_request_is_the_only_owner_of_its_memory() {
         assert!(told.recv().expect("told"), "write: {write}");
     }
 }
+
+/// A device that opens at any time and is lost with the first requests, as many as are left.
+struct Fragile(Arc<AtomicUsize>);
+
+impl BlockDevice for Fragile {
+    fn geometry(&self) -> Geometry {
+        Geometry { size_bytes: SIZE, block_bytes: 512, can_discard: false }
+    }
+
+    fn submit(&self, request: IoRequest) {
+        let lost = || IoError::Lost { what: "the server".to_owned(), why: "it has hung up".to_owned() };
+        let left = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1));
+        (request.done)(left.map_or(Ok(()), |_| Err(lost())));
+    }
+}
+
+impl Ways for Fragile {
+    fn direct(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
+        Ok(Arc::new(Self(Arc::clone(&self.0))))
+    }
+
+    fn detour(&self) -> Result<Box<dyn Detour>, IoError> {
+        Err(IoError::Closed)
+    }
+
+    fn changed(&self, _status: &PathStatus) {}
+}
+
+// A server that hangs up whenever a bad sector is read: opened anew each time without a pause, it took a processor, and told of
+// a thousand changes of the way in a second.
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a pause is what is tested")]
+fn a_way_that_is_lost_again_and_again_by_one_request_is_not_opened_without_a_pause() {
+    const TRIES_WITHOUT: usize = 4;
+    const PAUSES: usize = 1 + 2 + 3;
+    let left = Arc::new(AtomicUsize::new(TRIES_WITHOUT + 3));
+    let path = PathDevice::open(Arc::new(Fragile(Arc::clone(&left)))).expect("the way is open");
+    let begun = std::time::Instant::now();
+    write(&path, 0, 1).recv().expect("told").expect("it has got through");
+    assert!(begun.elapsed() >= Duration::from_millis(100) * u32::try_from(PAUSES).expect("few"));
+    assert_eq!(left.load(Ordering::Acquire), 0);
+}

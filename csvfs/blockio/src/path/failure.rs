@@ -2,7 +2,7 @@
 //!
 //! | error | of the way? | done again over a way that works |
 //! |---|---|---|
-//! | a severed link, a device that is gone, a lost connection | yes | always |
+//! | a severed link, a device that is gone, a lost connection | yes | always; after some tries with a pause that grows |
 //! | an I/O error of a read or write | perhaps | a few times |
 //! | an I/O error of a flush, or a device stopped by one | perhaps | only when the way proves to be lost |
 //! | a reservation conflict, no space, a revoked right, ... | no | never |
@@ -10,7 +10,7 @@
 use crate::{IoError, IoOp};
 
 /// Times that a request is tried before an error that may be the device's own is believed.
-const TRIES_MAX: u32 = 4;
+pub(super) const TRIES_MAX: u32 = 4;
 
 /// What to think of an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,13 +10,15 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use super::device::{Detour, Held, PathStatus, Route, Shared, State};
-use super::failure::is_worth_another_try;
+use super::failure::{TRIES_MAX, is_worth_another_try};
 use crate::{BlockDevice, IoError};
 
 /// How often a lost direct way is tried while the detour is taken.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
 /// Pause between attempts while there is no way at all, or a detour is not settled.
 const AGAIN_AFTER: Duration = Duration::from_millis(100);
+/// Most such pauses before a way that was lost again and again is taken again.
+const RESTS_MAX: u32 = 20;
 
 /// Steers until the device is dropped.
 pub(super) fn run(
@@ -126,6 +128,9 @@ impl Steering {
             return;
         }
         let was_direct = self.direct.take();
+        if !self.rest() {
+            return;
+        }
         loop {
             if self.has_ended() {
                 return;
@@ -225,6 +230,14 @@ impl Steering {
             }
         }
         true
+    }
+
+    /// A way that works whenever it is tried, and is lost whenever a certain request is sent over it, would be changed without
+    /// end: the longer a request has had no luck, the longer is waited before it is sent again. `false`: the device is being
+    /// dropped.
+    fn rest(&self) -> bool {
+        let tries = self.shared.lock().held.iter().map(|request| request.tries).max().unwrap_or(0);
+        (0..tries.saturating_sub(TRIES_MAX).min(RESTS_MAX)).all(|_| self.has_ended() || self.pause())
     }
 
     /// Waits a moment; `false` when the device is being dropped.
