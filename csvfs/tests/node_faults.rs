@@ -336,3 +336,35 @@ fn a_log_that_cannot_be_read_locks_what_its_client_held_and_can_be_given_up() {
     drop(file);
     assert_eq!(world.problems(&other), Vec::<String>::new());
 }
+
+// Each failed read may be a reason to say once more that the client has ended: the coordinator would do nothing else.
+#[test]
+#[expect(clippy::disallowed_methods, reason = "a pause is what is tested")]
+fn a_log_that_could_not_be_read_is_read_again_after_a_while_and_not_whenever_its_client_is_called_over() {
+    use std::time::{Duration, Instant};
+
+    use lockmgr::{Epoch, NodeId};
+    const PAUSE: Duration = Duration::from_secs(2);
+    let (device, _) = faulty();
+    let world = World::on(device.clone());
+    let (node, other) = (world.node(1), world.node(2));
+    let file = create(&node, "f");
+    write(&file, 0, &[1; 8192]).expect("a write");
+    fsync(&file).expect("an fsync");
+    device.break_range(4 << 20..20 << 20);
+    let coordinator = world.link.coordinator().expect("there");
+    let begun = Instant::now();
+    let is_locked = || {
+        coordinator.node_gone(NodeId(1), Epoch(1));
+        world.problems(&other).iter().any(|what| what.contains("give-up-log"))
+    };
+    assert!(is_locked());
+    device.heal();
+    let mut asked = 0;
+    while is_locked() {
+        asked += 1;
+        assert!(begun.elapsed() < Duration::from_secs(60), "it is readable again");
+    }
+    assert!(begun.elapsed() >= PAUSE && asked > 0, "it was read at once");
+    assert!(read(&open(&other, "f"), 0, 8192).expect("a read") == [1; 8192], "the log was replayed");
+}

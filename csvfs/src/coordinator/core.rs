@@ -16,6 +16,7 @@ use super::lend::Contended;
 use super::locks::LockWait;
 use super::mailbox::{Answer, Asker};
 use super::pools::Pools;
+use super::repair::Unreadable;
 use super::scarcity::Scarcity;
 use super::sessions::Session;
 use super::{CoordinatorTiming, PushTarget};
@@ -88,8 +89,8 @@ pub(super) struct Core {
     pub(super) growable: bool,
     /// What the metadata slot lists.
     pub(super) chunks: Box<dyn Fn() -> Vec<Chunk> + Send>,
-    /// Clients that have ended and whose logs cannot be read, and why.
-    pub(super) unreadable: BTreeMap<ClientId, String>,
+    /// Clients that have ended and whose logs cannot be read.
+    pub(super) unreadable: BTreeMap<ClientId, Unreadable>,
     /// Clients whose logs are not looked at any more.
     pub(super) given_up: BTreeSet<ClientId>,
     /// A check is under way.

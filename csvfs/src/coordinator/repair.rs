@@ -8,7 +8,7 @@
 
 use std::collections::BTreeSet;
 
-use lockmgr::{ClientId, NodeId, ResourceId};
+use lockmgr::{ClientId, Millis, NodeId, ResourceId};
 
 use super::core::Core;
 use super::pools::Pools;
@@ -19,7 +19,24 @@ use crate::meta::{StoreError, Tables};
 use crate::proto::{Done, GiveUpLog, RepairReport, reply};
 use crate::refusal::{OpError, errno};
 
+/// Between two attempts to read a log that could not be read. Whoever says again and again that its client has ended, which each
+/// failed read may be a reason for, does not keep the coordinator at it.
+const LOG_AGAIN_AFTER_MS: u64 = 2_000;
+
+/// A log that cannot be read.
+pub(super) struct Unreadable {
+    pub(super) why: String,
+    /// When it was tried last.
+    tried: Millis,
+}
+
 impl Core {
+    /// Whether a client's log was found unreadable a moment ago.
+    pub(super) fn rests(&self, client: ClientId) -> bool {
+        let rests = |unreadable: &Unreadable| self.now < unreadable.tried.plus(LOG_AGAIN_AFTER_MS);
+        self.unreadable.get(&client).is_some_and(rests)
+    }
+
     pub(super) fn repair(&mut self, tables: &mut Tables<'_>) -> Result<reply::Result, OpError> {
         if tables.changed() || self.alloc.pending() > 0 {
             return Err(OpError::Later);
@@ -62,7 +79,8 @@ impl Core {
 
     /// The log of a client that has ended cannot be read: the client keeps what it held, and nobody gets it (D4).
     pub(super) fn log_unreadable(&mut self, client: ClientId, error: &StoreError) {
-        if self.unreadable.insert(client, error.to_string()).is_none() {
+        let unreadable = Unreadable { why: error.to_string(), tried: self.now };
+        if self.unreadable.insert(client, unreadable).is_none() {
             tracing::error!(
                 %client, %error,
                 "the intent log of a client that has ended cannot be read: what it held stays locked until the LUN can \
@@ -81,7 +99,7 @@ impl Core {
         let client = client.filter(|client| self.unreadable.contains_key(client)).ok_or_else(|| {
             errno(libc::ENOENT, "no client of that name has ended with a log that cannot be read")
         })?;
-        let why = self.unreadable.remove(&client).unwrap_or_default();
+        let why = self.unreadable.remove(&client).map(|unreadable| unreadable.why).unwrap_or_default();
         tracing::error!(%client, why, "an intent log is given up: what its client had flushed last may be lost");
         self.given_up.insert(client);
         self.client_gone(tables, client)?;

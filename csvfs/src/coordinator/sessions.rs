@@ -236,6 +236,9 @@ impl Core {
         tables: &mut Tables<'_>,
         client: ClientId,
     ) -> Result<(), StoreError> {
+        if self.rests(client) {
+            return Ok(());
+        }
         // What it had acknowledged comes before anybody may have what it held (D4).
         if !self.given_up.contains(&client)
             && let Err(error) = self.replay_log(tables, client)?

@@ -9,6 +9,7 @@ use lockmgr::ClientId;
 use super::core::Core;
 use super::mailbox::Asker;
 use super::pools::Pool;
+use super::repair::Unreadable;
 use crate::check;
 use crate::format::layout::BLOCK_BYTES;
 use crate::meta::{Store, guarded};
@@ -53,7 +54,7 @@ impl Core {
         let unreadable: Vec<CheckProblem> = self
             .unreadable
             .iter()
-            .map(|(client, why)| CheckProblem {
+            .map(|(client, Unreadable { why, .. })| CheckProblem {
                 what: format!(
                     "client {client} has ended and its intent log cannot be read ({why}): what it held stays locked; \
                      csvctl volume give-up-log gives the log up"
