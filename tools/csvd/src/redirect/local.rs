@@ -76,12 +76,16 @@ impl NbdExports for Served {
         let volume = self.core.volumes.get(key.0).ok_or("there is no such volume here")?;
         let path = volume.path().ok_or("the volume is not open here")?;
         let mut session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
-        if session.is_none() {
-            // What the process has begun before over another stream is done first.
-            let stream = Arc::clone(&self.stream);
-            let number =
-                self.core.process_sessions.enter(&key, move || drop(stream.shutdown(Shutdown::Both)));
-            *session = Some((key, number));
+        match &*session {
+            Some((begun, _)) if *begun == key => {}
+            Some(_) => return Err("a stream is for one volume".to_owned()),
+            None => {
+                // What the process has begun before over another stream is done first.
+                let stream = Arc::clone(&self.stream);
+                let number =
+                    self.core.process_sessions.enter(&key, move || drop(stream.shutdown(Shutdown::Both)));
+                *session = Some((key, number));
+            }
         }
         Ok(NbdExport::new(path, false))
     }

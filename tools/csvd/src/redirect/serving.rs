@@ -77,7 +77,7 @@ impl Served {
 impl NbdExports for Served {
     fn find(&self, name: &str) -> Result<NbdExport, String> {
         let (volume, epoch) = parse(name).ok_or("this is no volume and epoch")?;
-        let right = Right { core: Arc::clone(&self.core), node: self.from, epoch };
+        let right = Right { core: Arc::clone(&self.core), volume, node: self.from, epoch };
         right.refusal().map_or(Ok(()), Err)?;
         let road = self.core.volumes.get(volume).and_then(|volume| volume.road());
         let direct = road.ok_or("the volume is not open here")?.direct_for_peers()?;
@@ -97,23 +97,30 @@ fn parse(name: &str) -> Option<(VolumeId, Epoch)> {
     Some((VolumeId(Uuid::try_parse(volume).ok()?), Epoch(epoch.parse().ok()?)))
 }
 
-/// The right of a peer's incarnation, read before each of its requests.
+/// The right of a peer's incarnation, read before each of its requests. Which node it is its certificate says.
 struct Right {
     core: Arc<Core>,
+    volume: VolumeId,
     node: NodeId,
     epoch: Epoch,
 }
 
 impl Right {
     fn refusal(&self) -> Option<String> {
-        refusal(&self.core.state(), self.node, self.epoch)
+        refusal(&self.core.state(), self.volume, self.node, self.epoch)
     }
 }
 
-/// Why an incarnation may not go through this node.
-fn refusal(records: &ClusterState, node: NodeId, epoch: Epoch) -> Option<String> {
-    (!view::is_up(records, node, epoch))
-        .then(|| format!("epoch {epoch} of node {node} is not in the cluster's records"))
+/// Why an incarnation may not go through this node to a volume.
+fn refusal(records: &ClusterState, volume: VolumeId, node: NodeId, epoch: Epoch) -> Option<String> {
+    if !view::is_up(records, node, epoch) {
+        return Some(format!("epoch {epoch} of node {node} is not in the cluster's records"));
+    }
+    if records.witnesses.contains(&node) {
+        return Some(format!("node {node} is a witness: it has no volumes"));
+    }
+    let known = view::volume_by_id(records, volume).is_some();
+    (!known).then(|| format!("volume {volume} is not in the cluster's records"))
 }
 
 impl WriteRight for Right {
@@ -168,23 +175,56 @@ pub(crate) async fn cut_off_the_dead(core: &Arc<Core>) {
 
 #[cfg(test)]
 mod tests {
-    use lockmgr::cluster::{Member, MemberState};
+    use lockmgr::Term;
+    use lockmgr::cluster::{FenceKind, Member, MemberState, VolumeRecord, VolumeState};
 
     use super::*;
+
+    const VOLUME: VolumeId = VolumeId(Uuid::from_u128(7));
+
+    fn records(state: MemberState) -> ClusterState {
+        let mut records = ClusterState::default();
+        let (id, epoch, name, address) = (NodeId(2), Epoch(4), "n2".to_owned(), String::new());
+        records.members.insert(id, Member { id, name, address, epoch, state, joined_ms: 0 });
+        let volume = VolumeRecord {
+            name: "vol1".to_owned(),
+            id: VOLUME,
+            lun_uri: String::new(),
+            owner: id,
+            owner_epoch: epoch,
+            term: Term(1),
+            fence_kind: FenceKind::Agent,
+            state: VolumeState::Online,
+            reason: String::new(),
+        };
+        records.volumes.insert(volume.name.clone(), volume);
+        records
+    }
 
     // Invariant A1: asked when a stream names its session, and before each request of it.
     #[test]
     fn only_an_incarnation_that_the_records_call_up_goes_through_this_node() {
-        let mut records = ClusterState::default();
-        assert!(refusal(&records, NodeId(2), Epoch(4)).is_some(), "nobody knows the node");
+        let nobody = ClusterState::default();
+        assert!(refusal(&nobody, VOLUME, NodeId(2), Epoch(4)).is_some(), "nobody knows the node");
         for state in [MemberState::Up, MemberState::Down, MemberState::Fencing, MemberState::Fenced] {
-            let (id, epoch) = (NodeId(2), Epoch(4));
-            let (name, address) = ("n2".to_owned(), String::new());
-            records.members.insert(id, Member { id, name, address, epoch, state, joined_ms: 0 });
-            assert_eq!(refusal(&records, id, epoch).is_none(), state == MemberState::Up, "{state}");
-            assert!(refusal(&records, id, Epoch(3)).is_some(), "an incarnation before: {state}");
-            assert!(refusal(&records, id, Epoch(5)).is_some(), "one that has not begun: {state}");
+            let records = records(state);
+            let refused = |epoch| refusal(&records, VOLUME, NodeId(2), Epoch(epoch)).is_some();
+            assert_eq!(!refused(4), state == MemberState::Up, "{state}");
+            assert!(refused(3), "an incarnation before: {state}");
+            assert!(refused(5), "one that has not begun: {state}");
         }
+    }
+
+    #[test]
+    fn a_witness_goes_to_no_volume_and_nobody_to_one_that_the_records_do_not_have() {
+        let mut records = records(MemberState::Up);
+        let asked = |records: &ClusterState, volume| refusal(records, volume, NodeId(2), Epoch(4));
+        assert_eq!(asked(&records, VOLUME), None);
+        let removed = asked(&records, VolumeId(Uuid::from_u128(8))).expect("refused");
+        assert!(removed.contains("not in the cluster's records"), "{removed}");
+        records.witnesses.insert(NodeId(2));
+        let refused = asked(&records, VOLUME).expect("refused");
+        assert!(refused.contains("witness"), "{refused}");
     }
 
     #[test]
