@@ -6,6 +6,7 @@ mod bad_input;
 mod checkpoints;
 mod coherence;
 mod cpu;
+mod damage;
 mod drain;
 mod faults;
 mod fences;

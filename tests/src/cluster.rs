@@ -54,10 +54,38 @@ impl Cluster {
         cluster
     }
 
-    fn up(&self, lun_size: &str, times: &[&str]) -> Value {
+    /// The same on a LUN that somebody serves at `uri`.
+    ///
+    /// # Panics
+    /// As [`Cluster::start`].
+    #[must_use]
+    pub fn on(uri: &str) -> Self {
+        let folder = TempDir::with_prefix("csv-").expect("a temporary folder");
+        let mut cluster = Self { folder, info: Value::Null, kept: false };
+        cluster.info = cluster.up("0", &["--base-ms", PATIENT_BASE_MS, "--lun", uri]);
+        cluster
+    }
+
+    /// Ends all nodes in order; [`Cluster::restart`] starts them again.
+    ///
+    /// # Panics
+    /// When they do not end.
+    pub fn stop(&self) {
+        Ctl::local().must(&["dev", "down", "--dir", self.dir().to_str().expect("a UTF-8 path")]);
+    }
+
+    /// Starts all nodes of a stopped cluster.
+    ///
+    /// # Panics
+    /// As [`Cluster::start`].
+    pub fn restart(&mut self) {
+        self.info = Ctl::local().must(&["dev", "up", "--dir", self.dir().to_str().expect("a UTF-8 path")]);
+    }
+
+    fn up(&self, lun_size: &str, options: &[&str]) -> Value {
         let dir = self.dir().to_str().expect("a UTF-8 path").to_owned();
         let up = ["dev", "up", "--dir", &dir, "--lun-size", lun_size, "--volume", "vol1"];
-        Ctl::local().must(&[&up, times].concat())
+        Ctl::local().must(&[&up, options].concat())
     }
 
     /// The cluster's folder.

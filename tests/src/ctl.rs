@@ -96,6 +96,22 @@ impl Ctl {
         })
     }
 
+    /// What `volume check` says of a volume, with further options. Problems are no failure of the call.
+    ///
+    /// # Panics
+    /// When the check itself fails, or its exit code is not that of its report.
+    #[must_use]
+    pub fn check(&self, volume: &str, options: &[&str]) -> Value {
+        let mut command = self.command(&[&["volume", "check", volume], options].concat());
+        let output = command.output().expect("csvctl can be started");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let report: Value = serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|error| panic!("{command:?} printed no report ({error}): {stderr}"));
+        let clean = report["problems"].as_array().is_some_and(Vec::is_empty);
+        assert_eq!(output.status.code(), Some(if clean { 0 } else { 4 }), "{report} {stderr}");
+        report
+    }
+
     /// `csvctl --json ARGUMENTS`, not started yet.
     pub(crate) fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
         let mut command = self.plain(&["--json", "--yes"]);

@@ -198,7 +198,7 @@ impl Host {
             Error::failed(error).during(format!("opening the coordinator of {}", record.name))
         })?;
         self.phases.opened();
-        report_gone(core, &coordinator).await;
+        let _later = report_gone(core, &coordinator).await;
         self.serving.send_replace(Some(Serving { term: record.term, coordinator }));
         tracing::info!(volume = %record.name, term = %record.term, "coordinator serves");
         core.pulse.beat();
@@ -226,7 +226,7 @@ pub(super) async fn run(core: Arc<Core>, volume: Arc<LocalVolume>) {
     }
 }
 
-/// Makes what is open here fit the record. `true`: it did not work, try again later.
+/// Makes what is open here fit the record. `true`: look again later.
 async fn settle(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> bool {
     let host = &volume.host;
     let _work = host.begin_work().await;
@@ -237,10 +237,10 @@ async fn settle(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> bool {
     };
     let mine = record.owner == core.me && record.owner_epoch == epoch;
     if mine && host.term() == Some(record.term) {
-        if let Some(coordinator) = host.serving() {
-            report_gone(core, &coordinator).await;
-        }
-        return false;
+        return match host.serving() {
+            Some(coordinator) => report_gone(core, &coordinator).await,
+            None => false,
+        };
     }
     if host.term().is_some() {
         drop(host.shut("the record names another coordinator").await);
@@ -256,9 +256,9 @@ async fn settle(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> bool {
         // The leader may appoint another node as soon as it reads the report.
         host.renounce(record.term);
     }
-    let failed = opened.is_err();
     report(core, record, opened).await;
-    failed
+    // Either it is tried again, or the clients that are over are looked at again.
+    true
 }
 
 /// The record names a term that this node has renounced: it needs the next one. `true`: try again later.
@@ -301,8 +301,9 @@ pub(super) async fn report(core: &Arc<Core>, record: &VolumeRecord, opened: Resu
     }
 }
 
-/// Tells the coordinator which of its clients are certainly over (A1).
-async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) {
+/// Tells the coordinator which of its clients are certainly over (A1). `true`: there were some, and one whose log cannot be read
+/// now stays; it is told again later.
+async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) -> bool {
     let state = core.state();
     let asked = Arc::clone(coordinator);
     let clients = tokio::task::spawn_blocking(move || asked.clients()).await.unwrap_or_default();
@@ -316,10 +317,11 @@ async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) {
     if !gone.is_empty() {
         redirect::cut_off_the_dead(core).await;
     }
-    for (node, epoch) in gone {
+    for (node, epoch) in &gone {
         tracing::info!(%node, %epoch, "clients of this incarnation are over");
-        coordinator.node_gone(node, epoch);
+        coordinator.node_gone(*node, *epoch);
     }
+    !gone.is_empty()
 }
 
 #[cfg(test)]
