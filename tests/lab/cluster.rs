@@ -21,6 +21,9 @@ use crate::tool::{Doing, LabError};
 pub(crate) const LIMIT: Duration = Duration::from_secs(240);
 pub(crate) const SOCKET: &str = "/data/n/csvd.sock";
 pub(crate) const MOUNT: &str = "/data/n/mnt/vol1";
+/// The file that nodes write in turn. Its folder is on the volume alone: a program that goes on while a daemon begins anew must not
+/// find a place for it below the mount.
+pub(crate) const CONTESTED: &str = "/data/n/mnt/vol1/shared/contested";
 /// MiB and processors of a node: more processors than the host has wait for each other in vain.
 const SIZE: (u32, u32) = (768, 1);
 const DATA_MIB: u64 = 256;
@@ -166,7 +169,7 @@ impl SanCluster {
         let empty = folder.join("empty");
         std::fs::create_dir_all(&empty).doing("making a folder")?;
         let (san, nodes) = std::thread::scope(|scope| {
-            let san = scope.spawn(|| storage.boot(&kernel, &network, folder));
+            let san = scope.spawn(|| storage.boot(&kernel, &network, folder, false));
             let boot = |number| {
                 let (kernel, network, initrd, content) =
                     (&kernel, &network, &initrd, kit.content.unwrap_or(&empty));
@@ -254,6 +257,7 @@ impl SanCluster {
         for number in 1..=count {
             self.ctl(number, "cluster wait --volume vol1 --timeout 200")?;
         }
+        self.run(1, &format!("mkdir {MOUNT}/shared"))?;
         self.say("the volume is mounted everywhere");
         Ok(())
     }
@@ -289,6 +293,15 @@ impl SanCluster {
         .map(drop)
     }
 
+    /// Waits until so many nodes reach the LUN themselves.
+    pub(crate) fn until_direct(&mut self, asked: u8, count: usize) -> Result<(), LabError> {
+        self.until(asked, "volume state vol1", &format!("{count} nodes reach the LUN again"), |rows| {
+            let rows = rows["states"].as_array().cloned().unwrap_or_default();
+            rows.iter().filter(|row| row["state"] == "direct").count() == count
+        })
+        .map(drop)
+    }
+
     /// Waits until a node that was fenced although it lives has come back by itself, as a later incarnation.
     pub(crate) fn until_anew(&mut self, asked: u8, number: u8) -> Result<(), LabError> {
         let what = format!("node{number} has begun anew");
@@ -296,6 +309,16 @@ impl SanCluster {
             node["state"] == "up" && node["epoch"].as_u64() > Some(1)
         })
         .map(drop)
+    }
+
+    /// Waits until the daemon of a node has begun anew by itself. It answers nobody in between.
+    pub(crate) fn until_itself_anew(&mut self, number: u8) -> Result<(), LabError> {
+        let shown = format!("csvctl --connect {SOCKET} --json node show node{number} 2>/dev/null");
+        let anew = format!("{shown} | grep '\"state\":\"up\"' | grep -q '\"epoch\":[2-9]'");
+        let wait = format!("for turn in $(seq 400); do {anew} && break; sleep 0.1; done; {anew}");
+        self.run(number, &wait)?;
+        self.say(&format!("node{number} has begun anew by itself"));
+        Ok(())
     }
 
     /// All events, as text.
@@ -307,7 +330,7 @@ impl SanCluster {
     pub(crate) fn write(&mut self, number: u8, mark: &str) -> Result<(), LabError> {
         let make = make_blocks(mark);
         let write = format!(
-            "{make} && dd if=/tmp/{mark} of={MOUNT}/contested bs=4096 count={BLOCKS} conv=notrunc,fsync 2>/dev/null"
+            "{make} && dd if=/tmp/{mark} of={CONTESTED} bs=4096 count={BLOCKS} conv=notrunc,fsync 2>/dev/null"
         );
         self.run(number, &write).map(drop)
     }
@@ -315,13 +338,13 @@ impl SanCluster {
     /// The contested file holds such blocks, and nothing else.
     pub(crate) fn check_content(&mut self, number: u8, mark: &str) -> Result<(), LabError> {
         let make = make_blocks(mark);
-        self.run(number, &format!("{make} && cmp /tmp/{mark} {MOUNT}/contested")).map(drop)
+        self.run(number, &format!("{make} && cmp /tmp/{mark} {CONTESTED}")).map(drop)
     }
 
     /// A program that writes such blocks until it is refused; then there is a file /tmp/refused.
     pub(crate) fn write_for_ever(&mut self, number: u8, mark: &str) -> Result<(), LabError> {
         let make = make_blocks(mark);
-        let one = format!("dd if=/tmp/{mark} of={MOUNT}/contested bs=4096 count={BLOCKS} conv=notrunc");
+        let one = format!("dd if=/tmp/{mark} of={CONTESTED} bs=4096 count={BLOCKS} conv=notrunc");
         let script = format!(
             "{make}; {{ (while {one} 2>/tmp/why; do echo >> /tmp/rounds; done; touch /tmp/refused) > /dev/null 2>&1 & }}"
         );
@@ -431,8 +454,17 @@ impl SanCluster {
     }
 
     pub(crate) fn boot_san(&mut self) -> Result<(), LabError> {
-        self.san = Some(self.storage.boot(&self.kernel, &self.network, &self.folder)?);
-        self.say("the SAN is back");
+        self.boot_san_that(false)
+    }
+
+    /// The SAN comes back without a registration and without a reservation: it has kept none, or lost what it had kept.
+    pub(crate) fn boot_san_that_forgets(&mut self) -> Result<(), LabError> {
+        self.boot_san_that(true)
+    }
+
+    fn boot_san_that(&mut self, forgets: bool) -> Result<(), LabError> {
+        self.san = Some(self.storage.boot(&self.kernel, &self.network, &self.folder, forgets)?);
+        self.say(if forgets { "the SAN is back, without any key" } else { "the SAN is back" });
         Ok(())
     }
 

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   host: san.lun (raw) --/dev/vda--> fileio --> iqn.2026-11.lab:san, LUN 0 --iSCSI--> /dev/sda of the nodes
-//!   host: san.keep (ext4) --/dev/vdb--> /var/target/pr: reservations, given back to the kernel after a power cut
+//!   host: san.keep (ext4) --/dev/vdb--> /var/target/pr: reservations, given back to the kernel after a power cut,
+//!                                                         unless the scenario has the SAN forget them
 //! ```
 //! The LUN is a file of the host, so that a scenario can look at it past all machines.
 
@@ -41,6 +42,7 @@ fn init() -> String {
         "hostname san
 ip link set lo up; ip link set eth0 up; ip addr add {ADDRESS}/24 dev eth0
 mkdir -p /var /etc/target /persist; mount -t ext4 -o sync /dev/vdb /persist; mkdir -p /persist/pr; ln -s /persist /var/target
+[ -n \"$(word forgets)\" ] && rm -f /persist/pr/*
 mount -t configfs configfs /sys/kernel/config
 T=/sys/kernel/config/target; B=$T/core/fileio_0/lun; P=$T/iscsi/iqn.2026-11.lab:san/tpgt_1
 mkdir -p $B
@@ -89,12 +91,13 @@ impl Storage {
         Ok(Self { initrd, drives })
     }
 
-    /// Boots the SAN on it.
+    /// Boots the SAN on it, with the registrations and the reservation that it had, unless it `forgets` them.
     pub(crate) fn boot(
         &self,
         kernel: &Kernel,
         network: &Network,
         folder: &Path,
+        forgets: bool,
     ) -> Result<Machine, LabError> {
         let spec = MachineSpec {
             name: "san",
@@ -103,7 +106,7 @@ impl Storage {
             cpus: 1,
             kernel: &kernel.image(),
             initrd: &self.initrd,
-            words: "role=san",
+            words: if forgets { "role=san forgets=all" } else { "role=san" },
             drives: &self.drives,
         };
         Machine::boot(&spec, network, folder)

@@ -1,6 +1,7 @@
-//! A node that hangs or is cut off loses its right to write, on a real SAN, and comes back as a new incarnation.
+//! A node that hangs or is cut off loses its right to write, on a real SAN, and comes back as a new incarnation,
+//! also when the SAN was restarted meanwhile.
 
-use crate::cluster::{BLOCKS, MOUNT, SanCluster, check};
+use crate::cluster::{BLOCKS, CONTESTED, SanCluster, check};
 use crate::tool::LabError;
 
 const SLEEPER: &str = "sleeper";
@@ -34,6 +35,32 @@ pub(super) fn cut() -> Result<(), LabError> {
     )
 }
 
+/// The SAN loses its power and boots again while a fenced machine is stopped, with what it had before it in its kernel (A6).
+pub(super) fn san_restarted() -> Result<(), LabError> {
+    taken_over(SanCluster::freeze, |lab, node| {
+        lab.cut_power_of_san();
+        lab.boot_san()?;
+        lab.until_direct(1, 2)?;
+        let events = lab.events(1)?;
+        check(!events.contains("volume.cut-off"), "events without a lost key", &events.into())?;
+        lab.thaw(node)
+    })
+}
+
+/// The same, and the SAN has forgotten all keys: those who were in good standing begin anew, and from then on the LUN refuses
+/// the writes of the fenced machine again, whoever asks for them there.
+pub(super) fn san_forgot() -> Result<(), LabError> {
+    taken_over(SanCluster::stop_daemon, |lab, node| {
+        lab.cut_power_of_san();
+        lab.boot_san_that_forgets()?;
+        lab.until_itself_anew(1)?;
+        lab.until_itself_anew(2)?;
+        lab.until_direct(1, 2)?;
+        lab.check_refused_by_lun(node)?;
+        lab.continue_daemon(node)
+    })
+}
+
 type Fault = fn(&mut SanCluster, u8) -> Result<(), LabError>;
 
 fn taken_over(fail: Fault, heal: Fault) -> Result<(), LabError> {
@@ -59,7 +86,7 @@ fn taken_over(fail: Fault, heal: Fault) -> Result<(), LabError> {
         lab.check_lun(HEIR, BLOCKS)?;
         lab.say("no write of the node that was cut off has landed");
         lab.until_whole(&[1, 2, 3])?;
-        lab.run(3, &format!("head -c 4 {MOUNT}/contested | grep -q {HEIR}"))?;
+        lab.run(3, &format!("head -c 4 {CONTESTED} | grep -q {HEIR}"))?;
         lab.check_volume(2)
     })
 }

@@ -33,6 +33,8 @@ pub(crate) const ALL: &[Scenario] = &[
     scenario("reservation-hung", fences::hung),
     scenario("reservation-stopped", fences::stopped),
     scenario("reservation-cut", fences::cut),
+    scenario("reservation-san-restarted", fences::san_restarted),
+    scenario("reservation-san-forgot", fences::san_forgot),
     scenario("san-power-cut", outages::san_power_cut),
     scenario("coordinator-power-cut", outages::coordinator_power_cut),
     scenario("path-loss", outages::path_loss),

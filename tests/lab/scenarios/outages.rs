@@ -1,6 +1,6 @@
 //! Power that fails: of the SAN, of the coordinator, of everything; and a path that is lost.
 
-use crate::cluster::{BLOCKS, MOUNT, SanCluster, check};
+use crate::cluster::{BLOCKS, CONTESTED, MOUNT, SanCluster, check};
 use crate::tool::LabError;
 
 const LOAD: &str = "load";
@@ -17,10 +17,7 @@ pub(super) fn san_power_cut() -> Result<(), LabError> {
             rows["states"][0]["state"] == "paused"
         })?;
         lab.boot_san()?;
-        lab.until(1, "volume state vol1", "all reach the LUN again", |rows| {
-            let rows = rows["states"].as_array().cloned().unwrap_or_default();
-            rows.len() == 3 && rows.iter().all(|row| row["state"] == "direct")
-        })?;
+        lab.until_direct(1, 3)?;
         lab.until_rounds(2, 2)?;
         let events = lab.events(1)?;
         check(!events.contains("node.fencing"), "events without a fence", &events.clone().into())?;
@@ -86,7 +83,7 @@ pub(super) fn cluster_power_cut() -> Result<(), LabError> {
         }
         lab.until_whole(&[1, 2, 3])?;
         lab.check_lun(LOAD, BLOCKS)?;
-        lab.run(3, &format!("head -c 4 {MOUNT}/contested | grep -q {LOAD}"))?;
+        lab.run(3, &format!("head -c 4 {CONTESTED} | grep -q {LOAD}"))?;
         lab.check_volume(1)
     })
 }

@@ -12,6 +12,7 @@
 //!   fencing.rs     Fencing -> fence -> Fenced, and only then anything of it is given to others (A1)
 //!   cutting.rs     which fence that is: reservations, leases, agents
 //!   place.rs       this node's key on a LUN with reservations
+//!   forgotten.rs   what follows when the key is gone and nobody has fenced the node
 //!   heirs.rs       pure: who owns what after that
 //! ```
 //!
@@ -22,6 +23,7 @@ pub(crate) mod certificates;
 mod cutting;
 mod desk;
 mod fencing;
+mod forgotten;
 mod heirs;
 mod join;
 mod judge;
@@ -51,6 +53,7 @@ pub(crate) use lun_beats::LunBeats;
 pub(crate) use place::Place;
 
 use crate::core::Core;
+use beats::begin_anew;
 use lease::LeaseKeeper;
 
 /// This node's view of the members.

@@ -57,10 +57,17 @@ async fn beat(core: Arc<Core>, to: NodeId) {
 
 /// The others have moved on without this incarnation: whatever it holds is not its own any more (A3).
 pub(super) fn over(core: &Arc<Core>, told_by: NodeId) {
+    if !core.stop.is_cancelled() {
+        tracing::error!(%told_by, "this incarnation was declared over: all I/O is stopped, the node begins anew");
+    }
+    begin_anew(core);
+}
+
+/// Ends this incarnation at once; the next one follows, unless the daemon is to end.
+pub(super) fn begin_anew(core: &Arc<Core>) {
     core.membership.lease.revoke();
     core.vms.kill_all();
     if !core.stop.is_cancelled() {
-        tracing::error!(%told_by, "this incarnation was declared over: all I/O is stopped, the node begins anew");
         core.begin_anew.store(true, Ordering::Release);
         core.stop.cancel();
     }

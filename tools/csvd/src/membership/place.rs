@@ -14,6 +14,7 @@ use lockmgr::Epoch;
 use lockmgr::cluster::{FenceKind, VolumeRecord};
 use lockmgr::fence::{EnrollError, ReservationKey, Standing, enroll, look, reserve_again, withdraw};
 
+use super::forgotten;
 use crate::core::Core;
 use crate::view;
 
@@ -200,4 +201,5 @@ fn cut_off(core: &Arc<Core>, volume: &str, reason: &str) {
     let text = format!("{}: {reason}; all its I/O on the volume has stopped", core.config.name);
     core.note("volume.cut-off", volume, text);
     core.pulse.beat();
+    core.runtime.spawn(forgotten::consider(Arc::clone(core)));
 }
