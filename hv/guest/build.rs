@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const SOURCES: [&str; 17] = [
+const SOURCES: [&str; 18] = [
     // What all share.
     "entry.S",
     "processor.S",
@@ -21,6 +21,7 @@ const SOURCES: [&str; 17] = [
     "ping_pong.c",
     "listener.c",
     "balloon.c",
+    "echo.c",
     "registers.c",
     "hold.S",
 ];

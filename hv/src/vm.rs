@@ -596,6 +596,13 @@ impl Vm {
         &self.life.console
     }
 
+    /// Types into the guest's serial port, as far as there is room, for which it waits up to `limit`; gives how many bytes were
+    /// taken. What is taken and not read goes along with the state.
+    #[must_use]
+    pub fn type_in(&self, bytes: &[u8], limit: Duration) -> usize {
+        self.board.bus.serial.receive(bytes, limit)
+    }
+
     /// Its RAM.
     #[must_use]
     pub fn ram(&self) -> &GuestRam {

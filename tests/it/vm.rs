@@ -1,6 +1,7 @@
 //! A VM's life: its disk I/O goes past FUSE to the LUN, it moves without its disk, it loses nothing.
 
 use std::fs;
+use std::io::Write;
 
 use cluster_tests::{Cluster, Ctl, Follower, Guest, PATIENCE, until};
 use serde_json::Value;
@@ -354,4 +355,68 @@ fn who_follows_a_vm_goes_on_after_its_move_and_after_its_next_boot() {
     assert_eq!(said.matches("changed index=0").count(), 2, "{said}");
     assert!(said.ends_with("listener disks=8 ready\n"), "{said}");
     assert!(beside.contains("it boots again") && beside.ends_with("it has stopped\n"), "{beside}");
+}
+
+/// What the echo has heard, in order.
+fn heard(console: &str) -> Vec<&str> {
+    // The last line may not be whole yet.
+    let console = console.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    console
+        .lines()
+        .filter_map(|line| line.strip_prefix("heard ")?.split_once(' '))
+        .map(|(_, text)| text)
+        .collect()
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest_in_order_wherever_it_runs() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let (ctl, other) = (cluster.ctl(1), cluster.ctl(3));
+    ctl.must(&["vm", "create", "e", "--memory", "16M", "--kernel", "builtin:echo"]);
+    let send = ["vm", "console", "e", "--send"];
+    let refused = ctl.run_with_input(&send, b"nobody\n").expect_err("it does not run");
+    assert_eq!(refused.code, 4, "{refused}");
+    ctl.must(&["vm", "start", "e"]);
+    let mut expected = Vec::new();
+    for to in [2, 3] {
+        // Far more than the port holds at once.
+        let lines: Vec<_> = (0..200).map(|number| format!("line {number} before node {to}")).collect();
+        let input = lines.join("\n") + "\n";
+        let typed = other.run_with_input(&send, input.as_bytes()).expect("it runs");
+        assert_eq!(typed["typed_bytes"], input.len(), "{typed}");
+        expected.extend(lines);
+        other.must(&["vm", "migrate", "e", "--to", &cluster.name(to)]);
+        let console = cluster.console(to, "e", PATIENCE, |console| heard(console).len() == expected.len());
+        assert_eq!(heard(&console), expected);
+    }
+    other.must(&["vm", "pause", "e"]);
+    let refused = other.run_with_input(&send, b"nobody\n").expect_err("it is paused");
+    assert!(refused.message().contains("paused"), "{refused}");
+    other.must(&["vm", "stop", "--force", "e"]);
+}
+
+#[test]
+fn keys_of_a_terminal_go_to_the_guest_until_one_leaves_it() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let ctl = cluster.ctl(1);
+    ctl.must(&["vm", "create", "e", "--memory", "16M", "--kernel", "builtin:echo"]);
+    ctl.must(&["vm", "start", "e"]);
+    let (terminal, mut keys) = Follower::at_terminal(&cluster.ctl(2), "e");
+    terminal.until("what it said before", |said| said.contains("echo ready"));
+    // Nothing of these means anything to the terminal itself, and it shows no key by itself.
+    keys.write_all(b"a\x03b\x04c\r").expect("it is open");
+    terminal.until("the keys", |said| said.contains("heard 5 a\x03b\x04c"));
+    keys.write_all(b"last\r\x1dnot typed\r").expect("it is open");
+    let (said, beside) = terminal.end();
+    assert!(beside.contains("Ctrl-] leaves"), "{beside}");
+    assert_eq!(said.matches("b\x04c").count(), 1, "keys are shown by the guest alone: {said}");
+    let console = cluster.console(1, "e", PATIENCE, |console| heard(console).len() == 2);
+    assert_eq!(heard(&console), ["a\x03b\x04c", "last"]);
+    ctl.must(&["vm", "stop", "--force", "e"]);
 }

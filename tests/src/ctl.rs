@@ -2,8 +2,9 @@
 
 use std::ffi::OsStr;
 use std::fmt;
+use std::io::Write;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
@@ -77,8 +78,23 @@ impl Ctl {
     /// # Panics
     /// When it cannot be started, or succeeds without printing one JSON document: both break the contract.
     pub fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Result<Value, CtlError> {
+        self.run_with_input(arguments, &[])
+    }
+
+    /// The same with something on its standard input.
+    ///
+    /// # Errors
+    /// As [`Ctl::run`].
+    ///
+    /// # Panics
+    /// As [`Ctl::run`].
+    pub fn run_with_input<S: AsRef<OsStr>>(&self, arguments: &[S], input: &[u8]) -> Result<Value, CtlError> {
         let mut command = self.command(arguments);
-        let output = command.output().expect("csvctl can be started");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = command.spawn().expect("csvctl can be started");
+        // One that fails may not read it.
+        drop(process.stdin.take().expect("it is piped").write_all(input));
+        let output = process.wait_with_output().expect("it can be waited for");
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         if output.status.success() {

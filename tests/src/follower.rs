@@ -1,8 +1,12 @@
 //! `csvctl vm console --follow`, as a person at a terminal runs it.
 
+use std::fs::File;
 use std::io::Read;
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
 use crate::{Ctl, PATIENCE};
 
@@ -36,6 +40,29 @@ impl Follower {
         listen(out, &said, 0);
         listen(errors, &said, 1);
         Self { process, said }
+    }
+
+    /// Starts `csvctl vm console` at a terminal; gives the other end of that, where keys are pressed.
+    ///
+    /// # Panics
+    /// When there is no terminal to be had, or `csvctl` cannot be started.
+    #[must_use]
+    pub fn at_terminal(ctl: &Ctl, vm: &str) -> (Self, File) {
+        let keys =
+            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a terminal");
+        grantpt(&keys).expect("it is ours");
+        unlockpt(&keys).expect("it is ours");
+        let name = ptsname(&keys, Vec::new()).expect("it has a name");
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let terminal = File::from(rustix::fs::open(name, flags, Mode::empty()).expect("its other end"));
+        let keys = File::from(keys);
+        let mut command = ctl.plain(&["vm", "console", vm]);
+        command.stdin(terminal.try_clone().expect("a descriptor")).stdout(terminal).stderr(Stdio::piped());
+        let mut process = command.spawn().expect("csvctl can be started");
+        let said = Arc::<Said>::default();
+        listen(keys.try_clone().expect("a descriptor"), &said, 0);
+        listen(process.stderr.take().expect("it is piped"), &said, 1);
+        (Self { process, said }, keys)
     }
 
     /// Waits until the console is as wanted.

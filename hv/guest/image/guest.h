@@ -114,6 +114,9 @@ void disk_kick(struct disk *disk);
 /* Sleeps until all queued requests are done; any failure ends the guest. */
 void disk_wait(struct disk *disk);
 
+/* --- echo.c --- */
+void echo_interrupt(u32 line);
+
 /* --- record.c --- */
 struct sector {
     u64 magic;
@@ -138,6 +141,7 @@ void run_clock(void) __attribute__((noreturn));
 void run_reader(const char *command_line) __attribute__((noreturn));
 void run_ping_pong(void) __attribute__((noreturn));
 void run_listener(const char *command_line) __attribute__((noreturn));
+void run_echo(const char *command_line) __attribute__((noreturn));
 void run_balloon(const struct boot_info *info) __attribute__((noreturn));
 void run_registers(const char *command_line) __attribute__((noreturn));
 

@@ -123,7 +123,7 @@ void on_interrupt(const struct frame *frame) {
     }
     u32 line = (u32)frame->vector - FIRST_LINE_VECTOR;
     if (line == 0) clock_ticks++;
-    else disk_interrupt(line);
+    else disk_interrupt(line), echo_interrupt(line);
     if (line >= 8) out8(PIC2, END_OF_INTERRUPT);
     out8(PIC1, END_OF_INTERRUPT);
 }

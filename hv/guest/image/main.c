@@ -18,6 +18,7 @@ void guest_main(u64 start_info) {
     if (is_word(role, "reader")) run_reader(info.command_line);
     if (is_word(role, "ping-pong")) run_ping_pong();
     if (is_word(role, "listener")) run_listener(info.command_line);
+    if (is_word(role, "echo")) run_echo(info.command_line);
     if (is_word(role, "balloon")) run_balloon(&info);
     if (is_word(role, "registers")) run_registers(info.command_line);
     fail("option: no such role", 0, 0);

@@ -19,13 +19,15 @@
 //! | `ping-pong` | two processors take turns by interrupts | `balls N` |
 //! | `listener` | tells configuration changes of its disks | `changed index=I from=F sectors=N first=X` |
 //! | `balloon` | gives pages back and takes them again, as it is told | `balloon given=G held=H` |
+//! | `echo` | says each line that is typed at its console | `heard N TEXT` |
 //! | `registers` | holds a pattern in every register | `held N` |
 //!
 //! The command line has `name=number` pairs. For the dirtier: `set` (8) MiB of the working set, `rate` (0: unbounded)
 //! KiB dirtied in a second, one word in a page; `noise` (0) 1 fills the set with what cannot be compressed; `module` (0) 1 takes
 //! the initial RAM disk as the set, with what is in it. For the listener: `reset` (0: never) sectors that make it reset the machine
 //! when a disk has got them, `off` (0: never) the same to switch it off; `words` (0) lines that it says before either. For the balloon:
-//! `pages` (512) that it can give, `report` (0) 1 to report them as free once. For the sector-writer:
+//! `pages` (512) that it can give, `report` (0) 1 to report them as free once. For the echo: `deaf` (0)
+//! hundredths of a second before it listens. For the sector-writer:
 //!
 //! | name | default | meaning |
 //! |---|---|---|
@@ -57,4 +59,4 @@ pub const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
 pub const SECTOR_WRITER: &[u8] = IMAGE;
 /// What `role=` may name.
 pub const ROLES: &[&str] =
-    &["sector-writer", "dirtier", "clock", "reader", "ping-pong", "listener", "balloon", "registers"];
+    &["sector-writer", "dirtier", "clock", "reader", "ping-pong", "listener", "balloon", "echo", "registers"];

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use hv::DiskLimits;
 use hv::control::{
     Console, ConsoleReply, Control, ControlReply, DiskAdd, FetchReply, Ok as Done, Refused, StatusReply,
-    TakeReply, control, control_reply,
+    TakeReply, TypeReply, control, control_reply,
 };
 use prost::Message;
 use wire::{BlockingServer, Local, Refusal, RefusalCode, service};
@@ -23,6 +23,8 @@ use crate::runner::Runner;
 const CONSOLE_BYTES_MAX: usize = 256 << 10;
 /// How long an answer waits for output, when asked to.
 const FOLLOW_LIMIT: Duration = Duration::from_secs(1);
+/// How long an answer waits for room for what is typed.
+const ROOM_LIMIT: Duration = Duration::from_secs(1);
 /// How long an answer waits for the end of the guest, at most.
 const STATUS_LIMIT: Duration = Duration::from_secs(30);
 
@@ -92,6 +94,9 @@ fn carry_out(runner: &Arc<Runner>, op: control::Op) -> Result<control_reply::Res
         Op::Abandon(abandon) => runner.abandon(&abandon.disks).map(done),
         Op::Activate(_) => runner.activate().map(done),
         Op::Console(console) => Ok(control_reply::Result::Console(read_console(runner, &console))),
+        Op::Type(typed) => runner
+            .type_in(&typed.data, ROOM_LIMIT)
+            .map(|taken| control_reply::Result::Type(TypeReply { taken: taken as u64 })),
         Op::DiskAdd(disk) => {
             let DiskAdd { slot, volume, path, read_only } = disk;
             let spec = DiskSpec { volume, path, read_only, slot: Some(slot), iops: 0, bytes_per_second: 0 };

@@ -425,6 +425,22 @@ impl Runner {
         self.vm.limit_disk(slot, limits).map_err(|error| not_changed(&error))
     }
 
+    /// Types at the guest's serial console; gives how many bytes were taken. Waits for room up to `limit`.
+    ///
+    /// # Errors
+    /// When the guest does not run here: what it is given now would be lost, or wait for nobody.
+    pub fn type_in(&self, bytes: &[u8], limit: Duration) -> Result<usize, Failure> {
+        let state = self.run_state().0;
+        if state != VmRunState::Running {
+            let now = format!("{state:?}").to_lowercase();
+            return Err(Failure::new(
+                format!("a VM that is {now} takes no input"),
+                "look at its state with `csvctl vm show`",
+            ));
+        }
+        Ok(self.vm.type_in(bytes, limit))
+    }
+
     /// Asks the guest to give so much of its memory back.
     ///
     /// # Errors

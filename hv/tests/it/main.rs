@@ -5,6 +5,7 @@ mod balloon;
 mod cpu;
 mod crash;
 mod dirtier;
+mod echo;
 mod guest;
 mod hostile;
 mod roles;

@@ -359,6 +359,10 @@ impl pb::admin_server::Admin for Admin {
         answer(vm_console::pieces(&self.core, request.into_inner()))
     }
 
+    async fn vm_type(&self, request: Request<pb::VmTypeRequest>) -> Answer<pb::VmTyped> {
+        answer(vm::type_in(&self.core, request.into_inner()).await)
+    }
+
     type VmMigrateStream = Streamed<pb::MigrateProgress>;
 
     async fn vm_migrate(&self, request: Request<pb::VmMigrateRequest>) -> Answer<Self::VmMigrateStream> {

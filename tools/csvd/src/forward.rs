@@ -137,6 +137,7 @@ async fn perform(core: &Arc<Core>, op: NodeOp) -> Result<NodeAnswer, Error> {
         NodeOp::VmBalloon(request) => NodeAnswer::Vm(vms::set_balloon(core, request).await?),
         NodeOp::VmShow(request) => NodeAnswer::Vm(vms::show(core, &request.name).await?),
         NodeOp::VmConsole(request) => NodeAnswer::Console(vms::console(core, &request).await?),
+        NodeOp::VmType(request) => NodeAnswer::Typed(vms::type_in(core, request).await?),
         NodeOp::VmMigrate(request) => NodeAnswer::Migrated(vms::migrate(core, request).await?),
         NodeOp::VmProgress(request) => NodeAnswer::Progress(vms::progress(core, &request.name)?),
         NodeOp::VmMigrateCancel(request) => {

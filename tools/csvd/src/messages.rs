@@ -48,7 +48,7 @@ pub(crate) struct ClientPush {
 pub(crate) struct NodeRequest {
     #[prost(
         oneof = "NodeOp",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 44, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83, 100, 110"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 30, 40, 41, 42, 44, 50, 51, 52, 53, 60, 61, 70, 71, 72, 80, 81, 82, 83, 100, 110, 111"
     )]
     pub(crate) op: Option<NodeOp>,
     /// How far the sender's copy of the records has come: what it asks for may rest on all of that. 0 in older releases.
@@ -88,6 +88,8 @@ pub(crate) enum NodeOp {
     VmShow(pb::VmRequest),
     #[prost(message, tag = "11")]
     VmConsole(pb::VmConsoleRequest),
+    #[prost(message, tag = "111")]
+    VmType(pb::VmTypeRequest),
     /// To the source of a move.
     #[prost(message, tag = "12")]
     VmMigrate(pb::VmMigrateRequest),
@@ -236,7 +238,7 @@ pub(crate) struct Convict {
 /// Answer to a [`NodeRequest`].
 #[derive(Clone, PartialEq, Message)]
 pub(crate) struct NodeReply {
-    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60, 61, 70, 71, 80, 100")]
+    #[prost(oneof = "NodeAnswer", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 40, 41, 60, 61, 70, 71, 80, 100, 111")]
     pub(crate) answer: Option<NodeAnswer>,
 }
 
@@ -276,6 +278,8 @@ pub(crate) enum NodeAnswer {
     Validated(pb::ValidationOfNode),
     #[prost(message, tag = "61")]
     Log(pb::LogPiece),
+    #[prost(message, tag = "111")]
+    Typed(pb::VmTyped),
     #[prost(message, tag = "100")]
     VolumeCaches(pb::VolumeCaches),
 }
@@ -363,6 +367,7 @@ impl NodeOp {
             | Self::VmBalloon(_)
             | Self::VmShow(_)
             | Self::VmConsole(_)
+            | Self::VmType(_)
             | Self::VmMigrate(_)
             | Self::VmCheckMigrate(_)
             | Self::VmImage(_)

@@ -42,7 +42,7 @@ use crate::messages::VmLoad;
 use crate::view;
 
 pub(crate) use checkpoints::checkpoint;
-pub(crate) use console::console;
+pub(crate) use console::{console, type_in};
 pub(crate) use disks::users;
 pub(crate) use ha::{Priority, has_arrived, lost, run as restart_lost};
 pub(crate) use hotplug::{change_disk, set_balloon};

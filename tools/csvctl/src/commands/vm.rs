@@ -15,6 +15,7 @@ mod save;
 mod show;
 mod start;
 mod stop;
+mod typing;
 
 use api::Error;
 use api::pb::Vm;
@@ -41,7 +42,7 @@ pub(crate) enum VmCommand {
     List(list::List),
     /// Show one VM
     Show(VmName),
-    /// Print what a VM wrote to its serial console
+    /// Show a VM's serial console; on a terminal, type there too
     Console(console::Console),
     /// Add, remove, resize or limit a disk, also while the VM runs
     #[command(subcommand)]

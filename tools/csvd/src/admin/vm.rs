@@ -97,6 +97,14 @@ pub(super) async fn balloon(core: &Arc<Core>, request: pb::VmBalloonRequest) -> 
     at_owner(core, &request.name.clone(), NodeOp::VmBalloon(request)).await
 }
 
+pub(super) async fn type_in(core: &Arc<Core>, request: pb::VmTypeRequest) -> Result<pb::VmTyped, Error> {
+    let owner = owner(core, &request.name)?;
+    match forward::ask(core, owner, NodeOp::VmType(request)).await? {
+        NodeAnswer::Typed(typed) => Ok(typed),
+        _ => Err(Error::failed("the owner's answer cannot be read")),
+    }
+}
+
 pub(super) fn list(core: &Arc<Core>) -> pb::Vms {
     let state = core.state();
     pb::Vms { vms: state.vms.values().map(|vm| vms::describe(&state, vm)).collect() }

@@ -1,4 +1,4 @@
-//! The consoles of this node's VMs: from their processes, and what is kept of those whose process has ended.
+//! The consoles of this node's VMs: from their processes, and what is kept of those whose process has ended. And what is typed there.
 //!
 //! ```text
 //!   guest ends --> its process is asked for all that it has --> kept --> the process is told to end
@@ -29,6 +29,8 @@ const TAKE_WITHIN: Duration = Duration::from_secs(5);
 const WAIT_MS_MAX: u64 = 5_000;
 /// The same, where whoever asks has set a limit.
 const LIMIT_MS_MAX: u64 = 600_000;
+/// Most that is typed in one request; a guest's port holds far less.
+const TYPED_BYTES_MAX: usize = 4096;
 
 /// What VMs of this node have said that have ended.
 #[derive(Debug, Default)]
@@ -158,6 +160,20 @@ pub(crate) async fn console(
     };
     // Its process may have ended in this very moment.
     asked.or_else(|error| of_ended(core, request).ok_or(error))
+}
+
+/// Types at the console of a VM of this node. The process takes what its guest has room for.
+pub(crate) async fn type_in(core: &Arc<Core>, request: pb::VmTypeRequest) -> Result<pb::VmTyped, Error> {
+    let during = |error: Error| error.during(format!("vm console {}", request.name));
+    if request.data.len() > TYPED_BYTES_MAX {
+        return Err(during(
+            Error::usage(format!("{} bytes are too many at once", request.data.len()))
+                .hint(format!("send at most {TYPED_BYTES_MAX}, and the next ones when these were taken")),
+        ));
+    }
+    let (_, runner) = running_here(core, &request.name, "console")?;
+    let taken = runner.control().type_in(request.data.clone()).await.map_err(during)?;
+    Ok(pb::VmTyped { taken })
 }
 
 /// Of a VM that has ended here and was not started since, here or elsewhere.

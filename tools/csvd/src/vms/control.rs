@@ -113,6 +113,14 @@ impl Control {
         self.ask(Op::Retry(pb::Retry {}), QUICK).await.map(drop)
     }
 
+    /// Types at the serial console; gives how many bytes were taken.
+    pub(super) async fn type_in(&self, data: Vec<u8>) -> Result<u64, Error> {
+        match self.ask(Op::Type(pb::Type { data }), QUICK).await? {
+            Answer::Type(reply) => Ok(reply.taken),
+            _ => Err(unexpected()),
+        }
+    }
+
     /// Adds, removes, resizes or limits a disk, or changes the balloon.
     pub(super) async fn disk(&self, op: Op) -> Result<(), Error> {
         self.ask(op, LONG).await.map(drop)

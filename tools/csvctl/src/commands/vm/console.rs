@@ -1,5 +1,6 @@
 //! `csvctl vm console`.
 
+use std::io::{self, IsTerminal};
 use std::time::Duration;
 
 use api::Error;
@@ -7,6 +8,7 @@ use api::pb::{ConsoleChunk, VmConsoleRequest};
 use clap::Args;
 use serde::Serialize;
 
+use super::typing::Typing;
 use crate::context::Context;
 use crate::units;
 
@@ -25,6 +27,15 @@ pub(crate) struct Console {
     /// stopped or failed, its last output is kept until it starts again
     #[arg(long, value_name = "BYTE")]
     from: Option<u64>,
+    /// Type there what standard input has, to its end, as fast as the guest reads it; shows the console only with --follow
+    #[arg(long, conflicts_with = "limit_ms")]
+    send: bool,
+}
+
+#[derive(Serialize)]
+struct Typed {
+    vm: String,
+    typed_bytes: u64,
 }
 
 #[derive(Serialize)]
@@ -41,9 +52,15 @@ struct Chunk {
 }
 
 impl Console {
-    pub(crate) async fn run(self, context: &Context) -> Result<(), Error> {
-        let endless = self.follow && self.limit_ms.is_none();
+    pub(crate) async fn run(mut self, context: &Context) -> Result<(), Error> {
         let mut client = context.client().await?;
+        if self.send && !self.follow {
+            let typed_bytes = Typing::input(client, &self.name)?.end().await?;
+            return context.ui.show(&Typed { vm: self.name, typed_bytes }, |_| String::new());
+        }
+        let at_terminal = self.is_at_terminal(context);
+        self.follow |= at_terminal;
+        let endless = self.follow && self.limit_ms.is_none();
         let from = match (self.from, self.limit_ms) {
             (Some(from), _) => from,
             (None, Some(_)) => end_of(&mut client, &self.name).await?,
@@ -57,8 +74,28 @@ impl Console {
             boot: 0,
         };
         let mut stream = client.vm_console(request).await?.into_inner();
+        let mut typing = match (at_terminal, self.send) {
+            (true, _) => {
+                context.ui.note(&format!("Console of VM {}; Ctrl-] leaves", self.name));
+                Some(Typing::keys(client, &self.name)?)
+            }
+            (false, true) => Some(Typing::input(client, &self.name)?),
+            (false, false) => None,
+        };
         let mut all = Collected { next: from, ..Collected::default() };
-        while let Some(chunk) = stream.message().await? {
+        loop {
+            let next = tokio::select! {
+                next = stream.message() => next?,
+                ended = end_of_typing(&mut typing) => {
+                    ended?;
+                    if at_terminal {
+                        break;
+                    }
+                    typing = None;
+                    continue;
+                }
+            };
+            let Some(chunk) = next else { break };
             if !context.ui.is_json() {
                 self.print(context, &chunk, all.boot)?;
                 all.boot = chunk.boot;
@@ -77,6 +114,12 @@ impl Console {
         Ok(())
     }
 
+    /// Somebody sits there and asks for nothing but the console.
+    fn is_at_terminal(&self, context: &Context) -> bool {
+        let plain = !self.follow && !self.send && self.from.is_none() && !context.ui.is_json();
+        plain && io::stdin().is_terminal() && io::stdout().is_terminal()
+    }
+
     /// Output as it is; what becomes of the VM is not a part of it.
     fn print(&self, context: &Context, chunk: &ConsoleChunk, boot_before: u64) -> Result<(), Error> {
         if boot_before != 0 && chunk.boot != 0 && chunk.boot != boot_before {
@@ -87,6 +130,14 @@ impl Console {
             context.ui.note(&format!("VM {}: {}", self.name, chunk.ended));
         }
         Ok(())
+    }
+}
+
+/// Never, where nobody types.
+async fn end_of_typing(typing: &mut Option<Typing>) -> Result<u64, Error> {
+    match typing {
+        Some(typing) => typing.end().await,
+        None => std::future::pending().await,
     }
 }
 
