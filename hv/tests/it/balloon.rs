@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use blockio::MemoryDevice;
 use hv::snapshot::{self, RamWriter, SavedBy};
-use hv::{BootSource, Firmware, PAGE_BYTES, Userfault, Vm, VmConfig, VmError};
+use hv::{PAGE_BYTES, Userfault, Vm, VmError};
 
-use crate::support::{empty_with, kvm_is_here, text, wait_console};
+use crate::support::{empty_with, in_role, kvm_is_here, text, wait_console};
 
 const RAM_BYTES: u64 = 16 << 20;
 /// Of the guest's pool.
@@ -19,23 +19,7 @@ fn guest(options: &str) -> Option<Vm> {
     if !kvm_is_here() {
         return None;
     }
-    let cmdline = format!("role=balloon pages={PAGES} {options}");
-    let boot = BootSource {
-        kernel: hv_guest::IMAGE,
-        initrd: None,
-        cmdline: &cmdline,
-        firmware: Firmware::CommandLine,
-    };
-    let vm = Vm::build(VmConfig {
-        memory_bytes: RAM_BYTES,
-        cpus: 1,
-        boot: Some(boot),
-        disks: vec![],
-        net: None,
-        console_bytes: 1 << 16,
-    })
-    .unwrap();
-    vm.resume().unwrap();
+    let vm = in_role(&format!("role=balloon pages={PAGES} {options}"), RAM_BYTES);
     wait_console(&vm, "the balloon's driver", |said| said.contains(" ready"));
     Some(vm)
 }

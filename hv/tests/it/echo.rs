@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use hv::{BootSource, Firmware, Vm, VmConfig};
+use hv::Vm;
 
-use crate::support::{empty_with, kvm_is_here, text, wait_console};
+use crate::support::{empty_with, in_role, kvm_is_here, text, wait_console};
 
 const RAM_BYTES: u64 = 8 << 20;
 /// Of the port.
@@ -16,23 +16,7 @@ fn echo(options: &str) -> Option<Vm> {
     if !kvm_is_here() {
         return None;
     }
-    let cmdline = format!("role=echo {options}");
-    let boot = BootSource {
-        kernel: hv_guest::IMAGE,
-        initrd: None,
-        cmdline: &cmdline,
-        firmware: Firmware::CommandLine,
-    };
-    let vm = Vm::build(VmConfig {
-        memory_bytes: RAM_BYTES,
-        cpus: 1,
-        boot: Some(boot),
-        disks: vec![],
-        net: None,
-        console_bytes: 1 << 18,
-    })
-    .unwrap();
-    vm.resume().unwrap();
+    let vm = in_role(&format!("role=echo {options}"), RAM_BYTES);
     wait_console(&vm, "its driver", |said| said.contains("echo ready"));
     Some(vm)
 }

@@ -4,29 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockio::{BlockDevice, Geometry, IoRequest, MemoryDevice};
-use hv::{BootSource, DiskLimits, Firmware, SlotError, Vm, VmConfig, VmError};
+use hv::{DiskLimits, SlotError, Vm, VmError};
 
-use crate::support::{Disks, empty_with, kvm_is_here, text, wait_console};
+use crate::support::{Disks, empty_with, in_role, kvm_is_here, text, wait_console};
 
 const RAM_BYTES: u64 = 8 << 20;
 
 fn listener() -> Vm {
-    let boot = BootSource {
-        kernel: hv_guest::IMAGE,
-        initrd: None,
-        cmdline: "role=listener",
-        firmware: Firmware::CommandLine,
-    };
-    let vm = Vm::build(VmConfig {
-        memory_bytes: RAM_BYTES,
-        cpus: 1,
-        boot: Some(boot),
-        disks: vec![],
-        net: None,
-        console_bytes: 1 << 16,
-    })
-    .unwrap();
-    vm.resume().unwrap();
+    let vm = in_role("role=listener", RAM_BYTES);
     wait_console(&vm, "all slots", |said| said.contains("listener disks=8 ready"));
     vm
 }

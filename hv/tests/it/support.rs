@@ -59,6 +59,16 @@ impl Disks {
     }
 }
 
+/// A VM without disks whose guest has been started in the role that `cmdline` names.
+pub(crate) fn in_role(cmdline: &str, memory_bytes: u64) -> Vm {
+    let boot = BootSource { kernel: hv_guest::IMAGE, initrd: None, cmdline, firmware: Firmware::CommandLine };
+    let boot = Some(boot);
+    let config = VmConfig { memory_bytes, cpus: 1, boot, disks: vec![], net: None, console_bytes: 1 << 18 };
+    let vm = Vm::build(config).unwrap();
+    vm.resume().unwrap();
+    vm
+}
+
 pub(crate) fn writer(disks: Vec<DiskConfig>) -> Vm {
     let boot = BootSource {
         kernel: hv_guest::SECTOR_WRITER,
