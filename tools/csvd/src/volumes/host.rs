@@ -318,7 +318,8 @@ async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) -> bool {
         redirect::cut_off_the_dead(core).await;
     }
     for (node, epoch) in &gone {
-        tracing::info!(%node, %epoch, "clients of this incarnation are over");
+        // Again and again while a log cannot be read, of which an event tells once.
+        tracing::debug!(%node, %epoch, "clients of this incarnation are over");
         coordinator.node_gone(*node, *epoch);
     }
     !gone.is_empty()
