@@ -46,6 +46,8 @@ pub(super) struct Pools {
     blocks: u64,
     /// Logs given out in this term.
     given: u64,
+    /// Lanes of logs that could not be read: who gets one may not be able to write there either.
+    doubtful: BTreeSet<u16>,
 }
 
 impl Pools {
@@ -72,7 +74,8 @@ impl Pools {
 
     /// Takes over what was loaded anew; numbers of logs are not given twice.
     pub(super) fn replace(&mut self, loaded: Self) {
-        *self = Self { given: self.given, ..loaded };
+        let doubtful = std::mem::take(&mut self.doubtful);
+        *self = Self { given: self.given, doubtful, ..loaded };
     }
 
     pub(super) fn of(&self, client: ClientId) -> Option<&Pool> {
@@ -100,7 +103,14 @@ impl Pools {
 
     fn free_lane(&self) -> Option<u16> {
         let used: BTreeSet<u16> = self.by_client.values().map(|pool| pool.lane).collect();
-        (0..LANES).find(|lane| !used.contains(lane))
+        let free = |lane: &u16| !used.contains(lane);
+        let good = (0..LANES).find(|lane| free(lane) && !self.doubtful.contains(lane));
+        good.or_else(|| (0..LANES).find(free))
+    }
+
+    /// The lane of this client's log is given to others only when there is no other.
+    pub(super) fn doubt_lane(&mut self, client: ClientId) {
+        self.doubtful.extend(self.by_client.get(&client).map(|pool| pool.lane));
     }
 
     /// The client's pool, made with a log of its own if there is none.

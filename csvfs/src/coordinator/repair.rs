@@ -102,6 +102,7 @@ impl Core {
         let why = self.unreadable.remove(&client).map(|unreadable| unreadable.why).unwrap_or_default();
         tracing::error!(%client, why, "an intent log is given up: what its client had flushed last may be lost");
         self.given_up.insert(client);
+        self.pools.doubt_lane(client);
         self.client_gone(tables, client)?;
         Ok(reply::Result::Done(Done {}))
     }
