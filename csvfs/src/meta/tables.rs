@@ -69,50 +69,41 @@ pub(crate) enum TableId {
     Refcounts = 14,
 }
 
-/// Names of the tables in the store, by number.
-const NAMES: [&str; 15] = [
-    "inodes",
-    "dirents",
-    "cookies",
-    "extents",
-    "free",
-    "chunks",
-    "orphans",
-    "clients",
-    "replies",
-    "globals",
-    "pools",
-    "logs",
-    "xattrs",
-    "quarantine",
-    "refcounts",
+/// All tables and their names in the store, in the order of their numbers.
+const TABLES: [(TableId, &str); 15] = [
+    (TableId::Inodes, "inodes"),
+    (TableId::Dirents, "dirents"),
+    (TableId::Cookies, "cookies"),
+    (TableId::Extents, "extents"),
+    (TableId::Free, "free"),
+    (TableId::Chunks, "chunks"),
+    (TableId::Orphans, "orphans"),
+    (TableId::Clients, "clients"),
+    (TableId::Replies, "replies"),
+    (TableId::Globals, "globals"),
+    (TableId::Pools, "pools"),
+    (TableId::Logs, "logs"),
+    (TableId::Xattrs, "xattrs"),
+    (TableId::Quarantine, "quarantine"),
+    (TableId::Refcounts, "refcounts"),
 ];
 
-impl TableId {
-    const ALL: [Self; NAMES.len()] = [
-        Self::Inodes,
-        Self::Dirents,
-        Self::Cookies,
-        Self::Extents,
-        Self::Free,
-        Self::Chunks,
-        Self::Orphans,
-        Self::Clients,
-        Self::Replies,
-        Self::Globals,
-        Self::Pools,
-        Self::Logs,
-        Self::Xattrs,
-        Self::Quarantine,
-        Self::Refcounts,
-    ];
+// A record of the journal goes into the table whose number it has.
+const _: () = {
+    let mut number = 0;
+    while number < TABLES.len() {
+        assert!(TABLES[number].0 as usize == number);
+        number += 1;
+    }
+};
 
+impl TableId {
     pub(super) fn from_number(number: u8) -> Option<Self> {
-        Self::ALL.get(usize::from(number)).copied()
+        TABLES.get(usize::from(number)).map(|(id, _)| *id)
     }
 
     pub(crate) fn name(self) -> &'static str {
-        NAMES[self as usize]
+        TABLES[self as usize].1
     }
 }
 
@@ -120,7 +111,7 @@ impl TableId {
 #[derive(Debug)]
 pub(crate) struct View<T> {
     /// By number.
-    tables: [T; NAMES.len()],
+    tables: [T; TABLES.len()],
     changes: Changes,
     pass_over: bool,
 }
@@ -129,12 +120,10 @@ pub(crate) struct View<T> {
 fn open_all<T, E: Into<redb::Error>>(
     open: impl Fn(TableDefinition<'static, Raw, Raw>) -> Result<T, E>,
 ) -> Result<View<T>, StoreError> {
-    let tables = NAMES.map(|name| open(TableDefinition::new(name)).map_err(engine("open a table")));
-    let mut opened = Vec::with_capacity(NAMES.len());
-    for table in tables {
-        opened.push(table?);
-    }
-    let tables = opened.try_into().unwrap_or_else(|_| unreachable!("as many as there are names"));
+    let opened =
+        TABLES.iter().map(|(_, name)| open(TableDefinition::new(name)).map_err(engine("open a table")));
+    let opened: Vec<T> = opened.collect::<Result<_, _>>()?;
+    let tables = opened.try_into().unwrap_or_else(|_| unreachable!("one of each"));
     Ok(View { tables, changes: Changes::default(), pass_over: false })
 }
 
