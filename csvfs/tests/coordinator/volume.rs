@@ -224,11 +224,11 @@ fn damaged_pages_of_the_store_are_errors_and_no_panic() {
 
 // Invariant G4: a volume of an older program gets what this one adds, and is from then on refused by the older one.
 #[test]
-fn a_volume_without_pools_and_logs_is_upgraded_when_it_is_opened() {
+fn a_volume_without_pools_logs_and_journal_is_upgraded_when_it_is_opened() {
     let device: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::new(64 * MIB));
     let volume = format(&device);
     let mut older = Superblock::read(device.as_ref()).expect("a volume");
-    let added = csvfs::format::superblock::INCOMPAT_POOLS;
+    let added = csvfs::format::superblock::INCOMPAT_POOLS | csvfs::format::superblock::INCOMPAT_JOURNAL;
     older.incompat &= !added;
     for offset in SUPERBLOCK_OFFSETS {
         device.write_at(offset, &older.encode(offset)).expect("a write");
