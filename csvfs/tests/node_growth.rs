@@ -210,3 +210,22 @@ fn a_busy_node_gets_what_an_idle_one_has_in_its_pool() {
     write(&again, 0, &vec![6; 8 << 20]).expect("space again");
     assert_eq!(world.problems(&busy), Vec::<String>::new());
 }
+
+// Invariant C5: what another node may have written is flushed; where there is no byte, there is nothing to flush.
+#[test]
+fn an_fsync_of_a_file_without_a_byte_asks_the_lun_for_nothing() {
+    let world = World::new();
+    let (node, other) = (world.node(1), world.node(2));
+    let file = create(&node, "f");
+    let flushes = |node: &Arc<Node>| node.stats().flushes;
+    fsync(&file).expect("an fsync");
+    assert_eq!(flushes(&node), 0, "that the file is there was durable when it was made");
+    write(&file, 0, b"x").expect("a write");
+    fsync(&file).expect("an fsync");
+    assert_eq!(flushes(&node), 1);
+
+    let file = create(&node, "g");
+    write(&open(&other, "g"), 0, b"x").expect("a write");
+    fsync(&file).expect("an fsync");
+    assert_eq!(flushes(&node), 2, "the grant is gone: nobody knows here that the file is empty");
+}

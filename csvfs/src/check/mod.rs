@@ -66,10 +66,11 @@ impl Findings {
 pub fn check_device(device: &Arc<dyn BlockDevice>) -> Result<CheckReport, VolumeError> {
     let block = Superblock::read(device.as_ref())?;
     let overlay = Arc::new(overlay::Overlay::new(device.clone()));
-    let store = Store::open_verified(overlay, block.volume, block.lun_bytes)?;
+    let mut store = Store::open_verified(overlay, block.volume, block.lun_bytes)?;
     let report = guarded("a page that cannot be read", || {
         store.make_tables()?;
-        check_tables(&store.snapshot()?.passing_over_damage(), block.lun_bytes, &store.chunks())
+        let snapshot = store.snapshot()?.passing_over_damage();
+        check_tables(&snapshot, block.lun_bytes, &store.chunks())
     })??;
     Ok(with_fixed_areas(report, device.as_ref(), block.volume))
 }

@@ -89,12 +89,13 @@ impl Server {
             self.store.commit(transaction, &changes)?;
             self.core.commits += 1;
         } else {
-            transaction.abort()?;
+            self.store.keep(transaction);
         }
         if !chunks.is_empty() {
             self.store.add_chunks(&chunks.into_iter().map(chunk).collect::<Vec<_>>())?;
         }
         self.deliver();
+        self.start_checks();
         Ok(next)
     }
 
@@ -161,7 +162,9 @@ impl Server {
     }
 
     fn deliver(&mut self) {
-        let Outbox { replies, pushes, overdue, reclaimed, checks } = std::mem::take(&mut self.core.out);
+        let checks = std::mem::take(&mut self.core.out.checks);
+        let Outbox { replies, pushes, overdue, reclaimed, .. } =
+            std::mem::replace(&mut self.core.out, Outbox { checks, ..Outbox::default() });
         for (done, reply) in replies {
             done.answer(reply);
         }
@@ -174,8 +177,12 @@ impl Server {
         for (client, ino) in overdue {
             self.core.pushes.overdue(client, ino);
         }
-        for done in checks {
-            self.core.start_check(&self.store, done);
+    }
+
+    /// Only between transactions: a check reads a snapshot.
+    fn start_checks(&mut self) {
+        for done in std::mem::take(&mut self.core.out.checks) {
+            self.core.start_check(&mut self.store, done);
         }
     }
 

@@ -136,7 +136,7 @@ fn load(params: OpenParams, block: &Superblock, store: &mut Store) -> Result<Cor
     if accounted {
         store.commit(transaction, &changes)?;
     } else {
-        transaction.abort()?;
+        store.keep(transaction);
     }
     Ok(core)
 }

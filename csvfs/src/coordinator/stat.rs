@@ -32,7 +32,7 @@ impl Core {
     }
 
     /// Checks the volume as of now, on a thread of its own.
-    pub(super) fn start_check(&self, store: &Store, done: Asker) {
+    pub(super) fn start_check(&self, store: &mut Store, done: Asker) {
         if self.checking.swap(true, Ordering::SeqCst) {
             let busy = Failure {
                 kind: FailureKind::Errno.into(),

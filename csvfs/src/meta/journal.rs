@@ -14,7 +14,7 @@ use blockio::{BlockDevice, IoError};
 use lockmgr::{Term, VolumeId};
 
 use super::changes;
-use super::region::{Landing, Region};
+use super::region::Region;
 use super::store::{StoreError, device as failed};
 use crate::format::journal::{RecordId, claimed_bytes, decode, encode, record_bytes};
 use crate::format::layout::{BLOCK_BYTES, JOURNAL_BYTES, JOURNAL_OFFSET};
@@ -56,14 +56,14 @@ impl Journal {
         self.offset + record_bytes(changes.len()) <= JOURNAL_OFFSET + JOURNAL_BYTES
     }
 
-    /// Sends the next record to the LUN. The answer comes when it is stable, or failed. It must have its place.
-    pub(super) fn append(&mut self, region: &Region, changes: &[u8]) -> Result<Landing, IoError> {
+    /// Writes the next record, and returns when it is stable. It must have its place.
+    pub(super) fn append(&mut self, region: &Region, changes: &[u8]) -> Result<(), IoError> {
         let id = self.id(region.volume());
         let bytes = encode(&id, changes);
-        let landing = region.force(id.offset, &bytes)?;
+        region.force(id.offset, &bytes)?.wait()?;
         self.offset += bytes.len() as u64;
         self.head.next += 1;
-        Ok(landing)
+        Ok(())
     }
 
     /// Reads the next record and calls `visit` with what it changed; false when there is none.

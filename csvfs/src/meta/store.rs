@@ -1,7 +1,8 @@
 //! Opening, transactions and growth of the metadata store.
 //!
-//! Every commit of pages is two-phase with quick repair, so that the store of a dead coordinator opens in milliseconds; most commits
-//! are a record in the journal instead.
+//! Every commit of pages is two-phase with quick repair, so that the store of a dead coordinator opens in milliseconds. Most commits
+//! are a record in the journal instead: one transaction of the store goes on from checkpoint to checkpoint, so that a page is
+//! written once, however many batches have changed it.
 //! **Invariant:** chunks are added ahead: between batches the capacity covers the next growth of the database, or the
 //! store says that it is `tight` and only what frees space is let in.
 
@@ -75,6 +76,8 @@ pub(crate) fn guarded<T>(what: &str, work: impl FnOnce() -> T) -> Result<T, Stor
 
 /// The open store. Only a coordinator has one, or a check on a copy.
 pub(crate) struct Store {
+    /// What was committed to the journal and not to the pages. Before `db`: it must end first.
+    going_on: Option<Transaction>,
     db: redb::Database,
     region: Arc<Region>,
     /// None: every commit is one of pages.
@@ -138,7 +141,8 @@ impl Store {
         builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(verified);
         let backend = LunBackend::new(region.clone());
         let opened = guarded("a page that cannot be", || builder.create_with_backend(backend))?;
-        Ok(Self { db: opened.map_err(engine("open the metadata store"))?, region, journal: None })
+        let db = opened.map_err(engine("open the metadata store"))?;
+        Ok(Self { going_on: None, db, region, journal: None })
     }
 
     /// Does again what the journal has beyond the pages, in one transaction, and begins the journal of `term`. A crash
@@ -161,7 +165,7 @@ impl Store {
         }
         if known == Some(head) {
             drop(tables);
-            transaction.abort()?;
+            self.keep(transaction);
         } else {
             tables.put_journal_head(head)?;
             drop(tables);
@@ -171,21 +175,29 @@ impl Store {
         Ok(())
     }
 
-    pub(crate) fn begin(&self) -> Result<Transaction, StoreError> {
+    /// The tables as they are, to be changed: to be given to `commit`, or to `keep` when nothing was. Dropped instead, all that
+    /// the journal has since the last checkpoint is gone from memory, and the store must not be used any more.
+    pub(crate) fn begin(&mut self) -> Result<Transaction, StoreError> {
+        if let Some(transaction) = self.going_on.take() {
+            return Ok(transaction);
+        }
         let inner = self.db.begin_write().map_err(engine("begin a metadata transaction"))?;
         Ok(Transaction { inner })
     }
 
-    /// Ends a transaction that made these changes. Returns when all of it is on stable media.
+    /// Takes a transaction back in which nothing was changed.
+    pub(crate) fn keep(&mut self, transaction: Transaction) {
+        self.going_on = Some(transaction);
+    }
+
+    /// Ends a batch that made these changes. Returns when all of it is on stable media.
     pub(crate) fn commit(&mut self, transaction: Transaction, changes: &Changes) -> Result<(), StoreError> {
         let Some(journal) = &mut self.journal else { return transaction.make_stable() };
         match changes.bytes().filter(|bytes| journal.has_room(bytes)) {
             Some(bytes) => {
-                let writing = device("write the metadata's journal");
-                let landing = journal.append(&self.region, bytes).map_err(writing)?;
-                // Meanwhile. Nobody reads it before this returns, and if the record fails nothing follows.
-                transaction.keep_in_memory()?;
-                landing.wait().map_err(device("write the metadata's journal"))
+                journal.append(&self.region, bytes).map_err(device("write the metadata's journal"))?;
+                self.keep(transaction);
+                Ok(())
             }
             None => self.checkpoint_with(transaction),
         }
@@ -204,14 +216,17 @@ impl Store {
     }
 
     /// Makes tables that this version has and the one that made the volume had not.
-    pub(crate) fn make_tables(&self) -> Result<(), StoreError> {
+    pub(crate) fn make_tables(&mut self) -> Result<(), StoreError> {
         let transaction = self.begin()?;
         drop(transaction.tables()?);
         transaction.make_stable()
     }
 
-    /// All tables as they were committed last; later commits do not show.
-    pub(crate) fn snapshot(&self) -> Result<Snapshot, StoreError> {
+    /// All tables as they were committed last; later commits do not show. No transaction may have begun.
+    pub(crate) fn snapshot(&mut self) -> Result<Snapshot, StoreError> {
+        if let Some(transaction) = self.going_on.take() {
+            transaction.keep_in_memory()?;
+        }
         let inner = self.db.begin_read().map_err(engine("begin reading the metadata"))?;
         tables::open_read(&inner)
     }
@@ -234,6 +249,7 @@ impl Store {
             let transaction = self.begin()?;
             self.checkpoint_with(transaction)?;
         }
+        self.going_on = None;
         self.db.close().map_err(engine("close the metadata store"))
     }
 
@@ -298,7 +314,7 @@ fn fill_new(tables: &mut Tables<'_>, chunk: Chunk, lun_bytes: u64) -> Result<(),
     tables.put_free(first, lun_bytes / BLOCK_BYTES - first)
 }
 
-/// One write transaction. Dropped without `commit`, it has never been.
+/// One write transaction of the store.
 pub(crate) struct Transaction {
     inner: redb::WriteTransaction,
 }
@@ -314,14 +330,10 @@ impl Transaction {
         self.inner.commit().map_err(engine("commit metadata"))
     }
 
-    /// Makes it visible to what comes after, and no more than that.
+    /// Makes it visible to snapshots, and no more than that.
     fn keep_in_memory(mut self) -> Result<(), StoreError> {
         self.inner.set_durability(Durability::None).map_err(engine("commit metadata in memory"))?;
         self.inner.commit().map_err(engine("commit metadata in memory"))
-    }
-
-    pub(crate) fn abort(self) -> Result<(), StoreError> {
-        self.inner.abort().map_err(engine("end a metadata transaction"))
     }
 }
 

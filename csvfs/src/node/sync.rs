@@ -8,6 +8,7 @@
 //! when it is sent (C2), and it is one message (C4). Callers that come while a round is under way share the next one.
 //!
 //! A client with a log writes the snapshot there, and tells the coordinator later: an fsync of new blocks needs no message.
+//! A file without a byte has nothing to flush: that it is there was durable when it was made.
 //!
 //! **Invariant:** an fsync is acknowledged when both the data and what is needed to find it are durable (C5); after a
 //! failed flush nothing is (D6).
@@ -152,6 +153,11 @@ impl State {
         snapshot
     }
 
+    /// Whether there is no byte in the file on any node, so that no write to it can be on its way to stable media.
+    fn is_known_empty(&self) -> bool {
+        self.grant.mode.covers(Mode::ProtectedRead) && self.attr.is_some_and(|attr| attr.size_bytes == 0)
+    }
+
     /// Adds a written range, told apart by whose blocks carry it. What does not fit is pending again.
     fn add_written(&mut self, snapshot: &mut Snapshot, range: Range<u64>, most: usize) {
         let mut at = range.start;
@@ -222,6 +228,10 @@ impl Inode {
         let waiters = std::mem::take(&mut state.sync.waiters);
         let most = if self.core.log.is_open() { APPEND_ENTRIES_MAX } else { COMMIT_RANGES_MAX };
         let snapshot = state.snapshot(waiters.iter().any(|waiter| waiter.times), most);
+        if snapshot.is_empty() && state.is_known_empty() {
+            state.sync.running = false;
+            return out.syncs.extend(waiters.into_iter().map(|waiter| (waiter.done, Ok(()))));
+        }
         let inode = self.clone();
         out.flush = Some(Box::new(move |flushed| inode.sync_flushed(snapshot, waiters, flushed)));
     }

@@ -8,17 +8,24 @@ use blockio::{BlockDevice, FaultDevice, Geometry, IoOp, IoRequest, MemoryDevice,
 use csvfs::pb::request::Op;
 use csvfs::pb::{GetAttr, GrantMode};
 
-use crate::world::{BLOCK, MIB, ROOT, World, attr, create, result};
+use crate::world::{BLOCK, MIB, ROOT, World, assert_clean_offline, attr, create, result};
 
 /// Whether a request makes something stable: a flush, or a forced write.
 fn makes_stable(request: &IoRequest) -> bool {
     matches!(request.op, IoOp::Flush | IoOp::Write { fua: true, .. })
 }
 
-/// Counts what makes something stable.
+/// Counts what makes something stable, and the other writes.
 struct Counted<D> {
     inner: D,
     flushes: AtomicU64,
+    writes: AtomicU64,
+}
+
+impl<D> Counted<D> {
+    fn new(inner: D) -> Arc<Self> {
+        Arc::new(Self { inner, flushes: AtomicU64::new(0), writes: AtomicU64::new(0) })
+    }
 }
 
 impl<D: BlockDevice> BlockDevice for Counted<D> {
@@ -29,6 +36,8 @@ impl<D: BlockDevice> BlockDevice for Counted<D> {
     fn submit(&self, request: IoRequest) {
         if makes_stable(&request) {
             self.flushes.fetch_add(1, Ordering::SeqCst);
+        } else if matches!(request.op, IoOp::Write { .. }) {
+            self.writes.fetch_add(1, Ordering::SeqCst);
         }
         self.inner.submit(request);
     }
@@ -39,7 +48,7 @@ fn parallel_creates_share_commits() {
     const CLIENTS: u16 = 32;
     const EACH: usize = 4;
     let inner = FaultDevice::new(MemoryDevice::new(256 * MIB));
-    let device = Arc::new(Counted { inner, flushes: AtomicU64::new(0) });
+    let device = Counted::new(inner);
     let world = World::on(device.clone());
     let clients: Vec<_> = (1..=CLIENTS).map(|node| world.client(node)).collect();
     let flushes_of = |work: &dyn Fn()| {
@@ -139,7 +148,7 @@ fn who_only_looks_does_not_wait_for_the_commit_of_what_others_change() {
 #[test]
 fn removing_one_file_after_the_other_takes_a_commit_for_each() {
     const FILES: u64 = 50;
-    let device = Arc::new(Counted { inner: MemoryDevice::new(64 * MIB), flushes: AtomicU64::new(0) });
+    let device = Counted::new(MemoryDevice::new(64 * MIB));
     let world = World::on(device.clone());
     let c = world.client(1);
     let names: Vec<String> = (0..FILES).map(|i| format!("f{i}")).collect();
@@ -160,7 +169,7 @@ fn removing_one_file_after_the_other_takes_a_commit_for_each() {
 
 #[test]
 fn reads_need_no_commit() {
-    let device = Arc::new(Counted { inner: MemoryDevice::new(64 * MIB), flushes: AtomicU64::new(0) });
+    let device = Counted::new(MemoryDevice::new(64 * MIB));
     let world = World::on(device.clone());
     let c = world.client(1);
     let before = device.flushes.load(Ordering::SeqCst);
@@ -169,4 +178,25 @@ fn reads_need_no_commit() {
         c.stat();
     }
     assert_eq!(device.flushes.load(Ordering::SeqCst), before);
+}
+
+// A page that many commits changed is written by the checkpoint after them, once.
+#[test]
+fn between_checkpoints_a_commit_writes_no_page() {
+    const FILES: u64 = 100;
+    let device = Counted::new(MemoryDevice::new(64 * MIB));
+    let world = World::on(device.clone());
+    let c = world.client(1);
+    c.create(ROOT, "first");
+    let writes = || device.writes.load(Ordering::SeqCst);
+    let before = writes();
+    (0..FILES).for_each(|i| assert_eq!(c.create(ROOT, &format!("f{i}")).nlink, 1));
+    assert_eq!(writes(), before);
+    assert_eq!(world.assert_clean(&c).inodes, FILES + 2, "a check sees what only the journal has");
+    c.create(ROOT, "last");
+    let (device_, before) = (world.device.clone(), writes());
+    world.coordinator.close().expect("a clean end");
+    let pages = writes() - before;
+    assert!(pages < FILES, "{pages} pages for {FILES} commits");
+    assert_eq!(assert_clean_offline(&device_).inodes, FILES + 3);
 }
