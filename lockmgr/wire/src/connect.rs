@@ -1,10 +1,12 @@
 //! Opening connections.
 
+use std::io;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
 use rustls_pki_types::ServerName;
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_util::task::TaskTracker;
@@ -16,6 +18,9 @@ use crate::{Class, Connection, Endpoint, Handler, Local, Partition, Stream, Via,
 
 /// Bytes unacknowledged for this long end a connection; a shorter silence is for heartbeats to judge.
 const UNACKNOWLEDGED_MS_MAX: u32 = 30_000;
+
+/// Congestion control between nodes.
+const CONGESTION: &str = "cubic";
 
 /// Connects to another node over mutual TLS. Fails unless exactly `expected_node` answers.
 pub async fn connect_tls(
@@ -73,8 +78,7 @@ pub(crate) async fn greet_tls(
     };
     let handshake = async {
         endpoint.partition.passable().await;
-        let tcp = TcpStream::connect(address).await.map_err(|error| WireError::io(&doing, error))?;
-        tune(&tcp);
+        let tcp = dial(address).await.map_err(|error| WireError::io(&doing, error))?;
         // Who takes any member checks the name that the certificate itself gives.
         let name = ServerName::try_from(authority::node_name(expected.unwrap_or_default()))
             .map_err(|error| WireError::BadIdentity { what: error.to_string() })?;
@@ -119,6 +123,31 @@ pub async fn connect_unix(
     };
     let greeted = in_time(&doing, handshake).await?;
     Ok(driver::start(greeted, handler, Partition::default(), &TaskTracker::new()))
+}
+
+/// Connects to the first address of a name that answers.
+pub(crate) async fn dial(address: &str) -> io::Result<TcpStream> {
+    let mut last = None;
+    for address in tokio::net::lookup_host(address).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        do_not_pace(&socket);
+        match socket.connect(address).await {
+            Ok(tcp) => {
+                tune(&tcp);
+                return Ok(tcp);
+            }
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.unwrap_or_else(|| io::Error::new(io::ErrorKind::NotFound, "the name has no address")))
+}
+
+/// Takes the congestion control that Linux has by default, on a socket that is not connected yet, or that listens. Nodes are
+/// near each other; where a machine is set up for far peers (BBR), its timers would pace masses of data between nodes to half
+/// of what the network carries.
+pub(crate) fn do_not_pace(socket: impl AsFd) {
+    // An improvement; a socket that refuses it still works.
+    let _kept = rustix::net::sockopt::set_tcp_congestion(socket, CONGESTION);
 }
 
 /// Small frames leave at once, and a vanished peer is noticed even without heartbeats.

@@ -25,7 +25,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
-use crate::connect::tune;
+use crate::connect::dial;
 use crate::driver::in_time;
 use crate::identity::tls_error;
 use crate::ticket::{JoinToken, sha256};
@@ -141,8 +141,7 @@ async fn connect(
     token: &JoinToken,
     doing: &str,
 ) -> Result<tokio_rustls::client::TlsStream<TcpStream>, WireError> {
-    let tcp = TcpStream::connect(&token.address).await.map_err(|error| WireError::io(doing, error))?;
-    tune(&tcp);
+    let tcp = dial(&token.address).await.map_err(|error| WireError::io(doing, error))?;
     let name = ServerName::try_from(authority::node_name(token.node))
         .map_err(|error| WireError::BadIdentity { what: error.to_string() })?;
     TlsConnector::from(Arc::new(client_config(token)?))

@@ -13,7 +13,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::connect::{tune, unix_peer};
+use crate::connect::{do_not_pace, tune, unix_peer};
 use crate::driver::{self, Greeted, in_time};
 use crate::hello::Proof;
 use crate::identity::{certified, tls_error};
@@ -44,6 +44,8 @@ impl Server {
     #[must_use]
     pub fn serve_tls(listener: TcpListener, endpoint: Endpoint, handler: Arc<dyn Handler>) -> Self {
         let address = listener.local_addr().ok();
+        // What it accepts inherits it.
+        do_not_pace(&listener);
         Self::serve(FromNodes { listener, endpoint }, handler, address)
     }
 

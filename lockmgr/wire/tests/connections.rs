@@ -278,6 +278,8 @@ async fn a_bare_stream_carries_bytes_both_ways_between_nodes_that_have_proved_wh
     let pki = Pki::new();
     let (streams, arrived) = std::sync::mpsc::channel();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    // A machine that is set up for something else than nodes want.
+    rustix::net::sockopt::set_tcp_congestion(&listener, "reno").expect("every kernel has it");
     let address = listener.local_addr().expect("bound").to_string();
     let server = wire::Server::serve_tls(listener, pki.endpoint(2), Arc::new(Taking(streams)));
     let stranger = Pki::new();
@@ -308,11 +310,25 @@ async fn a_bare_stream_carries_bytes_both_ways_between_nodes_that_have_proved_wh
     server.shutdown().await;
 }
 
+// What paces a socket is set before it is connected, so that no timer of the machine's own setting has begun on it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn masses_of_data_between_nodes_are_not_paced_whatever_the_machine_is_set_to() {
+    let (near, far, server, _) = blocks().await;
+    for end in [&near, &far] {
+        let found = rustix::net::sockopt::tcp_congestion(&**end).expect("a TCP socket");
+        assert_eq!(found, "cubic");
+    }
+    near.end();
+    server.shutdown().await;
+}
+
 /// Both ends of a stream for blocks from node 1 to node 2, the server, and the switch that cuts node 1 off.
 async fn blocks() -> (Arc<wire::Duplex>, Arc<wire::Duplex>, wire::Server, wire::Partition) {
     let pki = Pki::new();
     let (streams, arrived) = std::sync::mpsc::channel();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    // A machine that is set up for something else than nodes want.
+    rustix::net::sockopt::set_tcp_congestion(&listener, "reno").expect("every kernel has it");
     let address = listener.local_addr().expect("bound").to_string();
     let server = wire::Server::serve_tls(listener, pki.endpoint(2), Arc::new(Taking(streams)));
     let stranger = Pki::new();

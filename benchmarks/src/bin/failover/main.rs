@@ -1,10 +1,11 @@
-//! How long things pause when something dies or moves, on the embedded cluster: `cargo xtask bench failover [ROUNDS]`.
+//! How long things pause when something dies or moves, on the embedded cluster: `cargo xtask bench failover [ROUNDS] [--only redirected]`.
 //!
 //! ```text
 //!   planned.rs   the coordinator moves
 //!   lost.rs      the coordinator is killed, and hangs
-//!   path.rs      a node loses its path to the LUN, and how fast the detour is
+//!   path.rs      a node loses its path to the LUN
 //!   guest.rs     a VM's node dies
+//!   redirected.rs, transport.rs   how fast the detour through a peer is
 //!   probe.rs     the direct I/O of another node during all that, and in the same run without a fault
 //! ```
 //! Each figure is taken from outside, as an application or an administrator sees it, over at least 20 rounds.
@@ -16,13 +17,17 @@ mod lost;
 mod path;
 mod planned;
 mod probe;
+mod redirected;
 mod stage;
+mod transport;
 
 use std::path::Path;
 
 use benchmarks::percentile;
 
 const ROUNDS: usize = 20;
+/// Throughputs of which the middle one counts.
+const TURNS: usize = 3;
 
 /// What was measured of one thing.
 struct Figure {
@@ -33,8 +38,57 @@ struct Figure {
     goals: (f64, f64),
 }
 
-fn main() {
-    let rounds = std::env::args().nth(1).and_then(|text| text.parse().ok()).unwrap_or(ROUNDS);
+/// What is asked for.
+struct Arguments {
+    rounds: usize,
+    /// Turns of the throughputs.
+    turns: usize,
+    /// Nothing but the throughput of the detour, and of which LUNs.
+    only: Option<String>,
+}
+
+impl Arguments {
+    fn parse(words: impl Iterator<Item = String>) -> Result<Self, String> {
+        let mut parsed = Self { rounds: ROUNDS, turns: TURNS, only: None };
+        let mut words = words.peekable();
+        while let Some(word) = words.next() {
+            let mut value = || words.next().ok_or(format!("{word} needs a value"));
+            match word.as_str() {
+                "--only" => parsed.only = Some(value()?),
+                "--turns" => parsed.turns = number(&value()?)?,
+                text => parsed.rounds = number(text)?,
+            }
+        }
+        let known = ["redirected", "redirected-memory", "redirected-disk"];
+        match &parsed.only {
+            Some(only) if !known.contains(&only.as_str()) => {
+                Err(format!("--only {only}: it is one of {}", known.join(", ")))
+            }
+            _ => Ok(parsed),
+        }
+    }
+
+    /// Whether the detour to a LUN in `place` is measured.
+    fn wants_lun(&self, place: &str) -> bool {
+        let only = self.only.as_deref().and_then(|only| only.strip_prefix("redirected-"));
+        only.is_none_or(|only| only == place)
+    }
+}
+
+fn number(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| format!("{text}: not known; use [ROUNDS] [--turns N] [--only redirected]"))
+}
+
+fn main() -> Result<(), String> {
+    let arguments = Arguments::parse(std::env::args().skip(1))?;
+    if arguments.only.is_none() {
+        pauses(arguments.rounds);
+    }
+    redirected::throughput(&arguments);
+    Ok(())
+}
+
+fn pauses(rounds: usize) {
     let stage = stage::Stage::set(rounds);
     let mut figures =
         vec![planned::pause(&stage), lost::killed(&stage), lost::hung(&stage), path::lost(&stage)];
@@ -45,7 +99,6 @@ fn main() {
     }
     print(&figures);
     stage.probe().print();
-    path::throughput(&stage);
 }
 
 fn print(figures: &[Figure]) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 
 use blockio::{
-    AlignedBuf, BlockDevice, FaultDevice, IoBuf, IoError, IoOp, IoRequest, MemoryDevice, NbdAddress,
+    AlignedBuf, BlockDevice, Change, FaultDevice, IoBuf, IoError, IoOp, IoRequest, MemoryDevice, NbdAddress,
     NbdDevice, NbdExport, NbdOptions, OpKind, Record, Recorder,
 };
 use proptest::prelude::*;
@@ -31,6 +31,31 @@ fn a_device_behind_nbd_keeps_what_is_written_to_it() {
     client.flush().expect("flush");
     client.read_at(1024, &mut found[..4096]).expect("read");
     assert!(found[..4096].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn a_long_transfer_is_cut_into_pieces_of_the_wanted_length_and_is_one_request_for_its_submitter() {
+    for (most, wanted) in [(100_000, 99_840), (1, 512)] {
+        let recorder = Arc::new(Recorder::new(MemoryDevice::new(SIZE)));
+        let served = Served::of(recorder.clone());
+        let options = NbdOptions { piece_bytes_max: most, ..NbdOptions::default() };
+        let client = NbdDevice::open(&served.address(), options).expect("the client connects");
+        let content = pattern(3 * wanted + 512, most.into());
+        client.write_at(512, &content).expect("write");
+        let mut found = vec![0; content.len()];
+        client.read_at(512, &mut found).expect("read");
+        assert!(found == content);
+        let mut lengths: Vec<usize> = recorder.log().iter().filter_map(length_of_write).collect();
+        lengths.sort_unstable();
+        assert_eq!(lengths, [512, wanted, wanted, wanted]);
+    }
+}
+
+fn length_of_write(record: &Record) -> Option<usize> {
+    match record {
+        Record::Change(Change::Write { bytes, .. }) => Some(bytes.len()),
+        _ => None,
+    }
 }
 
 #[test]

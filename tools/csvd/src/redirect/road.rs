@@ -26,6 +26,10 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 /// Longest wait for a peer to say that a session has ended, before it is asked again.
 const SETTLE_WITHIN: Duration = Duration::from_secs(2);
 
+/// Longest transfer that a peer is asked for at once. A MiB in one piece is at the disk, at the cipher or on the way, one
+/// after the other; in four these go on at the same time.
+const PIECE_BYTES_MAX: u32 = 256 << 10;
+
 /// See the module.
 pub(crate) struct Road {
     core: Arc<Core>,
@@ -171,7 +175,11 @@ impl Road {
         let export = format!("{}/{}", self.volume, self.epoch);
         let what = format!("{} through {}", self.name, peer.name);
         // A peer hands everything on to the LUN.
-        let options = NbdOptions { writes_outlive_server: true, ..NbdOptions::default() };
+        let options = NbdOptions {
+            writes_outlive_server: true,
+            piece_bytes_max: PIECE_BYTES_MAX,
+            ..NbdOptions::default()
+        };
         let nbd = NbdDevice::over(stream, &export, &what, options);
         let nbd = Arc::new(nbd.map_err(|error| error.to_string())?);
         let device = self.gate(nbd.clone()).map_err(|error| error.to_string())?;

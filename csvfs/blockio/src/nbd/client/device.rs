@@ -45,6 +45,9 @@ pub struct NbdOptions {
     /// Connections, if the server says that a flush on one covers the others. More than one pays off only against servers
     /// that use a processor per connection.
     pub connections: usize,
+    /// Longest transfer that is asked for at once, in bytes, as far as the server allows it and in whole blocks; longer ones
+    /// are cut. While one piece is on its way the server is busy with the device for the next.
+    pub piece_bytes_max: u32,
     /// The server keeps nothing of its own that could be lost: what it has acknowledged is on the device behind it, and a
     /// flush over any other way to that device makes it stable. Its end is then no failed flush.
     pub writes_outlive_server: bool,
@@ -52,7 +55,7 @@ pub struct NbdOptions {
 
 impl Default for NbdOptions {
     fn default() -> Self {
-        Self { writable: true, connections: 1, writes_outlive_server: false }
+        Self { writable: true, connections: 1, piece_bytes_max: u32::MAX, writes_outlive_server: false }
     }
 }
 
@@ -69,6 +72,8 @@ pub(super) struct Core {
     pub(super) export: Export,
     pub(super) writable: bool,
     writes_outlive_server: bool,
+    /// Longest transfer that is asked for at once, in whole blocks.
+    pub(super) piece_bytes: u64,
     /// Lock rank: a leaf.
     lines: Mutex<Lines>,
     ended: Condvar,
@@ -156,6 +161,7 @@ impl NbdDevice {
             export,
             writable: options.writable && !export.is_read_only(),
             writes_outlive_server: options.writes_outlive_server,
+            piece_bytes: piece_bytes(options.piece_bytes_max, &export),
             lines: Mutex::new(Lines { up, closed: false }),
             ended: Condvar::new(),
             next: AtomicUsize::new(0),
@@ -264,6 +270,11 @@ impl Core {
             });
         }
     }
+}
+
+fn piece_bytes(most: u32, export: &Export) -> u64 {
+    let most = most.min(export.transfer_bytes_max);
+    u64::from((most - most % export.block_bytes).max(export.block_bytes))
 }
 
 /// The server, or its way to the device, is gone.

@@ -38,7 +38,7 @@ pub(super) fn start(core: &Arc<Core>, request: IoRequest) {
                 out: None,
                 into: Some(buf.slice(at..at + len as usize)),
             };
-            let pieces = pieces(buf.len() as u64, u64::from(export.transfer_bytes_max), piece);
+            let pieces = pieces(buf.len() as u64, core.piece_bytes, piece);
             // From here on the pieces alone refer to it.
             drop(buf);
             let what = What { op: "read", command: Command::Read, flags: 0, offset };
@@ -51,7 +51,7 @@ pub(super) fn start(core: &Arc<Core>, request: IoRequest) {
                 out: Some(buf.slice(at..at + len as usize)),
                 into: None,
             };
-            let pieces = pieces(buf.len() as u64, u64::from(export.transfer_bytes_max), piece);
+            let pieces = pieces(buf.len() as u64, core.piece_bytes, piece);
             drop(buf);
             let flags = if fua && export.can_fua() { command_flag::FUA } else { 0 };
             let done = written(core, fua, done);
@@ -228,7 +228,7 @@ fn zero(core: &Arc<Core>, offset: u64, len: u64, may_unmap: bool, done: Completi
         let what = What { op: "write-zeroes", command: Command::WriteZeroes, flags, offset };
         return submit_all(core, what, pieces(len, RANGE_BYTES_MAX, range), done);
     }
-    let most = (ZEROS.len() as u64).min(u64::from(core.export.transfer_bytes_max));
+    let most = (ZEROS.len() as u64).min(core.piece_bytes);
     let piece = |at: usize, len: u32| Piece { at, len, out: Some(ZEROS.slice(0..len as usize)), into: None };
     let what = What { op: "write-zeroes", command: Command::Write, flags: 0, offset };
     submit_all(core, what, pieces(len, most, piece), done);
