@@ -327,6 +327,11 @@ fn a_log_that_cannot_be_read_locks_what_its_client_held_and_can_be_given_up() {
     let client =
         coordinator.clients().into_iter().find(|client| client.id.node == NodeId(1)).expect("it is kept").id;
     assert!(named.contains(&client.to_string()), "{named}");
+    // Who only asks about it is told, and does not wait.
+    let error = other.resolve_at_once("f").expect_err("it is locked");
+    assert_eq!(error.errno(), libc::EBUSY);
+    let told = error.to_string();
+    assert!(told.contains(&client.to_string()) && told.contains("give-up-log"), "{told}");
     assert_eq!(other.give_up_log(world.client(7)).expect_err("no such client").errno(), libc::ENOENT);
     other.give_up_log(client).expect("it is given up");
     assert!(coordinator.clients().iter().all(|client| client.id.node != NodeId(1)));

@@ -158,6 +158,10 @@ fn what_a_dead_node_held_stays_locked_while_its_log_cannot_be_read_until_the_log
     assert!(lun.break_logs() > 0, "node 2 has a log");
     cluster.fault(2, "kill");
     drop(held);
+    // Asked while nobody knows yet that the node is dead: who asks waits no longer than until it is known.
+    let path = cluster.mount(3).join("held");
+    let locked = cluster.ctl(3).run(&["file", "grants", text(&path)]).expect_err("a dead client holds it");
+    assert!(locked.to_string().contains("give-up-log --client 2."), "{locked}");
     let unreadable = |report: &Value| {
         problems(report).into_iter().find_map(|what| {
             let client = what.strip_prefix("client ")?.split(' ').next()?.to_owned();
@@ -185,4 +189,30 @@ fn what_a_dead_node_held_stays_locked_while_its_log_cannot_be_read_until_the_log
     let mut content = Vec::new();
     File::open(cluster.mount(1).join("held")).expect("there").read_to_end(&mut content).expect("readable");
     assert_eq!(content[..4096], [0; 4096]);
+}
+
+// Invariant D4: a fault of the LUN that passes needs nobody's hands. The daemon tells the coordinator again of who is over.
+#[test]
+fn what_a_dead_node_held_is_free_with_all_it_had_flushed_when_its_log_can_be_read_again() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let lun = Lun::serve();
+    let cluster = Cluster::on(&lun.uri);
+    let ctl = cluster.ctl(1);
+    drop(ctl.run(&["volume", "move", "vol1", "--to", &cluster.name(1)]));
+    let mut held = File::create(cluster.mount(2).join("held")).expect("made");
+    for byte in 1..=4 {
+        held.write_all(&[byte; 8192]).expect("written");
+        held.sync_all().expect("the log says so");
+    }
+    assert!(lun.break_logs() > 0, "node 2 has a log");
+    cluster.fault(2, "kill");
+    drop(held);
+    let is_locked = |report: &Value| problems(report).iter().any(|what| what.contains("give-up-log"));
+    until("the log is named", || ctl.check("vol1", &[]), is_locked);
+    lun.device.heal();
+    until("nobody holds it", || ctl.check("vol1", &[]), |report| problems(report).is_empty());
+    let content = fs::read(cluster.mount(3).join("held")).expect("readable");
+    assert!(content == [[1; 8192], [2; 8192], [3; 8192], [4; 8192]].concat(), "the log was replayed");
 }

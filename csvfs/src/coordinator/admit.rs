@@ -46,6 +46,13 @@ impl Core {
         }
         // What may end the grace time cannot wait for its end.
         let ends_grace = matches!(work.request.op, Some(Op::GiveUpLog(_)));
+        let locked = self.grace.as_ref().filter(|_| is_at_once(&work)).and_then(|grace| {
+            let ended = grace.missing.iter().find(|client| self.unreadable.contains_key(client));
+            ended.map(|client| self.locked_by(*client))
+        });
+        if let Some(refusal) = locked {
+            return self.refuse(work.done, refusal);
+        }
         if let Some(grace) = self.grace.as_mut().filter(|_| !ends_grace) {
             if grace.queue.len() < GRACE_QUEUE_MAX {
                 grace.queue.push(work);
@@ -96,6 +103,10 @@ impl Core {
             Ok(needs) => needs,
             Err(error) => return self.refuse(work.done, error),
         };
+        let locked = if is_at_once(&work) { self.lock_of_the_ended(&needs) } else { None };
+        if let Some(refusal) = locked {
+            return self.refuse(work.done, refusal);
+        }
         match needs.split_first() {
             Some((&need, further)) => {
                 let id = self.park(Errand::Work(work));
@@ -253,6 +264,15 @@ impl Core {
             (Some(Op::ReleaseGrant(release)), _) => self.lower(work.client, release, id),
             _ => {}
         }
+    }
+}
+
+/// Requests that rather fail than wait for a client that has ended with a log that cannot be read.
+pub(super) fn is_at_once(work: &Work) -> bool {
+    match &work.request.op {
+        Some(Op::Lookup(op)) => op.at_once,
+        Some(Op::ListGrants(_)) => true,
+        _ => false,
     }
 }
 

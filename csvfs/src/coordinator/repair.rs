@@ -10,8 +10,10 @@ use std::collections::BTreeSet;
 
 use lockmgr::{ClientId, Millis, NodeId, ResourceId};
 
-use super::core::Core;
+use super::admit::is_at_once;
+use super::core::{Core, Errand, Parked};
 use super::pools::Pools;
+use super::quiesce::Need;
 use crate::alloc::Allocator;
 use crate::check::repair;
 use crate::format::layout::{BLOCK_BYTES, FIRST_CHUNK_OFFSET};
@@ -87,6 +89,38 @@ impl Core {
                  be read there again, or the log is given up (csvctl volume give-up-log)"
             );
         }
+    }
+
+    /// The refusal of what waits for a client that has ended and keeps what it held, when one is in the way.
+    pub(super) fn lock_of_the_ended(&self, needs: &[Need]) -> Option<OpError> {
+        let holders = needs.iter().flat_map(|(ino, _)| self.engine.holders(ResourceId(*ino)));
+        let ended = holders.map(|holder| holder.client).find(|client| self.unreadable.contains_key(client));
+        ended.map(|client| self.locked_by(client))
+    }
+
+    pub(super) fn locked_by(&self, client: ClientId) -> OpError {
+        let why = self.unreadable.get(&client).map_or("", |unreadable| unreadable.why.as_str());
+        errno(
+            libc::EBUSY,
+            format!(
+                "client {client} held it when it ended, and its intent log cannot be read ({why}): it stays locked until the \
+                 LUN can be read there again, or the log is given up (csvctl volume give-up-log --client {client})"
+            ),
+        )
+    }
+
+    /// What is not to wait for a client that has ended is looked at again.
+    pub(super) fn refuse_what_is_locked(&mut self, tables: &mut Tables<'_>) -> Result<(), StoreError> {
+        let waits = |parked: &Parked| matches!(&parked.what, Errand::Work(work) if is_at_once(work));
+        let ids: Vec<u64> =
+            self.parked.iter().filter(|(_, parked)| waits(parked)).map(|(id, _)| *id).collect();
+        for id in ids {
+            if let Some(Errand::Work(work)) = self.unpark_what(id) {
+                self.release(id);
+                self.proceed(tables, work)?;
+            }
+        }
+        Ok(())
     }
 
     /// Ends a client without what its log may say.

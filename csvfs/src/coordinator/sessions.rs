@@ -244,7 +244,7 @@ impl Core {
             && let Err(error) = self.replay_log(tables, client)?
         {
             self.log_unreadable(client, &error);
-            return Ok(());
+            return self.refuse_what_is_locked(tables);
         }
         self.unreadable.remove(&client);
         self.dissolve_pool(tables, client)?;

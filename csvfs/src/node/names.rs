@@ -45,7 +45,12 @@ impl Node {
             AtHand::Absent => return Err(absent(&name)),
             AtHand::Unknown => {}
         }
-        let answered = self.core.ask(Op::Lookup(pb::Lookup { parent, name: name.clone(), cache: true }))?;
+        self.ask_name(parent, name, false)
+    }
+
+    fn ask_name(&self, parent: u64, name: Bytes, at_once: bool) -> Result<Attr, FsError> {
+        let asked = pb::Lookup { parent, name: name.clone(), cache: true, at_once };
+        let answered = self.core.ask(Op::Lookup(asked))?;
         let attr = attr_of(&answered)?;
         self.core.learn_name(parent, &name, attr.ino, answered.stamp());
         Ok(self.with_local_changes(attr, answered.stamp()))
@@ -73,6 +78,27 @@ impl Node {
     /// # Errors
     /// Those of the lookups.
     pub fn resolve(&self, path: &str) -> Result<Attr, FsError> {
+        self.walk(path, |parent, name| self.lookup(parent, name))
+    }
+
+    /// The inode that [`Node::resolve`] finds, without waiting for a client that has ended and whose log cannot be read.
+    ///
+    /// # Errors
+    /// As of `resolve`, and `EBUSY`, with the name of such a client, when it holds something on the way.
+    pub fn resolve_at_once(&self, path: &str) -> Result<u64, FsError> {
+        let looked_up = |parent, name: &[u8]| match self.lookup_at_hand(parent, name) {
+            AtHand::Is(attr) => Ok(*attr),
+            AtHand::Absent => Err(absent(name)),
+            AtHand::Unknown => self.ask_name(parent, checked_name(name)?, true),
+        };
+        Ok(self.walk(path, looked_up)?.ino)
+    }
+
+    fn walk(
+        &self,
+        path: &str,
+        lookup: impl Fn(u64, &[u8]) -> Result<Attr, FsError>,
+    ) -> Result<Attr, FsError> {
         let mut parts = path.split('/').filter(|part| !part.is_empty()).peekable();
         if parts.peek().is_none() {
             return self.getattr(ROOT_INO);
@@ -80,7 +106,7 @@ impl Node {
         let mut attr = None;
         for part in parts {
             let parent = attr.map_or(ROOT_INO, |attr: Attr| attr.ino);
-            attr = Some(self.lookup(parent, part.as_bytes())?);
+            attr = Some(lookup(parent, part.as_bytes())?);
         }
         attr.ok_or_else(|| FsError::invalid(libc::ENOENT, format!("{path}: no such file")))
     }

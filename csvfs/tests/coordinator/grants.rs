@@ -35,7 +35,7 @@ fn who_asks_for_attributes_sees_what_a_writer_has_buffered() {
     let list = Op::ReadDir(pb::ReadDir { ino: ROOT, cookie: 0, max_entries: 0, cache: false });
     let asked = [
         d.start(Op::GetAttr(pb::GetAttr { ino, cache: false })),
-        d.start(Op::Lookup(pb::Lookup { parent: ROOT, name: "f".into(), cache: false })),
+        d.start(Op::Lookup(pb::Lookup { parent: ROOT, name: "f".into(), cache: false, at_once: false })),
         d.start(list),
     ];
     let (to, recall) = world.pushes.recall();
@@ -130,7 +130,10 @@ fn requests_about_several_files_wait_in_order_and_not_in_a_circle() {
     for reply in [one, two] {
         assert_eq!(result(&reply), reply::Result::Done(pb::Done {}));
     }
-    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: ROOT, name: "a".into(), cache: false })).ino, a);
+    assert_eq!(
+        c.attr(Op::Lookup(pb::Lookup { parent: ROOT, name: "a".into(), cache: false, at_once: false })).ino,
+        a
+    );
     world.assert_clean(&c);
 }
 

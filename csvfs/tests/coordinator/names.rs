@@ -76,7 +76,10 @@ fn a_rename_replaces_and_moves() {
     c.create(d.ino, "b");
     c.done(rename((ROOT, "a"), (d.ino, "b"), 0));
     assert!(!c.exists(ROOT, "a"));
-    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: d.ino, name: "b".into(), cache: false })).ino, a.ino);
+    assert_eq!(
+        c.attr(Op::Lookup(pb::Lookup { parent: d.ino, name: "b".into(), cache: false, at_once: false })).ino,
+        a.ino
+    );
     // Within one directory, onto itself, and onto another name of the same inode.
     c.done(rename((d.ino, "b"), (d.ino, "c"), 0));
     c.done(rename((d.ino, "c"), (d.ino, "c"), 0));
@@ -114,8 +117,14 @@ fn flags_of_rename_are_kept() {
     let b = c.mkdir(d.ino, "b");
     assert_eq!(c.errno(rename((ROOT, "a"), (d.ino, "b"), NOREPLACE)), libc::EEXIST);
     c.done(rename((ROOT, "a"), (d.ino, "b"), EXCHANGE));
-    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: d.ino, name: "b".into(), cache: false })).ino, a.ino);
-    assert_eq!(c.attr(Op::Lookup(pb::Lookup { parent: ROOT, name: "a".into(), cache: false })).ino, b.ino);
+    assert_eq!(
+        c.attr(Op::Lookup(pb::Lookup { parent: d.ino, name: "b".into(), cache: false, at_once: false })).ino,
+        a.ino
+    );
+    assert_eq!(
+        c.attr(Op::Lookup(pb::Lookup { parent: ROOT, name: "a".into(), cache: false, at_once: false })).ino,
+        b.ino
+    );
     assert_eq!(c.errno(rename((ROOT, "a"), (ROOT, "none"), EXCHANGE)), libc::ENOENT);
     // A directory may not be exchanged with its own descendant.
     c.done(rename((ROOT, "a"), (d.ino, "inner"), 0));

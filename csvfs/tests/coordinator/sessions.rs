@@ -138,7 +138,8 @@ fn nothing_is_served_before_everybody_is_back() {
     let (c, d) = (c.follow(&world), d.follow(&world));
     d.attach(pb::Attach::default());
     let wants = d.start(acquire(ino, GrantMode::Exclusive));
-    let asks = d.start(Op::Lookup(pb::Lookup { parent: ROOT, name: "f".into(), cache: false }));
+    let asks =
+        d.start(Op::Lookup(pb::Lookup { parent: ROOT, name: "f".into(), cache: false, at_once: false }));
     assert_eq!(world.coordinator.clients().iter().filter(|c| !c.attached).count(), 1);
     assert!(wants.try_recv().is_err() && asks.try_recv().is_err());
     c.attach(attach_with(vec![claim(ino, GrantMode::Exclusive)], vec![]));

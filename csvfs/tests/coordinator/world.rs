@@ -268,7 +268,12 @@ impl Client {
     }
 
     pub(crate) fn lookup(&self, parent: u64, name: &str) -> reply::Result {
-        self.ask(Op::Lookup(pb::Lookup { parent, name: name.to_owned().into(), cache: false }))
+        self.ask(Op::Lookup(pb::Lookup {
+            parent,
+            name: name.to_owned().into(),
+            cache: false,
+            at_once: false,
+        }))
     }
 
     pub(crate) fn exists(&self, parent: u64, name: &str) -> bool {

@@ -13,10 +13,13 @@
 
 mod local;
 pub(crate) mod orders;
+mod places;
 mod protected;
 mod road;
 mod serving;
 mod sessions;
+#[cfg(test)]
+mod testing;
 
 pub(crate) use local::{ProcessKey, serve as serve_processes};
 pub(crate) use road::Road;

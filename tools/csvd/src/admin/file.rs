@@ -33,7 +33,11 @@ async fn with_node<T: Send + 'static>(
 }
 
 pub(super) fn failed(doing: &str, path: &str, error: &FsError) -> Error {
-    let kind = if error.errno() == libc::ENOENT { api::Kind::NotFound } else { api::Kind::Failed };
+    let kind = match error.errno() {
+        libc::ENOENT => api::Kind::NotFound,
+        libc::EBUSY => api::Kind::Conflict,
+        _ => api::Kind::Failed,
+    };
     Error::new(kind, error).during(format!("{doing} {path}"))
 }
 
@@ -114,7 +118,7 @@ pub(super) async fn map(core: &Arc<Core>, path: String) -> Result<pb::FileExtent
 pub(super) async fn grants(core: &Arc<Core>, path: String) -> Result<pb::FileGrantList, Error> {
     let shown = path.clone();
     let (place, (ino, list)) = with_node(core, path, "file grants", |node, below| {
-        let ino = node.resolve(below)?.ino;
+        let ino = node.resolve_at_once(below)?;
         Ok((ino, node.grants(ino)?))
     })
     .await?;

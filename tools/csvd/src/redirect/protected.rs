@@ -41,88 +41,30 @@ impl NbdTransport for Protected {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::sync::mpsc::{Receiver, channel};
     use std::thread::JoinHandle;
 
     use blockio::{
         BlockDevice, FaultDevice, IoBuf, IoError, IoOp, IoRequest, MemoryDevice, NbdDevice, NbdExport,
         NbdOptions, OpKind, serve_nbd,
     };
-    use bytes::Bytes;
-    use futures::future::BoxFuture;
-    use tokio::runtime::Runtime;
-    use uuid::Uuid;
-    use wire::authority::{self, Issued};
-    use wire::{Connection, Endpoint, Handler, Identity, Local, Peer, Refusal, Server};
+    use wire::authority;
 
     use super::*;
     use crate::redirect::Sessions;
+    use crate::redirect::testing::{Nodes, endpoint};
 
     const SIZE: u64 = 8 << 20;
 
-    struct Taking(Sender<Stream>);
-
-    impl Handler for Taking {
-        fn handle(
-            &self,
-            _from: Peer,
-            _conn: Connection,
-            service: u16,
-            _body: Bytes,
-        ) -> BoxFuture<'static, Result<Bytes, Refusal>> {
-            Box::pin(async move { Err(Refusal::unsupported(service)) })
-        }
-
-        fn blocks(&self, stream: Stream) {
-            self.0.send(stream).expect("the test listens");
-        }
-    }
-
-    /// Node 2, which listens, and the authority of its cluster.
-    struct Nodes {
-        runtime: Runtime,
-        ca: Issued,
-        address: String,
-        arrived: Receiver<Stream>,
-        _server: Server,
-    }
-
-    fn endpoint(ca: &Issued, node: u16) -> Endpoint {
-        let issued = authority::issue(ca, node).expect("a certificate");
-        let identity = Identity::from_pem(&issued.cert_pem, &issued.key_pem, &ca.cert_pem);
-        let local = Local { cluster: Uuid::from_u128(7), node, name: format!("n{node}") };
-        Endpoint::new(local, identity.expect("an identity")).expect("they fit")
-    }
-
-    impl Nodes {
-        fn start() -> Self {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-            let runtime = runtime.expect("a runtime");
-            let ca = authority::create_ca("test").expect("an authority");
-            let (tell, arrived) = channel();
-            let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).expect("a port");
-            let address = listener.local_addr().expect("it is bound").to_string();
-            let server = {
-                let _inside = runtime.enter();
-                Server::serve_tls(listener, endpoint(&ca, 2), Arc::new(Taking(tell)))
-            };
-            Self { runtime, ca, address, arrived, _server: server }
-        }
-
-        fn connect(&self, from: &Endpoint, to: u16) -> Result<Stream, wire::WireError> {
-            self.runtime.block_on(wire::connect_blocks(&self.address, from, to))
-        }
-
-        /// A client at node 1 of a device at node 2, what ends its stream at node 2, and node 2's thread.
-        fn through(&self, device: &Arc<FaultDevice<MemoryDevice>>) -> (NbdDevice, Arc<Duplex>, Serving) {
-            let near = self.connect(&endpoint(&self.ca, 1), 2).expect("connected");
-            let (far, duplex) = protected(self.arrived.recv().expect("it arrives"));
-            let export = NbdExport::new(Arc::clone(device) as Arc<dyn BlockDevice>, false);
-            let serving = std::thread::spawn(move || serve_nbd(far, &export));
-            let options = NbdOptions { writes_outlive_server: true, ..NbdOptions::default() };
-            let client = NbdDevice::over(protected(near).0, "", "the device of node 2", options);
-            (client.expect("the client is served"), duplex, serving)
-        }
+    /// A client at node 1 of a device at node 2, what ends its stream at node 2, and node 2's thread.
+    fn through(nodes: &Nodes, device: &Arc<FaultDevice<MemoryDevice>>) -> (NbdDevice, Arc<Duplex>, Serving) {
+        let near = nodes.connect(&endpoint(&nodes.ca, 1), 2).expect("connected");
+        let (far, duplex) = protected(nodes.arrived.recv().expect("it arrives"));
+        let export = NbdExport::new(Arc::clone(device) as Arc<dyn BlockDevice>, false);
+        let serving = std::thread::spawn(move || serve_nbd(far, &export));
+        let options = NbdOptions { writes_outlive_server: true, ..NbdOptions::default() };
+        let client = NbdDevice::over(protected(near).0, "", "the device of node 2", options);
+        (client.expect("the client is served"), duplex, serving)
     }
 
     type Serving = JoinHandle<Result<(), String>>;
@@ -146,7 +88,7 @@ mod tests {
         const LANES: usize = 4;
         const LENGTHS: [usize; 5] = [512, 4096, 16 << 10, (300 << 10) + 512, 1 << 20];
         let nodes = Nodes::start();
-        let (client, _, serving) = nodes.through(&device());
+        let (client, _, serving) = through(&nodes, &device());
         std::thread::scope(|scope| {
             for lane in 0..LANES {
                 let client = &client;
@@ -171,7 +113,7 @@ mod tests {
     #[test]
     fn a_session_that_is_ended_is_over_when_what_it_has_begun_is_done() {
         let (nodes, device, sessions) = (Nodes::start(), device(), Arc::new(Sessions::<u8>::default()));
-        let (client, duplex, serving) = nodes.through(&device);
+        let (client, duplex, serving) = through(&nodes, &device);
         let number = sessions.enter(&1, move || duplex.end());
         device.hold(Some(OpKind::Write));
         let buf = IoBuf::zeroed(1 << 20);
@@ -196,7 +138,7 @@ mod tests {
     #[test]
     fn a_peer_that_dies_in_the_middle_of_a_request_leaves_nobody_waiting() {
         let (nodes, device) = (Nodes::start(), device());
-        let (client, duplex, serving) = nodes.through(&device);
+        let (client, duplex, serving) = through(&nodes, &device);
         device.hold(None);
         let read = submit(&client, IoOp::Read { offset: 0, buf: IoBuf::zeroed(1 << 20) });
         let flush = submit(&client, IoOp::Flush);

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use api::Error;
-use blockio::{GatedDevice, NbdExport, NbdExports, Permission, WriteRight, serve_nbd};
+use blockio::{BlockDevice, GatedDevice, NbdExport, NbdExports, Permission, WriteRight, serve_nbd};
 use lockmgr::cluster::ClusterState;
 use lockmgr::{Epoch, NodeId, VolumeId};
 use uuid::Uuid;
@@ -12,6 +12,7 @@ use wire::{Duplex, Stream};
 
 use crate::core::Core;
 use crate::messages::{EndOver, NodeOp, SessionOf};
+use crate::redirect::Sessions;
 use crate::redirect::protected::protected;
 use crate::{forward, view};
 
@@ -23,29 +24,60 @@ const ANSWER_WITHIN: Duration = Duration::from_secs(2);
 /// A session of another node: which volume, which node in which incarnation.
 pub(crate) type PeerKey = (VolumeId, NodeId, Epoch);
 
+/// What of this node a peer may meet.
+trait Host: Send + Sync {
+    /// The cluster's records as this node has them now.
+    fn records(&self) -> Arc<ClusterState>;
+
+    /// This node's own way to the LUN of a volume, or why it has none.
+    fn direct(&self, volume: VolumeId) -> Result<Arc<dyn BlockDevice>, String>;
+
+    /// The sessions of peers.
+    fn sessions(&self) -> &Sessions<PeerKey>;
+}
+
+impl Host for Core {
+    fn records(&self) -> Arc<ClusterState> {
+        self.state()
+    }
+
+    fn direct(&self, volume: VolumeId) -> Result<Arc<dyn BlockDevice>, String> {
+        let road = self.volumes.get(volume).and_then(|volume| volume.road());
+        road.ok_or("the volume is not open here")?.direct_for_peers()
+    }
+
+    fn sessions(&self) -> &Sessions<PeerKey> {
+        &self.peer_sessions
+    }
+}
+
 /// Serves a peer's stream, on a thread of its own.
 pub(crate) fn serve(core: &Arc<Core>, stream: Stream) {
     let peer = stream.peer().clone();
-    let (core, from) = (Arc::clone(core), NodeId(peer.node));
-    let serving = move || {
-        let (stream, duplex) = protected(stream);
-        let exports = Served { core, from, stream: duplex, session: Mutex::new(None) };
-        let outcome = serve_nbd(stream, &exports);
-        exports.leave();
-        match outcome {
-            Ok(()) => tracing::info!(node = %from, "a peer does not go through this node any more"),
-            Err(why) => tracing::info!(node = %from, why, "a peer's session has ended"),
-        }
+    let host: Arc<dyn Host> = core.clone();
+    let serving = move || match serve_peer(&host, stream) {
+        Ok(()) => tracing::info!(node = %peer.node, "a peer does not go through this node any more"),
+        Err(why) => tracing::info!(node = %peer.node, why, "a peer's session has ended"),
     };
     let thread = std::thread::Builder::new().name("nbd:peer".to_owned()).stack_size(1 << 20);
     if let Err(error) = thread.spawn(serving) {
-        tracing::error!(%peer, %error, "a peer that has lost its path cannot be served");
+        tracing::error!(%error, "a peer that has lost its path cannot be served");
     }
+}
+
+/// Serves a peer until it leaves or is cut off, and all that it has begun is done. Which node it is its certificate says.
+fn serve_peer(host: &Arc<dyn Host>, stream: Stream) -> Result<(), String> {
+    let from = NodeId(stream.peer().node);
+    let (stream, duplex) = protected(stream);
+    let exports = Served { host: Arc::clone(host), from, stream: duplex, session: Mutex::new(None) };
+    let outcome = serve_nbd(stream, &exports);
+    exports.leave();
+    outcome
 }
 
 /// What one peer may choose from.
 struct Served {
-    core: Arc<Core>,
+    host: Arc<dyn Host>,
     from: NodeId,
     stream: Arc<Duplex>,
     /// The session that was begun, with its number. Rank: above the table of sessions.
@@ -61,7 +93,7 @@ impl Served {
             None => {}
         }
         let stream = Arc::clone(&self.stream);
-        let number = self.core.peer_sessions.enter(&key, move || stream.end());
+        let number = self.host.sessions().enter(&key, move || stream.end());
         *session = Some((key, number));
         Ok(())
     }
@@ -69,7 +101,7 @@ impl Served {
     /// Nothing of the session can reach the device any more.
     fn leave(&self) {
         if let Some((key, number)) = self.session.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            self.core.peer_sessions.leave(&key, number);
+            self.host.sessions().leave(&key, number);
         }
     }
 }
@@ -77,10 +109,9 @@ impl Served {
 impl NbdExports for Served {
     fn find(&self, name: &str) -> Result<NbdExport, String> {
         let (volume, epoch) = parse(name).ok_or("this is no volume and epoch")?;
-        let right = Right { core: Arc::clone(&self.core), volume, node: self.from, epoch };
+        let right = Right { host: Arc::clone(&self.host), volume, node: self.from, epoch };
         right.refusal().map_or(Ok(()), Err)?;
-        let road = self.core.volumes.get(volume).and_then(|volume| volume.road());
-        let direct = road.ok_or("the volume is not open here")?.direct_for_peers()?;
+        let direct = self.host.direct(volume)?;
         self.begin((volume, self.from, epoch))?;
         tracing::warn!(node = %self.from, %epoch, %volume, "a peer goes through this node to the LUN");
         Ok(NbdExport::new(Arc::new(GatedDevice::new(direct, Arc::new(right))), false))
@@ -99,7 +130,7 @@ fn parse(name: &str) -> Option<(VolumeId, Epoch)> {
 
 /// The right of a peer's incarnation, read before each of its requests. Which node it is its certificate says.
 struct Right {
-    core: Arc<Core>,
+    host: Arc<dyn Host>,
     volume: VolumeId,
     node: NodeId,
     epoch: Epoch,
@@ -107,7 +138,7 @@ struct Right {
 
 impl Right {
     fn refusal(&self) -> Option<String> {
-        refusal(&self.core.state(), self.volume, self.node, self.epoch)
+        refusal(&self.host.records(), self.volume, self.node, self.epoch)
     }
 }
 
@@ -178,7 +209,10 @@ mod tests {
     use lockmgr::Term;
     use lockmgr::cluster::{FenceKind, Member, MemberState, VolumeRecord, VolumeState};
 
+    use blockio::{MemoryDevice, NbdDevice, NbdOptions};
+
     use super::*;
+    use crate::redirect::testing::{Nodes, endpoint, endpoint_of};
 
     const VOLUME: VolumeId = VolumeId(Uuid::from_u128(7));
 
@@ -225,6 +259,90 @@ mod tests {
         records.witnesses.insert(NodeId(2));
         let refused = asked(&records, VOLUME).expect("refused");
         assert!(refused.contains("witness"), "{refused}");
+    }
+
+    /// A node with one volume.
+    struct Node {
+        records: Mutex<ClusterState>,
+        lun: Arc<dyn BlockDevice>,
+        sessions: Sessions<PeerKey>,
+    }
+
+    impl Host for Node {
+        fn records(&self) -> Arc<ClusterState> {
+            Arc::new(self.records.lock().expect("no panic").clone())
+        }
+
+        fn direct(&self, _volume: VolumeId) -> Result<Arc<dyn BlockDevice>, String> {
+            Ok(Arc::clone(&self.lun))
+        }
+
+        fn sessions(&self) -> &Sessions<PeerKey> {
+            &self.sessions
+        }
+    }
+
+    /// What a node is told that wants to go to a volume through the node of the test, over TLS with its certificate.
+    fn go(nodes: &Nodes, host: &Arc<Node>, certificate: u16, export: &str) -> Result<NbdDevice, String> {
+        let near = nodes.connect(&endpoint(&nodes.ca, certificate), 2).map_err(|error| error.explain())?;
+        let far = nodes.arrived.recv().expect("it arrives");
+        let host: Arc<dyn Host> = Arc::clone(host) as Arc<dyn Host>;
+        // It ends with its stream.
+        drop(std::thread::spawn(move || serve_peer(&host, far)));
+        let options = NbdOptions { writes_outlive_server: true, ..NbdOptions::default() };
+        NbdDevice::over(protected(near).0, export, "the LUN", options).map_err(|error| error.to_string())
+    }
+
+    // Invariant A1: the certificate says who goes through, whatever the stream claims, and each request asks again.
+    #[test]
+    fn over_tls_a_peer_goes_through_as_the_node_of_its_certificate_to_volumes_of_the_records() {
+        let nodes = Nodes::start();
+        let mut records = records(MemberState::Up);
+        let member = |id: u16, epoch: u64| Member {
+            id: NodeId(id),
+            name: format!("n{id}"),
+            address: String::new(),
+            epoch: Epoch(epoch),
+            state: MemberState::Up,
+            joined_ms: 0,
+        };
+        for (id, epoch) in [(1, 9), (3, 5)] {
+            records.members.insert(NodeId(id), member(id, epoch));
+        }
+        records.witnesses.insert(NodeId(3));
+        let lun = Arc::new(MemoryDevice::new(1 << 20));
+        let host =
+            Arc::new(Node { records: Mutex::new(records), lun: lun.clone(), sessions: Sessions::default() });
+        let named = |volume: VolumeId, epoch| format!("{}/{epoch}", volume.0);
+        let refused = |certificate, export: &str, why: &str| {
+            let told = go(&nodes, &host, certificate, export).expect_err("refused");
+            assert!(told.contains(why), "{told}");
+        };
+        refused(1, &named(VOLUME, 4), "epoch 4 of node 1");
+        refused(3, &named(VOLUME, 5), "witness");
+        refused(3, &named(VOLUME, 9), "epoch 9 of node 3");
+        refused(4, &named(VOLUME, 9), "epoch 9 of node 4");
+        refused(1, &named(VolumeId(Uuid::from_u128(8)), 9), "volume");
+        refused(1, "", "no volume and epoch");
+        let through = go(&nodes, &host, 1, &named(VOLUME, 9)).expect("a member with its epoch");
+        through.write_at(0, &[7; 4096]).expect("written");
+        let dead = |records: &mut ClusterState| {
+            records.members.get_mut(&NodeId(1)).expect("a member").state = MemberState::Fenced;
+        };
+        dead(&mut host.records.lock().expect("no panic"));
+        through.write_at(0, &[8; 4096]).expect_err("its incarnation is over");
+        let mut found = [0; 4096];
+        lun.read_at(0, &mut found).expect("read");
+        assert_eq!(found, [7; 4096]);
+    }
+
+    #[test]
+    fn a_node_of_another_cluster_gets_no_stream_even_with_a_certificate_of_this_authority() {
+        let nodes = Nodes::start();
+        let stranger = endpoint_of(&nodes.ca, Uuid::from_u128(8), 1);
+        let told = nodes.connect(&stranger, 2).expect_err("another cluster").explain();
+        assert!(told.contains("cluster"), "{told}");
+        assert!(nodes.arrived.try_recv().is_err(), "nothing of it has come");
     }
 
     #[test]

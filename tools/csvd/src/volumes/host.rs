@@ -31,6 +31,8 @@ use crate::{redirect, view};
 
 /// Pause before another attempt to open a coordinator.
 const AGAIN_AFTER: Duration = Duration::from_millis(500);
+/// Longest pause before the coordinator is told again of clients that are over and stay, because their logs cannot be read.
+const TELL_AGAIN_AFTER_MAX: Duration = Duration::from_secs(8);
 
 /// An open coordinator.
 #[derive(Clone)]
@@ -211,42 +213,76 @@ pub(super) async fn run(core: Arc<Core>, volume: Arc<LocalVolume>) {
     let host = Arc::clone(&volume.host);
     let weak: Weak<LocalVolume> = Arc::downgrade(&volume);
     drop(volume);
+    let mut pauses = Pauses::default();
     loop {
         let Some(volume) = weak.upgrade().filter(|volume| !volume.is_leaving()) else {
             host.close("the volume was removed").await;
             return;
         };
-        let again = settle(&core, &volume).await;
+        let pause = pauses.after(settle(&core, &volume).await);
         drop(volume);
         tokio::select! {
             () = core.done.cancelled() => return,
             () = host.nudge.notified() => {}
-            () = tokio::time::sleep(AGAIN_AFTER), if again => {}
+            () = tokio::time::sleep(pause.unwrap_or_default()), if pause.is_some() => {}
         }
     }
 }
 
-/// Makes what is open here fit the record. `true`: look again later.
-async fn settle(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> bool {
+/// What is left to do when the record was looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Left {
+    Nothing,
+    /// An attempt has failed, or is to be looked at once more.
+    Attempt,
+    /// Clients that are over were listed by the coordinator: told again, until none is.
+    ClientsOver,
+}
+
+/// When the record is looked at again without an event.
+#[derive(Debug, Default)]
+struct Pauses {
+    /// The last pause before clients that are over were told again.
+    told_after: Option<Duration>,
+}
+
+impl Pauses {
+    /// A client whose log cannot be read stays as long as the LUN's fault does, so the pauses grow.
+    fn after(&mut self, left: Left) -> Option<Duration> {
+        let last = self.told_after.take();
+        match left {
+            Left::Nothing => None,
+            Left::Attempt => Some(AGAIN_AFTER),
+            Left::ClientsOver => {
+                let next = last.map_or(AGAIN_AFTER, |last| (last * 2).min(TELL_AGAIN_AFTER_MAX));
+                self.told_after = Some(next);
+                self.told_after
+            }
+        }
+    }
+}
+
+/// Makes what is open here fit the record.
+async fn settle(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> Left {
     let host = &volume.host;
     let _work = host.begin_work().await;
     // Read under the lock: a move that has just ended has changed it.
     let state = core.state();
     let (Some(record), Some(epoch)) = (view::volume_by_id(&state, volume.id), core.epoch()) else {
-        return false;
+        return Left::Nothing;
     };
     let mine = record.owner == core.me && record.owner_epoch == epoch;
     if mine && host.term() == Some(record.term) {
         return match host.serving() {
             Some(coordinator) => report_gone(core, &coordinator).await,
-            None => false,
+            None => Left::Nothing,
         };
     }
     if host.term().is_some() {
         drop(host.shut("the record names another coordinator").await);
     }
     if !mine {
-        return false;
+        return Left::Nothing;
     }
     if host.is_renounced(record.term) {
         return reappoint(core, record, epoch).await;
@@ -258,14 +294,14 @@ async fn settle(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> bool {
     }
     report(core, record, opened).await;
     // Either it is tried again, or the clients that are over are looked at again.
-    true
+    Left::Attempt
 }
 
-/// The record names a term that this node has renounced: it needs the next one. `true`: try again later.
-async fn reappoint(core: &Arc<Core>, record: &VolumeRecord, epoch: Epoch) -> bool {
+/// The record names a term that this node has renounced: it needs the next one.
+async fn reappoint(core: &Arc<Core>, record: &VolumeRecord, epoch: Epoch) -> Left {
     if record.state == VolumeState::Failed {
         // The leader reads it, and appoints the next node, or this one again.
-        return false;
+        return Left::Nothing;
     }
     let command = Command::MoveVolume {
         name: record.name.clone(),
@@ -274,10 +310,10 @@ async fn reappoint(core: &Arc<Core>, record: &VolumeRecord, epoch: Epoch) -> boo
         to_epoch: epoch,
     };
     match core.propose(command).await {
-        Ok(_) => false,
+        Ok(_) => Left::Nothing,
         Err(error) => {
             tracing::warn!(volume = %record.name, term = %record.term, %error, "no new term yet");
-            true
+            Left::Attempt
         }
     }
 }
@@ -301,9 +337,8 @@ pub(super) async fn report(core: &Arc<Core>, record: &VolumeRecord, opened: Resu
     }
 }
 
-/// Tells the coordinator which of its clients are certainly over (A1). `true`: there were some, and one whose log cannot be read
-/// now stays; it is told again later.
-async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) -> bool {
+/// Tells the coordinator which of its clients are certainly over (A1). One whose log cannot be read now stays.
+async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) -> Left {
     let state = core.state();
     let asked = Arc::clone(coordinator);
     let clients = tokio::task::spawn_blocking(move || asked.clients()).await.unwrap_or_default();
@@ -322,12 +357,25 @@ async fn report_gone(core: &Arc<Core>, coordinator: &Arc<Coordinator>) -> bool {
         tracing::debug!(%node, %epoch, "clients of this incarnation are over");
         coordinator.node_gone(*node, *epoch);
     }
-    !gone.is_empty()
+    if gone.is_empty() { Left::Nothing } else { Left::ClientsOver }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_that_is_over_and_stays_is_told_again_for_ever_and_less_and_less_often() {
+        let mut pauses = Pauses::default();
+        let mut asked = |left, times| -> Vec<u128> {
+            (0..times).map(|_| pauses.after(left).expect("again").as_millis()).collect()
+        };
+        assert_eq!(asked(Left::ClientsOver, 7), [500, 1000, 2000, 4000, 8000, 8000, 8000]);
+        assert_eq!(asked(Left::Attempt, 2), [500, 500]);
+        assert_eq!(asked(Left::ClientsOver, 2), [500, 1000], "another one that is over");
+        assert_eq!(pauses.after(Left::Nothing), None);
+        assert_eq!(pauses.after(Left::ClientsOver), Some(AGAIN_AFTER));
+    }
 
     // Invariant D5: what the cluster may have given to another is not opened again.
     #[test]
