@@ -1,13 +1,16 @@
 //! How often memory is sent again while the guest runs, and when it is halted for the rest.
 //!
 //! ```text
-//!   after each pass:   what is left / measured rate + what the rest of the hand-over takes  =  blackout if halted now
+//!   after each pass:   what is left / measured pace + what the rest of the hand-over takes  =  blackout if halted now
 //!   little is left                                     -> halt
 //!   the passes still shrink                            -> another pass
 //!   they do not, and the blackout is within the budget -> halt      the budget grows with each pass without gain
 //!   they do not, and it is not                         -> slow the guest's writers down, step by step
 //!   the writers are as slow as they may be             -> give up, and say which blackout would be possible
 //! ```
+//! The pace is bytes of pages, in whichever way they go: packed or as differences they take less than their size of the link. It is
+//! that of the slower of the last two passes, so that one pass whose pages had changed little promises nothing.
+//!
 //! **Invariant:** the guest is halted only when the estimate is within the largest blackout that the user allows.
 
 /// What of the blackout is not memory (drain, state, commit, activation), before anything was measured.
@@ -33,6 +36,8 @@ const THROTTLE_MAX: u8 = 99;
 pub struct Pass {
     /// Bytes that went over the network.
     pub sent_bytes: u64,
+    /// Bytes of the pages whose content was sent, whole or as a difference.
+    pub page_bytes: u64,
     /// How long it took.
     pub took_us: u64,
     /// What was written meanwhile, and is to be sent again.
@@ -63,8 +68,10 @@ pub struct Precopy {
     best_left: u64,
     stalls: u32,
     throttle: u8,
-    /// Bytes per second, of the last pass that was long enough to tell.
+    /// Bytes per second over the network, of the last pass that was long enough to tell.
     rate: u64,
+    /// Bytes of pages per second in the last two such passes, newest first.
+    paces: [u64; 2],
 }
 
 impl Precopy {
@@ -81,6 +88,7 @@ impl Precopy {
             stalls: 0,
             throttle: 0,
             rate: 0,
+            paces: [0; 2],
         }
     }
 
@@ -96,7 +104,7 @@ impl Precopy {
         self.sent_bytes
     }
 
-    /// Bytes per second.
+    /// Bytes per second over the network.
     #[must_use]
     pub fn rate(&self) -> u64 {
         self.rate
@@ -105,7 +113,11 @@ impl Precopy {
     /// How long the guest would stand still if it were halted with so much left.
     #[must_use]
     pub fn estimate_us(&self, left_bytes: u64) -> u64 {
-        self.overhead_us.saturating_add(time_us(left_bytes, self.rate))
+        self.overhead_us.saturating_add(time_us(left_bytes, self.pace()))
+    }
+
+    fn pace(&self) -> u64 {
+        self.paces[0].min(self.paces[1])
     }
 
     /// Why there is no use in beginning.
@@ -171,14 +183,19 @@ impl Precopy {
         if (pass.sent_bytes > RUMP_BYTES || self.rate == 0) && pass.took_us > 0 {
             self.rate = per_second(pass.sent_bytes, pass.took_us);
         }
+        if (pass.page_bytes > RUMP_BYTES || self.paces == [0; 2]) && pass.took_us > 0 {
+            let pace = per_second(pass.page_bytes, pass.took_us);
+            let before = if self.paces == [0; 2] { pace } else { self.paces[0] };
+            self.paces = [pace, before];
+        }
     }
 
     fn refusal(&self, pass: Pass, estimate_us: u64) -> String {
         const MIB: u64 = 1 << 20;
         format!(
-            "the guest writes {} MiB/s, also when it is held back, and the link carries {} MiB/s: it would stand still for {} ms, and {} ms are allowed",
+            "the guest writes {} MiB/s of pages, also when it is held back, and {} MiB/s of them arrive: it would stand still for {} ms, and {} ms are allowed",
             per_second(pass.left_bytes, pass.took_us) / MIB,
-            self.rate / MIB,
+            self.pace() / MIB,
             estimate_us.div_ceil(1000),
             self.blackout_us_max / 1000,
         )
@@ -203,16 +220,28 @@ mod tests {
 
     /// Passes of a guest that writes `writes` MiB/s, slowed down as told, into at most `set` MiB over a link of `link` MiB/s.
     fn run(ram: u64, writes: u64, set: u64, link: u64, budget_ms: u64) -> (Precopy, Verdict) {
+        run_with_differences(ram, writes, set, (link, 1), budget_ms)
+    }
+
+    /// The same, where a page that is sent again takes one `part` of its size.
+    fn run_with_differences(
+        ram: u64,
+        writes: u64,
+        set: u64,
+        (link, part): (u64, u64),
+        budget_ms: u64,
+    ) -> (Precopy, Verdict) {
         let mut precopy = Precopy::new(budget_ms * 1000, OVERHEAD_US);
         let (mut to_send, mut throttle) = (ram * MIB, 0u64);
         loop {
-            let took_us = (to_send * SECOND / (link * MIB)).max(1);
+            let sent_bytes = if precopy.passes() == 0 { to_send } else { to_send / part };
+            let took_us = (sent_bytes * SECOND / (link * MIB)).max(1);
             let rate = writes * MIB * (100 - throttle) / 100;
             let left_bytes = (u128::from(rate) * u128::from(took_us) / u128::from(SECOND))
                 .min(u128::from(set * MIB))
                 .try_into()
                 .expect("less than the set");
-            match precopy.after(Pass { sent_bytes: to_send, took_us, left_bytes }) {
+            match precopy.after(Pass { sent_bytes, page_bytes: to_send, took_us, left_bytes }) {
                 Verdict::Again { throttle: slower } => throttle = u64::from(slower),
                 end => {
                     let within = precopy.estimate_us(left_bytes) <= budget_ms * 1000;
@@ -249,6 +278,27 @@ mod tests {
         let (precopy, end) = run(1024, 2000, 1024, 1000, 300);
         assert_eq!(end, Verdict::Halt);
         assert!(precopy.throttle >= 60, "{precopy:?}");
+    }
+
+    #[test]
+    fn a_guest_that_changes_little_of_many_pages_is_followed_and_not_slowed_down() {
+        let (precopy, end) = run_with_differences(1024, 2000, 512, (1000, 20), 300);
+        assert_eq!(end, Verdict::Halt);
+        assert!(precopy.passes() <= 6 && precopy.throttle == 0, "{precopy:?}");
+    }
+
+    #[test]
+    fn one_pass_of_pages_that_had_changed_little_promises_nothing() {
+        let mut precopy = Precopy::new(300_000, OVERHEAD_US);
+        let pass =
+            |page_bytes, sent_bytes| Pass { sent_bytes, page_bytes, took_us: SECOND, left_bytes: 100 * MIB };
+        precopy.after(pass(100 * MIB, 100 * MIB));
+        precopy.after(pass(1000 * MIB, 10 * MIB));
+        assert_eq!(precopy.estimate_us(100 * MIB), OVERHEAD_US + SECOND);
+        precopy.after(pass(1000 * MIB, 10 * MIB));
+        assert_eq!(precopy.estimate_us(100 * MIB), OVERHEAD_US + SECOND / 10);
+        precopy.after(pass(50 * MIB, 50 * MIB));
+        assert_eq!(precopy.estimate_us(100 * MIB), OVERHEAD_US + 2 * SECOND);
     }
 
     #[test]

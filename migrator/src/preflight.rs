@@ -46,6 +46,8 @@ pub struct Facts {
     pub version_max: u32,
     /// What it can give to a guest as a processor.
     pub cpu: Cpu,
+    /// Whether its memory streams take pages as differences. Releases before do not say so, and do not.
+    pub takes_deltas: bool,
 }
 
 /// Something that stands against a move.
@@ -227,6 +229,7 @@ mod tests {
             version_min: PROTOCOL_VERSION,
             version_max: PROTOCOL_VERSION,
             cpu: cpu(),
+            takes_deltas: true,
         }
     }
 

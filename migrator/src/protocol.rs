@@ -245,6 +245,7 @@ impl From<&Facts> for pb::Facts {
             version_min: facts.version_min,
             version_max: facts.version_max,
             processor: facts.cpu.encode(),
+            takes_deltas: facts.takes_deltas,
         }
     }
 }
@@ -271,6 +272,7 @@ impl TryFrom<pb::Facts> for Facts {
             version_max: facts.version_max,
             cpu: Cpu::decode(&facts.processor)
                 .map_err(|_| ProtocolError::Invalid("the record of its CPU"))?,
+            takes_deltas: facts.takes_deltas,
         })
     }
 }
@@ -358,7 +360,11 @@ mod tests {
             version_min: 1,
             version_max: 2,
             cpu: Cpu::from_leaves([((1, 0), Registers { eax: 1, ebx: 2, ecx: 3, edx: 4 })]),
+            takes_deltas: true,
         };
+        // A release before says nothing of it.
+        let silent = Facts::try_from(pb::Facts { takes_deltas: false, ..(&facts).into() });
+        assert!(!silent.unwrap().takes_deltas && !pb::Facts::default().takes_deltas);
         let reason = || "why".to_owned();
         let answers = [
             FromTarget::Facts(facts),

@@ -13,6 +13,10 @@ pub struct SaveFigures {
     pub rounds: u32,
     /// Bytes of RAM that crossed the network.
     pub memory_bytes_sent: u64,
+    /// Pages of which only the difference to what was sent before crossed it; nothing where there was none.
+    pub delta_pages: u64,
+    /// Bytes that these pages would have taken more if they had gone whole.
+    pub delta_bytes_saved: u64,
 }
 
 impl SaveFigures {
@@ -63,6 +67,10 @@ pub struct Report {
     pub rounds: u32,
     /// RAM bytes that crossed the network; none in a quick move, they go through the volume.
     pub memory_bytes_sent: u64,
+    /// Pages of which only the difference to what was sent before crossed it.
+    pub delta_pages: u64,
+    /// Bytes that these pages would have taken more if they had gone whole.
+    pub delta_bytes_saved: u64,
     /// Disk bytes copied: always 0.
     pub disk_bytes_copied: u64,
 }
@@ -99,6 +107,8 @@ impl Moments {
             },
             rounds: self.saved.rounds,
             memory_bytes_sent: self.saved.memory_bytes_sent,
+            delta_pages: self.saved.delta_pages,
+            delta_bytes_saved: self.saved.delta_bytes_saved,
             disk_bytes_copied: 0,
         }
     }
@@ -121,6 +131,8 @@ mod tests {
             state_us: 500,
             rounds: 3,
             memory_bytes_sent: 1 << 20,
+            delta_pages: 7,
+            delta_bytes_saved: 1 << 14,
         };
         let report = Moments { begun: 1000, halted: 5000, saved }.report("web", "live", (1, 2), 65_000);
         let parts = report.blackout;
@@ -128,5 +140,6 @@ mod tests {
         assert!((report.blackout_ms - 60.0).abs() < 1e-9 && (sum - 60.0).abs() < 1e-9, "{report:?}");
         assert!((report.total_ms - 64.0).abs() < 1e-9);
         assert_eq!((report.rounds, report.memory_bytes_sent, report.disk_bytes_copied), (3, 1 << 20, 0));
+        assert_eq!((report.delta_pages, report.delta_bytes_saved), (7, 1 << 14));
     }
 }

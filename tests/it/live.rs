@@ -96,7 +96,13 @@ fn memory_that_is_written_all_the_time_arrives_whole() {
     start_dirtier(&cluster, "dirty", "set=4 rate=0");
     let mut seen = passes(&cluster, 1, "dirty", 0);
     for to in [2, 1, 3] {
-        migrate(&cluster, 2, "dirty", to);
+        let report = migrate(&cluster, 2, "dirty", to);
+        let deltas =
+            ["delta_pages", "delta_bytes_saved"].map(|name| report[name].as_u64().expect("a figure"));
+        assert!(
+            deltas[0] > 0 && deltas[1] > deltas[0] * 2048,
+            "it writes a word of each page, and some are compared on any link: {report}"
+        );
         // Every page of the set is looked at once more after the move.
         seen = passes(&cluster, to, "dirty", seen + 1);
     }

@@ -178,6 +178,38 @@ fn an_embedded_cluster_renews_its_certificates_and_lets_nobody_join_from_elsewhe
     assert!(refused.code == 4 && refused.message().contains("embedded"), "{refused}");
 }
 
+const WRITER: &str = "writer";
+
+/// A guest that changes a word of each of its pages all the time, and says FAIL when one is not as it left it.
+fn start_writer(host: &Host) {
+    let of_guest = ["--kernel", "builtin:dirtier", "--cmdline", "role=dirtier set=4 rate=0"];
+    let create = [&["vm", "create", WRITER, "--memory", "64M"][..], &of_guest].concat();
+    host.ctl().must(&create);
+    host.ctl().must(&["vm", "start", WRITER]);
+    await_pass(host, 1);
+}
+
+/// Waits until the guest has gone over its pages so often; gives how often that is.
+fn await_pass(host: &Host, least: u64) -> u64 {
+    let last = |console: &Value| {
+        let said = console["text"].as_str().unwrap_or("");
+        assert!(!said.contains("FAIL"), "memory was lost: {said}");
+        let mut passes =
+            said.lines().filter_map(|line| line.strip_prefix("pass ")?.split(' ').next()?.parse().ok());
+        passes.next_back().unwrap_or(0)
+    };
+    let console = || host.ctl().must(&["vm", "console", WRITER]);
+    last(&until("the guest's next pass over its memory", console, |console| last(console) >= least))
+}
+
+/// Moves the guest and sees it find all pages as it left them; gives how many of them went as differences.
+fn delta_pages(from: &Host, to: &Host) -> u64 {
+    let before = await_pass(from, 1);
+    let report = from.ctl().must(&["vm", "migrate", WRITER, "--to", to.name()]);
+    await_pass(to, before + 2);
+    report["delta_pages"].as_u64().expect("a figure")
+}
+
 // Invariant G4: nodes of two releases are one cluster; what the older one does not know waits until it is upgraded.
 #[test]
 fn a_node_of_the_release_before_takes_part_and_what_it_does_not_know_waits_for_its_upgrade() {
@@ -208,12 +240,22 @@ fn a_node_of_the_release_before_takes_part_and_what_it_does_not_know_waits_for_i
     let stranger = remote(hosts[2].address(), hosts[0].dir()).expect_err("it knows no such connection");
     assert_ne!(stranger.code, 0, "{stranger}");
     hosts[0].ctl().must(&["volume", "move", "vol1", "--to", "a"]);
+    let guest = device_present("/dev/kvm");
+    if guest {
+        start_writer(&hosts[0]);
+        assert_eq!(delta_pages(&hosts[0], &hosts[2]), 0, "the older one takes whole pages");
+        assert_eq!(delta_pages(&hosts[2], &hosts[0]), 0, "and sends them");
+    }
 
     hosts[2].stop();
     hosts[2].set_env("CSVD_PROTOCOL_MAX", "2");
     hosts[2].start();
     until("a connection to it", || spoken(&hosts[0]), |version| *version == 2);
     hosts[0].ctl().must(&["cluster", "wait", "--nodes", "3", "--volume", "vol1"]);
+    if guest {
+        assert!(delta_pages(&hosts[0], &hosts[2]) > 0, "both have differences");
+        hosts[0].ctl().must(&["vm", "stop", "--force", WRITER]);
+    }
     hosts[0].ctl().must(&["node", "drain", "b"]);
     hosts[0].ctl().must(&["node", "resume", "b"]);
     assert_eq!(fs::read(hosts[2].mount("vol1").join("new")).expect("read"), b"through the old one");

@@ -4,6 +4,7 @@ use std::io::{self, Read, Write};
 
 use hv::GuestRam;
 
+use super::delta;
 use super::record::{
     self, HEADER_BYTES, Kind, PACKED_HEADER_BYTES, PAGE, RUN_BYTES_MAX, Record, STATE_BYTES_MAX, StreamError,
     read_whole,
@@ -12,7 +13,7 @@ use super::record::{
 /// What came over one stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Received {
-    /// Pages, with those that are zero.
+    /// Pages, with those that are zero, and those that came as differences.
     pub pages: u64,
     /// The state of processors and devices, on the stream that carries it.
     pub state: Option<Vec<u8>>,
@@ -37,6 +38,7 @@ pub fn receive<S: Read>(
         match record.kind {
             Kind::Pages => received.pages += take_pages(stream, ram, record, &mut buffer)?,
             Kind::Packed => received.pages += take_packed(stream, ram, record, &mut buffer)?,
+            Kind::Deltas => received.pages += take_deltas(stream, ram, record, &mut buffer)?,
             Kind::Zeros => received.pages += take_zeros(ram, record)?,
             Kind::State => take_state(stream, record, &mut received)?,
             Kind::End if record.place == received.pages && record.length == 0 => return Ok(received),
@@ -86,6 +88,33 @@ fn take_packed(
     }
     ram.write_linear(record.place, &buffer[..length])?;
     Ok((length / PAGE) as u64)
+}
+
+/// Each page is written when it is what the source has, and kept as it is otherwise.
+fn take_deltas(
+    stream: &mut impl Read,
+    ram: &GuestRam,
+    record: Record,
+    buffer: &mut [u8],
+) -> Result<u64, StreamError> {
+    let length = record.length as usize;
+    let invalid = StreamError::Invalid("pages as differences");
+    if !(1..=RUN_BYTES_MAX).contains(&length) || !aligned(record) {
+        return Err(invalid);
+    }
+    let payload = &mut buffer[..length];
+    stream.read_exact(payload)?;
+    let mut pages = 0;
+    let mut page = [0; PAGE];
+    for entry in delta::entries(payload) {
+        let entry = entry?;
+        let Some(place) = record.place.checked_add(entry.page * hv::PAGE_BYTES) else { return Err(invalid) };
+        ram.read_linear(place, &mut page)?;
+        entry.apply(&mut page)?;
+        ram.write_linear(place, &page)?;
+        pages += 1;
+    }
+    Ok(pages)
 }
 
 /// They take no memory here: a page that the guest has given back at the source is given back here too.
@@ -139,6 +168,12 @@ mod tests {
         ram.write_linear(page * hv::PAGE_BYTES, &[with; PAGE]).expect("in RAM");
     }
 
+    /// All that a sender has sent.
+    fn ended(mut sender: Sender<Vec<u8>>, state: Option<&[u8]>) -> Vec<u8> {
+        sender.finish(state).unwrap();
+        sender.into_stream()
+    }
+
     fn content(ram: &GuestRam) -> Vec<u8> {
         let mut all = vec![0; usize::try_from(RAM_BYTES).unwrap()];
         ram.read_linear(0, &mut all).expect("all of RAM");
@@ -154,7 +189,7 @@ mod tests {
         let mut sender = Sender::new(Vec::new(), source.clone());
         sender.always_pack();
         sender.send(&Pages { first: 0, bits: vec![u64::MAX; 4], fresh: true }).unwrap();
-        let stream = sender.finish(Some(b"state")).unwrap();
+        let stream = ended(sender, Some(b"state"));
         assert!(stream.len() < 200 * PAGE / 10, "{} bytes", stream.len());
         receive(&mut &stream[..], &target, unmarked).unwrap();
         assert!(content(&source) == content(&target), "memory differs");
@@ -183,7 +218,7 @@ mod tests {
         stamp(&source, 3, 0);
         stamp(&source, 5, 9);
         sender.send(&Pages { first: 0, bits: vec![0b10_1000], fresh: false }).unwrap();
-        let stream = sender.finish(Some(b"state")).unwrap();
+        let stream = ended(sender, Some(b"state"));
         let received = receive(&mut &stream[..], &target, unmarked).unwrap();
         assert_eq!(received, Received { pages: 202, state: Some(b"state".to_vec()) });
         assert!(content(&source) == content(&target), "memory differs");
@@ -199,10 +234,129 @@ mod tests {
         sender.send(&Pages { first: 0, bits: vec![0xff], fresh: true }).unwrap();
         source.discard(2 * hv::PAGE_BYTES, 3 * hv::PAGE_BYTES).unwrap();
         sender.send(&Pages { first: 0, bits: vec![0b1_1100], fresh: false }).unwrap();
-        let stream = sender.finish(None).unwrap();
+        let stream = ended(sender, None);
         receive(&mut &stream[..], &target, unmarked).unwrap();
         assert_eq!(target.used_bytes(), 5 * hv::PAGE_BYTES);
         assert!(content(&source) == content(&target), "memory differs");
+    }
+
+    /// Both sides after a first pass over some pages, and what was sent for it.
+    fn compared(source: &GuestRam, bytes: u64) -> Sender<Vec<u8>> {
+        let mut sender = Sender::new(Vec::new(), source.clone()).remembering(bytes);
+        sender.always_compare();
+        sender.send(&Pages { first: 0, bits: vec![u64::MAX; 16], fresh: true }).unwrap();
+        sender
+    }
+
+    #[test]
+    fn pages_of_which_little_has_changed_go_as_differences_and_arrive() {
+        let (source, target) = (ram(), ram());
+        for page in 0..200 {
+            stamp(&source, page, u8::try_from(page % 250 + 1).unwrap());
+        }
+        let mut sender = compared(&source, 1 << 20);
+        let first = sender.sent();
+        assert_eq!((first.delta_pages, first.page_bytes), (0, 200 * hv::PAGE_BYTES));
+        // One word each; one page becomes zeros, one is something else, one was not written after all, one was zeros before.
+        for page in (0..200).filter(|page| page % 10 != 5) {
+            source.write_linear(page * hv::PAGE_BYTES + page * 8, b"changed").unwrap();
+        }
+        source.discard_linear(15 * hv::PAGE_BYTES, hv::PAGE_BYTES).unwrap();
+        stamp(&source, 25, 251);
+        stamp(&source, 300, 1);
+        sender.send(&Pages { first: 0, bits: vec![u64::MAX; 16], fresh: false }).unwrap();
+        let second = sender.sent();
+        assert_eq!(second.delta_pages, 198, "all but the zeros and those that go whole");
+        assert!(second.bytes - first.bytes < 180 * 30 + 3 * hv::PAGE_BYTES, "{second:?}");
+        assert!(second.delta_bytes_saved > 198 * (hv::PAGE_BYTES - 30), "{second:?}");
+        assert_eq!(second.page_bytes - first.page_bytes, 200 * hv::PAGE_BYTES);
+        // What was zeros, or whole, is compared with that the next time.
+        stamp(&source, 15, 9);
+        source.write_linear(25 * hv::PAGE_BYTES, b"again").unwrap();
+        source.write_linear(300 * hv::PAGE_BYTES, b"again").unwrap();
+        sender.send(&Pages { first: 0, bits: vec![u64::MAX; 16], fresh: false }).unwrap();
+        let third = sender.sent();
+        assert_eq!(third.delta_pages - second.delta_pages, 200, "{third:?}");
+        let stream = ended(sender, None);
+        receive(&mut &stream[..], &target, unmarked).unwrap();
+        assert!(content(&source) == content(&target), "memory differs");
+    }
+
+    #[test]
+    fn what_there_is_no_memory_for_goes_whole_and_arrives() {
+        for pages in [0, 1, 7, 100] {
+            let (source, target) = (ram(), ram());
+            for page in 0..200 {
+                stamp(&source, page, 7);
+            }
+            let mut sender = Sender::new(Vec::new(), source.clone()).remembering(pages * hv::PAGE_BYTES);
+            if pages > 0 {
+                sender.always_compare();
+            }
+            for round in 0_u64..4 {
+                for page in (0..200).filter(|page| round > 0 && page % 3 != 1) {
+                    source
+                        .write_linear(page * hv::PAGE_BYTES + round * 800, &[u8::try_from(page).unwrap(); 9])
+                        .unwrap();
+                }
+                sender.send(&Pages { first: 0, bits: vec![u64::MAX; 4], fresh: round == 0 }).unwrap();
+            }
+            assert_eq!(sender.sent().delta_pages > 0, pages > 0);
+            let stream = ended(sender, None);
+            receive(&mut &stream[..], &target, unmarked).unwrap();
+            assert!(content(&source) == content(&target), "memory differs");
+        }
+    }
+
+    // Invariant H4
+    #[test]
+    fn a_page_that_is_written_while_it_is_sent_arrives_as_it_was_read_last() {
+        let (source, target) = (ram(), ram());
+        for page in 0..64 {
+            stamp(&source, page, 7);
+        }
+        let mut sender = compared(&source, 1 << 20);
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut round = 0_u64;
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    round += 1;
+                    source
+                        .write_linear(round * 264 % (64 * hv::PAGE_BYTES - 8), &round.to_le_bytes())
+                        .unwrap();
+                }
+            });
+            for _ in 0..200 {
+                sender.send(&Pages { first: 0, bits: vec![u64::MAX], fresh: false }).unwrap();
+            }
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        // The guest stands still.
+        sender.send(&Pages { first: 0, bits: vec![u64::MAX], fresh: false }).unwrap();
+        assert!(sender.sent().delta_pages > 64, "{:?}", sender.sent());
+        let stream = ended(sender, None);
+        receive(&mut &stream[..], &target, unmarked).unwrap();
+        assert!(content(&source) == content(&target), "memory differs");
+    }
+
+    // Invariant H7
+    #[test]
+    fn a_difference_to_something_else_than_the_target_has_is_refused_and_its_page_stays() {
+        let (source, target) = (ram(), ram());
+        stamp(&source, 3, 7);
+        let mut sender = compared(&source, 1 << 20);
+        let before = sender.sent().bytes;
+        source.write_linear(3 * hv::PAGE_BYTES, b"new").unwrap();
+        sender.send(&Pages { first: 0, bits: vec![0b1000], fresh: false }).unwrap();
+        let stream = ended(sender, None);
+        let second = &stream[usize::try_from(before).unwrap()..];
+        stamp(&target, 3, 8);
+        let refused = receive(&mut &second[..], &target, unmarked).expect_err("it is another page");
+        assert!(refused.to_string().contains("does not lead to the page"), "{refused}");
+        let mut page = [0; PAGE];
+        target.read_linear(3 * hv::PAGE_BYTES, &mut page).unwrap();
+        assert_eq!(page, [8; PAGE]);
     }
 
     #[test]
@@ -231,6 +385,11 @@ mod tests {
             header.extend([1; PAGE]);
             header
         };
+        // Eight bytes of a page of zeros become ones.
+        let mut changed = [0; PAGE];
+        changed[..8].fill(1);
+        let sum = crc32c::crc32c(&changed).to_le_bytes();
+        let one_word = |page: u8| [&[page, 0, 12, 0], &sum[..], &[0, 0, 1, 0], &[1; 8]].concat();
         let bad = [
             with_page(record(Kind::Pages, 4096, RAM_BYTES)),
             with_page(record(Kind::Pages, 4096, 100)),
@@ -243,6 +402,13 @@ mod tests {
             record(Kind::State, u32::MAX, 0),
             record(Kind::State, 0, 1),
             [record(Kind::State, 0, 0), record(Kind::State, 0, 0)].concat(),
+            record(Kind::Deltas, 0, 0),
+            record(Kind::Deltas, u32::MAX, 0),
+            [record(Kind::Deltas, 7, 0), vec![0; 7]].concat(),
+            [record(Kind::Deltas, 20, 100), one_word(0)].concat(),
+            [record(Kind::Deltas, 20, RAM_BYTES), one_word(0)].concat(),
+            [record(Kind::Deltas, 20, RAM_BYTES - PAGE as u64), one_word(1)].concat(),
+            [record(Kind::Deltas, 20, u64::MAX - 4095), one_word(1)].concat(),
             record(Kind::End, 0, 1),
             record(Kind::End, 1, 0),
             record(Kind::Mark, 0, 1),
@@ -257,6 +423,17 @@ mod tests {
         }
     }
 
+    /// Entries of so many pages of zeros, a word of which becomes something else.
+    fn entries_of(pages: u32) -> Vec<u8> {
+        let mut entries = delta::Entries::default();
+        let mut new = [0; PAGE];
+        for page in 0..u64::from(pages) {
+            new[0] = 1;
+            let _length = entries.add(page, &[0; PAGE], &new);
+        }
+        entries.record().map(|(_, _, payload)| payload.to_vec()).unwrap_or_default()
+    }
+
     /// A record with its payload, mostly one that is taken, and the pages that it has.
     fn any_record() -> impl Strategy<Value = (Vec<u8>, u64)> {
         let place = prop_oneof![
@@ -265,7 +442,7 @@ mod tests {
             1 => Just(u64::MAX - PAGE as u64 + 1),
             1 => Just(RAM_BYTES),
         ];
-        (1_u8..=7, 0_u32..70, place, prop_oneof![6 => Just(0_u32), 1 => any::<u32>()]).prop_map(
+        (1_u8..=8, 0_u32..70, place, prop_oneof![6 => Just(0_u32), 1 => any::<u32>()]).prop_map(
             |(kind, pages, place, lie)| {
                 let content = vec![pages.to_le_bytes()[0]; pages as usize * PAGE];
                 let (payload, length) = match kind {
@@ -276,13 +453,14 @@ mod tests {
                         let length = packed.len();
                         (packed, length)
                     }
+                    7 => (entries_of(pages), entries_of(pages).len()),
                     _ => (Vec::new(), pages as usize),
                 };
                 let mut record = vec![kind, 0, 0, 0];
                 record.extend(u32::try_from(length).unwrap().wrapping_add(lie).to_le_bytes());
                 record.extend(place.to_le_bytes());
                 record.extend(payload);
-                (record, if matches!(kind, 1 | 2 | 5) { u64::from(pages) } else { 0 })
+                (record, if matches!(kind, 1 | 2 | 5 | 7) { u64::from(pages) } else { 0 })
             },
         )
     }
@@ -297,17 +475,22 @@ mod tests {
         // Invariant H7
         #[test]
         fn a_good_stream_with_changed_bytes_is_taken_or_refused(
-            at in 0usize..9000, with in any::<u8>(), cut in 0usize..9000, packed in any::<bool>()
+            at in 0usize..9000, with in any::<u8>(), cut in 0usize..9000, packed in any::<bool>(), again in any::<bool>()
         ) {
             let source = ram();
             stamp(&source, 1, 3);
             stamp(&source, 2, 4);
-            let mut sender = Sender::new(Vec::new(), source);
+            let mut sender = Sender::new(Vec::new(), source.clone()).remembering(1 << 20);
+            sender.always_compare();
             if packed {
                 sender.always_pack();
             }
             sender.send(&Pages { first: 0, bits: vec![0b1111], fresh: false }).unwrap();
-            let mut stream = sender.finish(Some(b"state")).unwrap();
+            if again {
+                source.write_linear(hv::PAGE_BYTES, b"changed").unwrap();
+                sender.send(&Pages { first: 0, bits: vec![0b1111], fresh: false }).unwrap();
+            }
+            let mut stream = ended(sender, Some(b"state"));
             let end = stream.len();
             stream[at % end] = with;
             stream.truncate(cut.max(1));
@@ -331,7 +514,7 @@ mod tests {
         #[test]
         fn any_opening_and_any_answer_are_read_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
             let _opening = super::super::Opening::read(&mut &bytes[..]);
-            let _answer = super::super::await_answer(&mut &bytes[..]);
+            let _answer = record::read_answer(&mut &bytes[..]);
         }
     }
 }

@@ -6,8 +6,9 @@
 //!             1 pages   length: bytes of payload, whole pages    place: offset in RAM, counting RAM only
 //!             2 zeros   length: pages; no payload                place: the same
 //!             5 packed  length: bytes of payload, u32 bytes of pages | a zstd frame   place: as for pages
+//!             7 deltas  length: bytes of payload, see delta.rs   place: as for pages; only to a target that knows it
 //!             3 state   length: bytes of payload                 place: 0
-//!             4 end     length: 0                                place: pages sent on this stream, with zeros
+//!             4 end     length: 0                                place: pages sent on this stream, with zeros and deltas
 //!             6 mark    length: 0                                place: as for the end; an answer is due, and more records follow
 //!   answer:   code u8 (1 ready, 2 refused) | length u32 | reason in UTF-8
 //! ```
@@ -108,6 +109,7 @@ pub(super) enum Kind {
     End = 4,
     Packed = 5,
     Mark = 6,
+    Deltas = 7,
 }
 
 impl Record {
@@ -127,6 +129,7 @@ impl Record {
             4 => Kind::End,
             5 => Kind::Packed,
             6 => Kind::Mark,
+            7 => Kind::Deltas,
             _ => return Err(StreamError::Invalid("a record of an unknown kind")),
         };
         if bytes[1..4] != [0; 3] {

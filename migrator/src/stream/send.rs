@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::io::{Read, Write};
+use std::iter::Sum;
 use std::time::Instant;
 
 use hv::GuestRam;
 use zstd::bulk::Compressor;
 
 use super::choice::{Choice, Cost};
+use super::differences::{Differences, Way};
 use super::record::{
     self, Kind, PACKED_HEADER_BYTES, PAGE, RUN_BYTES_MAX, Record, STATE_BYTES_MAX, StreamError,
 };
@@ -25,6 +27,31 @@ pub struct Pages {
     pub fresh: bool,
 }
 
+/// What a stream has carried so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Bytes, before encryption.
+    pub bytes: u64,
+    /// Bytes of the pages whose content went, whole or as a difference.
+    pub page_bytes: u64,
+    /// Pages of which only the difference to what was sent before went; nothing where there was none.
+    pub delta_pages: u64,
+    /// Bytes that these pages would have taken more if they had gone whole and plain.
+    pub delta_bytes_saved: u64,
+}
+
+impl Sum for Sent {
+    /// Of several streams.
+    fn sum<I: Iterator<Item = Self>>(streams: I) -> Self {
+        streams.fold(Self::default(), |all, one| Self {
+            bytes: all.bytes + one.bytes,
+            page_bytes: all.page_bytes + one.page_bytes,
+            delta_pages: all.delta_pages + one.delta_pages,
+            delta_bytes_saved: all.delta_bytes_saved + one.delta_bytes_saved,
+        })
+    }
+}
+
 /// The fastest level that finds anything.
 const LEVEL: i32 = 1;
 
@@ -35,10 +62,12 @@ pub struct Sender<S> {
     buffer: Vec<u8>,
     pages: u64,
     bytes: u64,
+    page_bytes: u64,
     choice: Choice,
     always_packs: bool,
     packer: Option<Compressor<'static>>,
     packed: Vec<u8>,
+    differences: Option<Differences>,
 }
 
 impl<S> fmt::Debug for Sender<S> {
@@ -59,17 +88,34 @@ impl<S: Write> Sender<S> {
             buffer: vec![0; RUN_BYTES_MAX],
             pages: 0,
             bytes: 0,
+            page_bytes: 0,
             choice: Choice::default(),
             always_packs: false,
             packer: None,
             packed: Vec::new(),
+            differences: None,
         }
     }
 
-    /// Bytes sent so far, before encryption.
+    /// Remembers up to so many bytes of what it sends, at most [`super::REMEMBERED_BYTES_MAX`], so that pages can go as
+    /// differences. For a target that knows them, and before anything is sent.
     #[must_use]
-    pub fn bytes(&self) -> u64 {
-        self.bytes
+    pub fn remembering(mut self, bytes: u64) -> Self {
+        let bytes = usize::try_from(bytes.min(super::REMEMBERED_BYTES_MAX)).expect("bounded by a constant");
+        self.differences = (bytes >= PAGE).then(|| Differences::new(bytes));
+        self
+    }
+
+    /// What it has sent so far.
+    #[must_use]
+    pub fn sent(&self) -> Sent {
+        let saved = self.differences.as_ref().map(|differences| differences.saved).unwrap_or_default();
+        Sent {
+            bytes: self.bytes,
+            page_bytes: self.page_bytes,
+            delta_pages: saved.pages,
+            delta_bytes_saved: saved.bytes,
+        }
     }
 
     /// Sends what the pages hold now. A guest that writes meanwhile marks them dirty again.
@@ -85,38 +131,81 @@ impl<S: Write> Sender<S> {
                 page += some;
             }
         }
-        Ok(())
+        // None of these pages has come twice until here, so it does not matter that other records were faster.
+        self.put_entries()
     }
 
-    /// Pages in a row; those that are zero go without their content.
+    /// Pages in a row, from one copy of them: the guest may write on.
     fn send_run(&mut self, first: u64, count: u64, fresh: bool) -> Result<(), StreamError> {
         let mut buffer = std::mem::take(&mut self.buffer);
         let whole = &mut buffer[..usize::try_from(count).expect("at most a buffer") * PAGE];
         self.ram.read_linear(first * hv::PAGE_BYTES, whole)?;
-        let mut sent = Ok(());
-        let mut at = 0;
-        while at < whole.len() && sent.is_ok() {
-            let zero = is_zero(&whole[at..at + PAGE]);
-            let mut end = at + PAGE;
-            while end < whole.len() && is_zero(&whole[end..end + PAGE]) == zero {
-                end += PAGE;
-            }
-            let offset = first * hv::PAGE_BYTES + at as u64;
-            sent = match (zero, fresh) {
-                (false, _) => self.put_pages(offset, &whole[at..end]),
-                (true, false) => self.put_zeros(offset, (end - at) / PAGE),
-                (true, true) => Ok(()),
-            };
-            at = end;
-        }
+        let sent = self.put_run(first, whole, fresh);
         self.buffer = buffer;
         sent
+    }
+
+    fn put_run(&mut self, first: u64, content: &[u8], fresh: bool) -> Result<(), StreamError> {
+        let mut at = 0;
+        for alike in self.ways(first, content, fresh)?.chunk_by(|a, b| a == b) {
+            let end = at + alike.len() * PAGE;
+            let offset = first * hv::PAGE_BYTES + at as u64;
+            match alike[0] {
+                Way::Whole => self.put_pages(offset, &content[at..end])?,
+                Way::Zero if !fresh => self.put_zeros(offset, alike.len())?,
+                Way::Zero | Way::Entry | Way::Unchanged => {}
+            }
+            if alike[0] != Way::Zero {
+                self.page_bytes += (end - at) as u64;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// How each of the pages goes. Those that go as differences are noted for the next record.
+    fn ways(&mut self, first: u64, content: &[u8], fresh: bool) -> Result<Vec<Way>, StreamError> {
+        let full = |differences: &Differences| !differences.entries.have_room(first, content.len() / PAGE);
+        if self.differences.as_ref().is_some_and(full) {
+            self.put_entries()?;
+        }
+        let way = |page: &[u8]| if is_zero(page) { Way::Zero } else { Way::Whole };
+        let mut ways: Vec<Way> = content.chunks_exact(PAGE).map(way).collect();
+        if let Some(differences) = &mut self.differences {
+            differences.forget_others(first, &ways);
+            let begun = now();
+            differences.look(first, content, fresh, &mut ways);
+            differences.looked(since(begun), self.choice.whole_ns());
+        }
+        Ok(ways)
+    }
+
+    /// The entries that wait, as one record.
+    fn put_entries(&mut self) -> Result<(), StreamError> {
+        let Some(differences) = &mut self.differences else { return Ok(()) };
+        let mut entries = std::mem::take(&mut differences.entries);
+        if let Some((first, pages, payload)) = entries.record() {
+            differences.saved.bytes = differences.saved.bytes.saturating_sub(record::HEADER_BYTES as u64);
+            self.put(Kind::Deltas, first * hv::PAGE_BYTES, payload)?;
+            self.pages += pages;
+        }
+        entries.clear();
+        if let Some(differences) = &mut self.differences {
+            differences.entries = entries;
+        }
+        Ok(())
     }
 
     /// Packs, whatever it costs.
     #[cfg(test)]
     pub(super) fn always_pack(&mut self) {
         self.always_packs = true;
+    }
+
+    /// Remembers and compares all pages, whatever it costs.
+    #[cfg(test)]
+    pub(super) fn always_compare(&mut self) {
+        self.differences.as_mut().expect("it remembers").always = true;
     }
 
     /// Plain or packed, whichever is known to be faster now.
@@ -196,11 +285,12 @@ impl<S: Write> Sender<S> {
         record::read_answer(&mut self.stream)
     }
 
-    /// The last words, with the state on one of the streams. The stream is then only read from.
+    /// The last words, with the state on one of the streams. The stream is then only read from. What is remembered stays until the
+    /// sender is dropped: giving it back takes a while, for which the guest would stand still.
     ///
     /// # Errors
     /// When the connection breaks, or the state is larger than any should be.
-    pub fn finish(mut self, state: Option<&[u8]>) -> Result<S, StreamError> {
+    pub fn finish(&mut self, state: Option<&[u8]>) -> Result<(), StreamError> {
         if let Some(state) = state {
             if state.len() > STATE_BYTES_MAX as usize {
                 return Err(StreamError::Invalid("the state is too large"));
@@ -208,8 +298,24 @@ impl<S: Write> Sender<S> {
             self.put(Kind::State, 0, state)?;
         }
         self.put_header(Record { kind: Kind::End, length: 0, place: self.pages })?;
-        self.stream.flush()?;
-        Ok(self.stream)
+        Ok(self.stream.flush()?)
+    }
+
+    /// Waits for the target's answer to a finished stream.
+    ///
+    /// # Errors
+    /// [`StreamError::Refused`], or when the connection breaks.
+    pub fn await_answer(&mut self) -> Result<(), StreamError>
+    where
+        S: Read,
+    {
+        record::read_answer(&mut self.stream)
+    }
+
+    /// The stream, for tests that look at it.
+    #[cfg(test)]
+    pub(super) fn into_stream(self) -> S {
+        self.stream
     }
 }
 
@@ -220,14 +326,6 @@ fn now() -> Instant {
 
 fn since(begun: Instant) -> u64 {
     u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// Waits for the target's answer on a finished stream.
-///
-/// # Errors
-/// [`StreamError::Refused`], or when the connection breaks.
-pub fn await_answer(stream: &mut impl Read) -> Result<(), StreamError> {
-    record::read_answer(stream)
 }
 
 /// Runs of set bits as (page, count).

@@ -24,13 +24,14 @@ const GOAL: f64 = 0.8;
 pub(crate) fn measure() -> Result<(), Failure> {
     let nodes = Streams::start()?;
     let (source, target) = (noise()?, GuestRam::new(RAM_BYTES)?);
-    let (mut plain, mut one) = (Vec::new(), Vec::new());
+    let (mut plain, mut whole, mut one) = (Vec::new(), Vec::new(), Vec::new());
     let mut several: Vec<(usize, Vec<f64>)> = [2, 4].map(|count| (count, Vec::new())).into();
     for _ in 0..ROUNDS {
         plain.push(nodes.mib_per_second(RAM_BYTES)?);
-        one.push(memory(&nodes, &source, &target, 1)?);
+        whole.push(memory(&nodes, &source, &target, 1, 0)?);
+        one.push(memory(&nodes, &source, &target, 1, stream::REMEMBERED_BYTES_MAX)?);
         for (count, values) in &mut several {
-            values.push(memory(&nodes, &source, &target, *count)?);
+            values.push(memory(&nodes, &source, &target, *count, stream::REMEMBERED_BYTES_MAX)?);
         }
     }
     let (plain, one) = (median(&mut plain), median(&mut one));
@@ -39,6 +40,8 @@ pub(crate) fn measure() -> Result<(), Failure> {
     println!("memory streams, {} MiB of noise, TLS on loopback, not shaped", RAM_BYTES >> 20);
     println!("  plain TLS stream {plain:8.0} MiB/s");
     println!("  one memory stream {one:7.0} MiB/s, ratio {ratio:.2}, goal {GOAL} {verdict}");
+    let whole = median(&mut whole);
+    println!("  without memory for differences {whole:7.0} MiB/s, ratio {:.2}", whole / plain);
     for (count, mut values) in several {
         let rate = median(&mut values);
         println!("  {count} memory streams {rate:8.0} MiB/s, {:.2} of one", rate / one);
@@ -57,8 +60,14 @@ fn noise() -> Result<GuestRam, Failure> {
     Ok(ram)
 }
 
-/// MiB/s of RAM into RAM over so many streams.
-fn memory(nodes: &Streams, source: &GuestRam, target: &GuestRam, count: usize) -> Result<f64, Failure> {
+/// MiB/s of RAM into RAM over so many streams, which remember so much of it.
+fn memory(
+    nodes: &Streams,
+    source: &GuestRam,
+    target: &GuestRam,
+    count: usize,
+    remembered_bytes: u64,
+) -> Result<f64, Failure> {
     let streams = (0..count).map(|_| nodes.open()).collect::<Result<Vec<_>, _>>()?;
     let begun = Instant::now();
     let pages = RAM_BYTES / hv::PAGE_BYTES;
@@ -67,7 +76,8 @@ fn memory(nodes: &Streams, source: &GuestRam, target: &GuestRam, count: usize) -
         for (number, (near, mut far)) in streams.into_iter().enumerate() {
             ends.push(scope.spawn(move || stream::receive(&mut far, target, |_| Ok(())).map(drop)));
             ends.push(scope.spawn(move || {
-                let mut sender = stream::Sender::new(near, source.clone());
+                let remembered = remembered_bytes / u64::try_from(count).expect("few");
+                let mut sender = stream::Sender::new(near, source.clone()).remembering(remembered);
                 for first in (0..pages).step_by(usize::try_from(stream::CHUNK_PAGES).expect("small")) {
                     let mine = stream::stream_of(first, u32::try_from(count).expect("few"));
                     if mine as usize == number {
@@ -75,7 +85,7 @@ fn memory(nodes: &Streams, source: &GuestRam, target: &GuestRam, count: usize) -
                         sender.send(&Pages { first, bits: vec![u64::MAX; words], fresh: true })?;
                     }
                 }
-                sender.finish(None).map(drop)
+                sender.finish(None)
             }));
         }
         for end in ends {

@@ -100,10 +100,17 @@ fn step(progress: &MigrateProgress) -> String {
 
 fn text(report: &MigrateReport) -> String {
     let split = report.blackout.unwrap_or_default();
+    let saved = match report.delta_pages {
+        0 => String::new(),
+        pages => format!(
+            " ({} less because {pages} pages went as what had changed in them)",
+            units::size(report.delta_bytes_saved)
+        ),
+    };
     format!(
         "VM {} moved from {} to {} ({}) in {:.0} ms\n\
          stood still for {:.1} ms: drain {:.1}, memory {:.1}, state {:.1}, hand-off {:.1}\n\
-         {} over the network, {} of disk copied",
+         {} over the network{saved}, {} of disk copied",
         report.vm,
         report.from,
         report.to,

@@ -15,10 +15,11 @@ use std::time::{Duration, Instant};
 
 use hv::{GuestRam, PAGE_BYTES};
 use migrator::protocol::Move;
-use migrator::stream::{CHUNK_PAGES, Opening, Pages, STREAMS_MAX, stream_of};
+use migrator::stream::{CHUNK_PAGES, Opening, Pages, REMEMBERED_BYTES_MAX, STREAMS_MAX, Sent, stream_of};
 use migrator::{Pass, Precopy, SaveFigures, Verdict};
 use tokio_util::sync::CancellationToken;
 
+use super::facts;
 use super::lane::Lane;
 use super::progress::Progress;
 use crate::core::Core;
@@ -32,6 +33,8 @@ const PART_PAGES_HALTED: u64 = 16 << 20;
 const WORD_BITS: u64 = 64;
 /// A stream on which nothing moves for so long is broken.
 const STALLED_AFTER: Duration = Duration::from_secs(10);
+/// Of the memory that the node could give to programs, a move remembers at most one part in so many of what it has sent.
+const REMEMBERED_PART: u64 = 8;
 /// What may be added to the largest blackout before the guest goes on here instead.
 const GRACE: Duration = Duration::from_secs(1);
 
@@ -46,22 +49,25 @@ pub(super) struct Copy {
 }
 
 impl Copy {
-    /// Connects to the target and begins to note what the guest writes.
+    /// Connects to the target and begins to note what the guest writes. `takes_deltas`: the target takes pages as differences.
     pub(super) async fn begin(
         core: &Arc<Core>,
         runner: &Runner,
         of: &Move,
         blackout_max: Duration,
+        takes_deltas: bool,
         progress: Arc<Progress>,
     ) -> Result<Self, String> {
         let session = runner.control().session().await.map_err(|error| error.message)?;
         let ram = ram_of(runner.pid, &session).await?;
         let streams = streams();
+        let remembered = if takes_deltas { remembered_bytes() / u64::from(streams) } else { 0 };
         let mut lanes = Vec::new();
         for stream in 0..streams {
             let opened = core.mesh.open_stream(of.to.0).await.map_err(|error| error.explain())?;
             let opening = Opening { of: of.clone(), stream, streams };
-            lanes.push(Lane::start(opened, opening, ram.clone()).map_err(|error| error.to_string())?);
+            let lane = Lane::start(opened, opening, ram.clone(), remembered);
+            lanes.push(lane.map_err(|error| error.to_string())?);
         }
         session.track(true).await.map_err(|error| error.message)?;
         let blackout_us = u64::try_from(blackout_max.as_micros()).unwrap_or(u64::MAX);
@@ -101,14 +107,19 @@ impl Copy {
     async fn pass(&mut self, first: bool) -> Result<Pass, String> {
         let begun = now();
         let touched = if first { Some(touched_pages(&self.ram)?) } else { None };
-        let before = self.sent_bytes();
+        let before = self.sent();
         self.send_parts(PART_PAGES, touched.as_deref()).await?;
         for lane in &self.lanes {
             lane.settle(STALLED_AFTER).await?;
         }
         let took_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        let sent_bytes = self.sent_bytes() - before;
-        Ok(Pass { sent_bytes, took_us, left_bytes: self.fetch().await? * PAGE_BYTES })
+        let sent = self.sent();
+        Ok(Pass {
+            sent_bytes: sent.bytes - before.bytes,
+            page_bytes: sent.page_bytes - before.page_bytes,
+            took_us,
+            left_bytes: self.fetch().await? * PAGE_BYTES,
+        })
     }
 
     /// Takes and sends all written pages, part by part; with `touched` those instead, to a target that has nothing yet.
@@ -164,12 +175,15 @@ impl Copy {
                 ));
             }
         }
+        let sent = self.sent();
         Ok(SaveFigures {
             drain_us: super::us(halted.drain_ms),
             memory_us: u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX),
             state_us: super::us(halted.state_ms),
             rounds: self.precopy.passes(),
-            memory_bytes_sent: self.sent_bytes(),
+            memory_bytes_sent: sent.bytes,
+            delta_pages: sent.delta_pages,
+            delta_bytes_saved: sent.delta_bytes_saved,
         })
     }
 
@@ -190,8 +204,8 @@ impl Copy {
         Ok(())
     }
 
-    fn sent_bytes(&self) -> u64 {
-        self.lanes.iter().map(Lane::sent_bytes).sum()
+    fn sent(&self) -> Sent {
+        self.lanes.iter().map(Lane::sent).sum()
     }
 
     fn streams(&self) -> u32 {
@@ -218,6 +232,11 @@ fn parts(ram: &GuestRam, part_pages: u64) -> Vec<(u64, u64)> {
 fn streams() -> u32 {
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     u32::try_from(cores).unwrap_or(1).clamp(1, STREAMS_MAX / 2)
+}
+
+/// What all streams of a move may remember.
+fn remembered_bytes() -> u64 {
+    REMEMBERED_BYTES_MAX.min(facts::memory_available_bytes() / REMEMBERED_PART)
 }
 
 /// The RAM of another process: by the memfd that it names, seen through its table of descriptors.

@@ -12,6 +12,14 @@ use migrator::preflight::{Facts, Needs};
 use crate::core::Core;
 use crate::vms::processor;
 
+/// From this version of the protocol between nodes on, memory streams have pages as differences.
+const DELTAS_SINCE: u32 = 2;
+
+/// Whether this node sends and takes pages as differences: one that keeps to an older version does as its release did.
+pub(super) fn has_deltas() -> bool {
+    wire::spoken_max() >= DELTAS_SINCE
+}
+
 /// What a VM of this node needs elsewhere.
 pub(super) fn needs(core: &Core, spec: &pb::VmSpec, to: NodeId) -> Result<Needs, Error> {
     let given = processor::baseline(&core.state(), spec.baseline)?;
@@ -54,6 +62,7 @@ pub(super) async fn gather(core: &Arc<Core>, paths: Vec<(String, String)>) -> Fa
         version_min: PROTOCOL_VERSION,
         version_max: PROTOCOL_VERSION,
         cpu: core.vms.processors.here().unwrap_or_default(),
+        takes_deltas: has_deltas(),
     }
 }
 
@@ -74,7 +83,7 @@ fn kvm_problem() -> Option<String> {
 }
 
 /// What the kernel says could be given to a new program without swapping.
-fn memory_available_bytes() -> u64 {
+pub(super) fn memory_available_bytes() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib: u64 = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse().ok()).unwrap_or(0);

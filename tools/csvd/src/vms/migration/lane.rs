@@ -4,12 +4,11 @@
 //! that a thread that waits for the network ends too.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use hv::GuestRam;
-use migrator::stream::{Opening, Pages, Sender, StreamError, await_answer};
+use migrator::stream::{Opening, Pages, Sender, Sent, StreamError};
 use tokio::sync::{mpsc, oneshot};
 use wire::{Stream, StreamEnd};
 
@@ -24,43 +23,56 @@ enum Work {
     Finish(Option<Vec<u8>>),
 }
 
+/// What was sent so far. Rank: a leaf.
+type SoFar = Arc<Mutex<Sent>>;
+
 /// A stream and its thread.
 pub(super) struct Lane {
     work: mpsc::Sender<Work>,
-    sent_bytes: Arc<AtomicU64>,
+    sent: SoFar,
     failure: Arc<OnceLock<String>>,
     answer: Option<oneshot::Receiver<()>>,
     _end: StreamEnd,
 }
 
 impl Lane {
-    pub(super) fn start(stream: Stream, opening: Opening, ram: GuestRam) -> io::Result<Self> {
+    /// With memory for so many bytes of what is sent; without it, all pages go whole.
+    pub(super) fn start(
+        stream: Stream,
+        opening: Opening,
+        ram: GuestRam,
+        remembered_bytes: u64,
+    ) -> io::Result<Self> {
         let (work, todo) = mpsc::channel(WAITING_MAX);
         let (tell, answer) = oneshot::channel();
-        let (sent_bytes, failure) = (Arc::new(AtomicU64::new(0)), Arc::new(OnceLock::new()));
+        let (sent, failure) = (SoFar::default(), Arc::new(OnceLock::new()));
         let lane = Self {
             work,
-            sent_bytes: Arc::clone(&sent_bytes),
+            sent: Arc::clone(&sent),
             failure: Arc::clone(&failure),
             answer: Some(answer),
             _end: stream.ender()?,
         };
         std::thread::Builder::new().name(format!("move-out{}", opening.stream)).spawn(move || {
-            match carry(stream, &opening, ram, todo, &sent_bytes) {
-                // Whoever waited may have given up.
-                Ok(true) => {
+            let mut todo = todo;
+            match carry(stream, &opening, ram, remembered_bytes, &mut todo, &sent) {
+                Ok(Some(sender)) => {
+                    // Whoever waited may have given up.
                     let _ = tell.send(());
+                    // Giving memory back keeps a core busy, which the guest would stand still for.
+                    while todo.blocking_recv().is_some() {}
+                    drop(sender);
                 }
-                Ok(false) => {}
+                Ok(None) => {}
                 Err(error) => drop(failure.set(error.to_string())),
             }
         })?;
         Ok(lane)
     }
 
-    /// Bytes sent so far.
-    pub(super) fn sent_bytes(&self) -> u64 {
-        self.sent_bytes.load(Ordering::Relaxed)
+    /// What was sent so far.
+    pub(super) fn sent(&self) -> Sent {
+        *self.sent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Hands over pages; waits for room.
@@ -77,10 +89,10 @@ impl Lane {
         let (tell, mut told) = oneshot::channel();
         self.work.send(Work::Settle(tell)).await.map_err(|_| self.broken())?;
         loop {
-            let before = self.sent_bytes();
+            let before = self.sent();
             match tokio::time::timeout(limit, &mut told).await {
                 Ok(settled) => return settled.map_err(|_| self.broken()),
-                Err(_) if self.sent_bytes() == before => return Err(stalled(limit)),
+                Err(_) if self.sent() == before => return Err(stalled(limit)),
                 Err(_) => {}
             }
         }
@@ -106,32 +118,33 @@ fn stalled(limit: Duration) -> String {
     format!("nothing has moved on the memory stream for {} s", limit.as_secs())
 }
 
-/// Body of the thread; `true` when the target has said that it has everything.
+/// Body of the thread; gives the sender when the target has said that it has everything.
 fn carry(
     mut stream: Stream,
     opening: &Opening,
     ram: GuestRam,
-    mut todo: mpsc::Receiver<Work>,
-    sent_bytes: &AtomicU64,
-) -> Result<bool, StreamError> {
+    remembered_bytes: u64,
+    todo: &mut mpsc::Receiver<Work>,
+    sent: &Mutex<Sent>,
+) -> Result<Option<Sender<Stream>>, StreamError> {
     opening.write(&mut stream)?;
-    let mut sender = Sender::new(stream, ram);
+    let mut sender = Sender::new(stream, ram).remembering(remembered_bytes);
     while let Some(work) = todo.blocking_recv() {
         match work {
             Work::Send(pages) => {
                 sender.send(&pages)?;
-                sent_bytes.store(sender.bytes(), Ordering::Relaxed);
+                *sent.lock().unwrap_or_else(PoisonError::into_inner) = sender.sent();
             }
             Work::Settle(tell) => {
                 sender.settle()?;
                 let _ = tell.send(());
             }
             Work::Finish(state) => {
-                let mut stream = sender.finish(state.as_deref())?;
-                await_answer(&mut stream)?;
-                return Ok(true);
+                sender.finish(state.as_deref())?;
+                sender.await_answer()?;
+                return Ok(Some(sender));
             }
         }
     }
-    Ok(false)
+    Ok(None)
 }

@@ -10,7 +10,7 @@ use hv::control::VmRunState;
 use hv_runner::config::VolumePath;
 use lockmgr::NodeId;
 use lockmgr::cluster::{Member, VmRecord};
-use migrator::preflight::{self, Problem};
+use migrator::preflight::{self, Facts, Problem};
 use migrator::protocol::{FromTarget, Move, Saved, ToTarget};
 use migrator::{Action, Event, Failure, Kind, Migration, Plan, Report, SaveFigures, TargetAnswer};
 
@@ -57,7 +57,7 @@ pub(crate) async fn migrate(
     };
     let reason = if request.reason.is_empty() { "as asked".to_owned() } else { request.reason };
     let progress = Arc::clone(&moving.progress);
-    let (copy, over, start) = (None, false, now());
+    let (deltas, copy, over, start) = (false, None, false, now());
     let mut source = Source {
         core,
         record,
@@ -69,6 +69,7 @@ pub(crate) async fn migrate(
         of,
         reason,
         progress,
+        deltas,
         copy,
         over,
         start,
@@ -85,7 +86,7 @@ pub(crate) async fn problems(
     let record = view::vm(&state, &request.name)?;
     let to = view::member(&state, &request.to)?;
     let (spec, of) = (spec_of(record)?, new_move(core, record, to.id));
-    let found = preflight(core, &spec, &of).await;
+    let found = preflight(core, &spec, &of).await.err().unwrap_or_default();
     let shown = found
         .iter()
         .map(|problem| pb::MigrateProblem { kind: problem.kind().to_owned(), message: problem.to_string() });
@@ -103,18 +104,20 @@ fn new_move(core: &Core, record: &VmRecord, to: NodeId) -> Move {
     }
 }
 
-async fn preflight(core: &Arc<Core>, spec: &pb::VmSpec, of: &Move) -> Vec<Problem> {
-    let needs = match facts::needs(core, spec, of.to) {
-        Ok(needs) => needs,
-        Err(error) => return vec![Problem::NodeDown { node: core.me, reason: error.message }],
-    };
+/// What the target is and has, unless something stands against the move.
+async fn preflight(core: &Arc<Core>, spec: &pb::VmSpec, of: &Move) -> Result<Facts, Vec<Problem>> {
+    let down = |node, reason: String| vec![Problem::NodeDown { node, reason }];
+    let needs = facts::needs(core, spec, of.to).map_err(|error| down(core.me, error.message))?;
     let asked = ToTarget::Inquire { of: of.clone(), paths: needs.paths.clone() };
-    let down = |reason: String| vec![Problem::NodeDown { node: of.to, reason }];
-    match tell(core, of.to, &asked).await {
-        Ok(FromTarget::Facts(facts)) => preflight::check(&needs, &facts),
-        Ok(FromTarget::Answer(_)) => down("it gave an answer that makes no sense".to_owned()),
-        Err(error) => down(error.message),
-    }
+    let facts = match tell(core, of.to, &asked).await {
+        Ok(FromTarget::Facts(facts)) => facts,
+        Ok(FromTarget::Answer(_)) => {
+            return Err(down(of.to, "it gave an answer that makes no sense".to_owned()));
+        }
+        Err(error) => return Err(down(of.to, error.message)),
+    };
+    let problems = preflight::check(&needs, &facts);
+    if problems.is_empty() { Ok(facts) } else { Err(problems) }
 }
 
 async fn tell(core: &Arc<Core>, to: NodeId, message: &ToTarget) -> Result<FromTarget, Error> {
@@ -160,6 +163,8 @@ struct Source<'a> {
     /// Why it moves, for the events.
     reason: String,
     progress: Arc<Progress>,
+    /// Both sides have pages as differences.
+    deltas: bool,
     /// The memory of a live move, until the guest runs somewhere.
     copy: Option<Copy>,
     /// The process here is to be ended: the VM is not this node's any more.
@@ -212,11 +217,7 @@ impl Source<'_> {
     async fn carry_out(&mut self, action: Action) -> Carried {
         tracing::debug!(vm = self.record.name, ?action, "move");
         match action {
-            Action::Preflight => Carried::Event(tokio::select! {
-                found = preflight(self.core, &self.spec, &self.of) => Event::Checked(found),
-                // The machine has heard of the cancellation before it hears of this.
-                () = self.progress.cancel.cancelled() => Event::Checked(Vec::new()),
-            }),
+            Action::Preflight => Carried::Event(self.check().await),
             Action::Propose(change) => {
                 Carried::Event(Event::Cas(propose(self.core, &self.record, &change).await))
             }
@@ -248,6 +249,21 @@ impl Source<'_> {
         }
     }
 
+    async fn check(&mut self) -> Event {
+        let found = tokio::select! {
+            found = preflight(self.core, &self.spec, &self.of) => found,
+            // The machine has heard of the cancellation before it hears of this.
+            () = self.progress.cancel.cancelled() => return Event::Checked(Vec::new()),
+        };
+        match found {
+            Ok(facts) => {
+                self.deltas = facts.takes_deltas && facts::has_deltas();
+                Event::Checked(Vec::new())
+            }
+            Err(problems) => Event::Checked(problems),
+        }
+    }
+
     async fn save(&self) -> Event {
         let Some(file) = &self.file else { return Event::SaveFailed("a live move saves nothing".to_owned()) };
         match self.runner.control().save(&file.volume, &file.path).await {
@@ -266,7 +282,8 @@ impl Source<'_> {
             return self.copy_to(file).await;
         }
         let progress = Arc::clone(&self.progress);
-        let begun = Copy::begin(self.core, &self.runner, &self.of, self.blackout_max, progress).await;
+        let (most, deltas) = (self.blackout_max, self.deltas);
+        let begun = Copy::begin(self.core, &self.runner, &self.of, most, deltas, progress).await;
         let copied = match begun {
             Ok(copy) => self.copy.insert(copy).run(&self.progress.cancel).await,
             Err(reason) => Err(reason),
@@ -420,6 +437,8 @@ impl Source<'_> {
             rounds: report.rounds,
             memory_bytes_sent: report.memory_bytes_sent,
             disk_bytes_copied: report.disk_bytes_copied,
+            delta_pages: report.delta_pages,
+            delta_bytes_saved: report.delta_bytes_saved,
         };
         let text = format!(
             "vm {} moved from {} to {} ({}) {}; it stood still for {:.1} ms",
