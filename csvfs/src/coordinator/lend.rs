@@ -22,19 +22,29 @@ use crate::proto::request::Op;
 use crate::proto::{Attr, FileKind, GrantMode, Held, reply};
 use crate::refusal::OpError;
 
-/// For so long after a recall of an inode nobody is lent a grant on it.
-const COOL_MS: u64 = 250;
+/// For so long after a recall of an inode nobody is lent a grant on it, and twice as long after each further one, up to a bound:
+/// a change now and then costs little memory, and who takes turns without end soon does so without recalls.
+const COOL_MS_FIRST: u64 = 10;
+const COOL_MS_MAX: u64 = 250;
+/// A recall is the first again when the one before it is so long ago.
+const QUIET_MS: u64 = 1000;
 /// Inodes of which a recall is remembered. Two that share a place only cool together.
 const CONTENDED_SLOTS: usize = 4096;
 /// Inodes on which anybody has a grant; beyond, none is lent. Bounds memory.
 const HELD_MAX: usize = 4 << 20;
 
-/// When inodes were last recalled.
-pub(super) struct Contended(Vec<Millis>);
+/// Where clients have lately taken things from each other.
+pub(super) struct Contended(Vec<Heat>);
+
+#[derive(Clone, Copy, Default)]
+struct Heat {
+    recalled: Millis,
+    cool_ms: u64,
+}
 
 impl Default for Contended {
     fn default() -> Self {
-        Self(vec![Millis::default(); CONTENDED_SLOTS])
+        Self(vec![Heat::default(); CONTENDED_SLOTS])
     }
 }
 
@@ -43,13 +53,21 @@ impl Contended {
         usize::try_from(ino % CONTENDED_SLOTS as u64).expect("below the number of slots")
     }
 
+    /// An inode was recalled. Recalls of several clients at one moment are one.
     pub(super) fn note(&mut self, ino: u64, now: Millis) {
-        self.0[Self::slot(ino)] = now;
+        let heat = &mut self.0[Self::slot(ino)];
+        let ago = now.since(heat.recalled);
+        if heat.cool_ms == 0 || ago > QUIET_MS {
+            heat.cool_ms = COOL_MS_FIRST;
+        } else if ago > 0 {
+            heat.cool_ms = (heat.cool_ms * 2).min(COOL_MS_MAX);
+        }
+        heat.recalled = now;
     }
 
     fn is_hot(&self, ino: u64, now: Millis) -> bool {
-        let last = self.0[Self::slot(ino)];
-        last != Millis::default() && now.since(last) < COOL_MS
+        let heat = self.0[Self::slot(ino)];
+        now.since(heat.recalled) < heat.cool_ms
     }
 }
 
@@ -151,5 +169,29 @@ impl Core {
             }
         }
         held
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INO: u64 = 7;
+
+    #[test]
+    fn the_longer_clients_take_turns_the_longer_nothing_is_lent() {
+        let mut contended = Contended::default();
+        assert!(!contended.is_hot(INO, Millis(0)), "nothing was recalled yet");
+        let mut now = Millis(5000);
+        for cool in [10, 20, 40, 80, 160, 250, 250] {
+            contended.note(INO, now);
+            contended.note(INO, now);
+            assert!(contended.is_hot(INO, now.plus(cool - 1)) && !contended.is_hot(INO, now.plus(cool)));
+            now = now.plus(cool);
+        }
+        now = now.plus(QUIET_MS + 1);
+        contended.note(INO, now);
+        assert!(!contended.is_hot(INO, now.plus(COOL_MS_FIRST)), "after a quiet time it begins anew");
+        assert!(!contended.is_hot(INO + 1, now));
     }
 }
