@@ -9,13 +9,16 @@
 //! While pages go plain, one run of many is packed to see what that would cost now; a stream that cannot be packed soon goes
 //! plain again, because what it costs is measured with every run. While differences are not worth it, one page of many is
 //! remembered and compared all the same. Before anything was compared pages are remembered where that takes less than a quarter
-//! of what sending them takes: on a link that is slow enough, the first pass already.
+//! of what sending them takes: on a link that is slow enough, the first pass already. The first MiB say nothing of a link, because
+//! the buffers of a connection take them at the speed of memory: they are remembered in any case.
 
 /// One run of so many is packed to see what it costs.
 const PROBE_EVERY: u32 = 32;
 /// Of so many pages one is always remembered and compared.
 const SAMPLED_EVERY: u64 = 64;
 const MIB: u64 = 1 << 20;
+/// What the buffers of a connection may take at once.
+const BUFFERS_BYTES: u64 = 16 * MIB;
 /// A measurement counts for so much of the figure, in parts of `PARTS`.
 const NEWEST: u64 = 8;
 /// The same where a few runs in a row say little: connections take a MiB or two at once, and then nothing for a while.
@@ -97,6 +100,8 @@ pub(super) struct Compared {
 #[derive(Clone, Debug)]
 pub(super) struct Differing {
     all: bool,
+    /// Bytes of pages that were compared or remembered.
+    handled_bytes: u64,
     /// Nanoseconds to compare or remember a MiB.
     handling_ns: Option<u64>,
     /// What is left of a MiB, in bytes.
@@ -107,7 +112,7 @@ pub(super) struct Differing {
 
 impl Default for Differing {
     fn default() -> Self {
-        Self { all: true, handling_ns: None, left: None, whole_ns: None }
+        Self { all: true, handled_bytes: 0, handling_ns: None, left: None, whole_ns: None }
     }
 }
 
@@ -119,13 +124,14 @@ impl Differing {
 
     /// Takes what a run came to, whose pages cost so much for each MiB when they go whole.
     pub(super) fn after(&mut self, run: Compared, whole_ns: Option<u64>) {
+        self.handled_bytes += run.handled_bytes;
         learn(&mut self.handling_ns, per_mib(run.handling_ns, run.handled_bytes), NEWEST);
         learn(&mut self.left, per_mib(run.left_bytes, run.compared_bytes), NEWEST);
         learn(&mut self.whole_ns, whole_ns, NEWEST_OF_BURSTS);
         let (Some(handling), Some(whole)) = (self.handling_ns, self.whole_ns) else { return };
         self.all = match self.left {
             Some(left) => handling.saturating_add(scaled(whole, left, MIB)) < whole / 10 * 9,
-            None => handling < whole / 4,
+            None => self.handled_bytes < BUFFERS_BYTES || handling < whole / 4,
         };
     }
 }
@@ -233,6 +239,23 @@ mod tests {
             taken += u64::from(run >= 50 && differing.takes(1));
         }
         assert_eq!(taken, 350, "{choice:?} {differing:?}");
+    }
+
+    #[test]
+    fn what_the_buffers_of_a_connection_take_at_once_is_remembered_too() {
+        let mut differing = Differing::default();
+        let run = Compared { handled_bytes: MIB, handling_ns: SECOND / 1500, ..Compared::default() };
+        let taken = |differing: &mut Differing, runs, wire_mib_s| {
+            let takes = |_: &i32| {
+                let takes = differing.takes(1);
+                differing.after(run, Some(SECOND / wire_mib_s));
+                takes
+            };
+            (0..runs).filter(takes).count()
+        };
+        assert_eq!(taken(&mut differing, 16, 8000), 16);
+        assert_eq!(taken(&mut differing, 16, 8000), 0, "it goes on like that: the link is fast");
+        assert!(taken(&mut differing, 32, 100) >= 20, "it was the buffers: {differing:?}");
     }
 
     #[test]
