@@ -153,9 +153,12 @@ impl State {
         snapshot
     }
 
-    /// Whether there is no byte in the file on any node, so that no write to it can be on its way to stable media.
+    /// Whether there is no byte in the file on any node, so that no write to it can be on its way to stable media. Attributes that
+    /// are too old to be told (`merge_attr`), or that this node is about to change, do not say so.
     fn is_known_empty(&self) -> bool {
-        self.grant.mode.covers(Mode::ProtectedRead) && self.attr.is_some_and(|attr| attr.size_bytes == 0)
+        let known =
+            self.grant.mode.covers(Mode::ProtectedRead) && self.attr_asked_at > 0 && self.changing == 0;
+        known && self.attr.is_some_and(|attr| attr.size_bytes == 0)
     }
 
     /// Adds a written range, told apart by whose blocks carry it. What does not fit is pending again.
