@@ -139,16 +139,11 @@ impl Lun {
     }
 }
 
-// Invariant D4, on a LUN with bad sectors.
-#[test]
-fn what_a_dead_node_held_stays_locked_while_its_log_cannot_be_read_until_the_log_is_given_up() {
-    if !device_present("/dev/fuse") {
-        return;
-    }
-    let lun = Lun::serve();
+/// A cluster in which node 1 coordinates and has written `other`, and node 2 has just been killed. What it had flushed of `held` is
+/// in a log on bad sectors.
+fn with_a_dead_node_whose_log_cannot_be_read(lun: &Lun) -> Cluster {
     let cluster = Cluster::on(&lun.uri);
-    let ctl = cluster.ctl(1);
-    drop(ctl.run(&["volume", "move", "vol1", "--to", &cluster.name(1)]));
+    drop(cluster.ctl(1).run(&["volume", "move", "vol1", "--to", &cluster.name(1)]));
     fs::write(cluster.mount(1).join("other"), b"content").expect("written");
     let mut held = File::create(cluster.mount(2).join("held")).expect("made");
     for byte in 1..=4 {
@@ -158,6 +153,18 @@ fn what_a_dead_node_held_stays_locked_while_its_log_cannot_be_read_until_the_log
     assert!(lun.break_logs() > 0, "node 2 has a log");
     cluster.fault(2, "kill");
     drop(held);
+    cluster
+}
+
+// Invariant D4, on a LUN with bad sectors.
+#[test]
+fn what_a_dead_node_held_stays_locked_while_its_log_cannot_be_read_until_the_log_is_given_up() {
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let lun = Lun::serve();
+    let cluster = with_a_dead_node_whose_log_cannot_be_read(&lun);
+    let ctl = cluster.ctl(1);
     // Asked while nobody knows yet that the node is dead: who asks waits no longer than until it is known.
     let path = cluster.mount(3).join("held");
     let locked = cluster.ctl(3).run(&["file", "grants", text(&path)]).expect_err("a dead client holds it");
@@ -198,17 +205,8 @@ fn what_a_dead_node_held_is_free_with_all_it_had_flushed_when_its_log_can_be_rea
         return;
     }
     let lun = Lun::serve();
-    let cluster = Cluster::on(&lun.uri);
+    let cluster = with_a_dead_node_whose_log_cannot_be_read(&lun);
     let ctl = cluster.ctl(1);
-    drop(ctl.run(&["volume", "move", "vol1", "--to", &cluster.name(1)]));
-    let mut held = File::create(cluster.mount(2).join("held")).expect("made");
-    for byte in 1..=4 {
-        held.write_all(&[byte; 8192]).expect("written");
-        held.sync_all().expect("the log says so");
-    }
-    assert!(lun.break_logs() > 0, "node 2 has a log");
-    cluster.fault(2, "kill");
-    drop(held);
     let is_locked = |report: &Value| problems(report).iter().any(|what| what.contains("give-up-log"));
     until("the log is named", || ctl.check("vol1", &[]), is_locked);
     lun.device.heal();
