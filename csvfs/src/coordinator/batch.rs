@@ -1,4 +1,4 @@
-//! The coordinator's thread: batches, each one transaction.
+//! The coordinator's thread: batches, each committed as one.
 //!
 //! ```text
 //!   take jobs -> looks, answered at once -> the others in order -> chores (reclaim, growth, pruning) -> commit
@@ -24,7 +24,7 @@ use crate::meta::{Store, StoreError, Tables};
 use crate::proto::{FailureKind, reply};
 use crate::refusal::failure;
 
-/// Most jobs of a batch: bounds how much the store can grow within one transaction.
+/// Most jobs of a batch: bounds how much the store can grow before chunks are added again.
 const JOBS_MAX: usize = 256;
 
 /// The thread's state.

@@ -1,4 +1,4 @@
-//! What one transaction writes into the tables, as bytes that do the same again.
+//! What one batch writes into the tables, as bytes that do the same again.
 //!
 //! ```text
 //!   table 1 | 0 removed, 1 put 1 | length of the key 2 | length of the value 4 | key | value
@@ -11,7 +11,7 @@ use super::tables::TableId;
 const HEAD_BYTES: usize = 8;
 const REMOVED: u8 = 0;
 const PUT: u8 = 1;
-/// More are not kept: such a transaction is too large for the journal.
+/// More are not kept: such a batch is too large for the journal.
 pub(super) const BYTES_MAX: usize = 512 * 1024;
 
 /// See the module.

@@ -1,12 +1,12 @@
 //! The journal of the metadata store: a commit is one forced write.
 //!
 //! ```text
-//!   transaction:  pages of the store stay in memory  +  one record in the journal, forced  ->  acknowledged
+//!   batch:        pages of the store stay in memory  +  one record in the journal, forced  ->  acknowledged
 //!   checkpoint:   pages and the number of the next record are made stable together         ->  the journal begins anew
 //!   opening:      the records from that number on are done again, then a checkpoint
 //! ```
 //! A commit of the store itself takes two flushes and writes every page that it touched; a record takes one and has the changed
-//! rows alone. Checkpoints come when the journal is full, when a transaction is too large for it, and at the end.
+//! rows alone. Checkpoints come when the journal is full, when a batch is too large for it, and at the end.
 //! **Invariants:** a record is written only after the ones before it were acknowledged; the term and the number of the first record
 //! are stable in the store before it is written (D5), and no record is overwritten whose changes are not stable in the store (D1).
 
@@ -60,7 +60,7 @@ impl Journal {
     pub(super) fn append(&mut self, region: &Region, changes: &[u8]) -> Result<(), IoError> {
         let id = self.id(region.volume());
         let bytes = encode(&id, changes);
-        region.force(id.offset, &bytes)?.wait()?;
+        region.force(id.offset, &bytes)?;
         self.offset += bytes.len() as u64;
         self.head.next += 1;
         Ok(())

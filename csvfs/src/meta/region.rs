@@ -165,8 +165,8 @@ impl Region {
         self.device.submit(IoRequest { op: IoOp::Write { offset: at, buf, fua: false }, done });
     }
 
-    /// Writes whole blocks to a place on the LUN beside the store, past its cache. [`Landing::wait`] returns when they are stable.
-    pub(super) fn force(&self, at: u64, bytes: &[u8]) -> Result<Landing, IoError> {
+    /// Writes whole blocks to a place on the LUN beside the store, past its cache, and returns when they are stable.
+    pub(super) fn force(&self, at: u64, bytes: &[u8]) -> Result<(), IoError> {
         self.check_writable()?;
         let buf = IoBuf::from(AlignedBuf::copy_of(bytes));
         self.flight.depart(at, buf.len() as u64);
@@ -177,7 +177,8 @@ impl Region {
             flight.land(at, outcome);
         });
         self.device.submit(IoRequest { op: IoOp::Write { offset: at, buf, fua: true }, done });
-        Ok(Landing { told })
+        let lost = || Err("the device has dropped the write".to_owned());
+        told.recv().unwrap_or_else(|_| lost()).map_err(|cause| IoError::Poisoned { cause })
     }
 
     /// Makes everything written so far stable, the length and the chunk table too.
@@ -310,21 +311,6 @@ impl Region {
             chunk_start = chunk_end;
         }
         Ok(pieces)
-    }
-}
-
-/// A forced write on its way.
-#[must_use]
-pub(super) struct Landing {
-    told: mpsc::Receiver<Result<(), String>>,
-}
-
-impl Landing {
-    /// Returns when the write is on stable media.
-    pub(super) fn wait(self) -> Result<(), IoError> {
-        let lost = || Err("the device has dropped the write".to_owned());
-        let outcome = self.told.recv().unwrap_or_else(|_| lost());
-        outcome.map_err(|cause| IoError::Poisoned { cause })
     }
 }
 

@@ -599,7 +599,7 @@ impl Tables<'_> {
         self.put(TableId::Globals, AREA_BLOCKS, &blocks.to_le_bytes())
     }
 
-    /// Whether anything was written in this transaction.
+    /// Whether anything was written since the tables were opened.
     pub(crate) fn changed(&self) -> bool {
         self.changes.any()
     }
