@@ -9,7 +9,7 @@ use std::thread;
 
 use csvfs::node::{AtHand, Attr, FsError, NAME_BYTES_MAX, Node, ROOT_INO, SetAttr, XattrFlags};
 use csvfs::proto::Timestamp;
-use world::{Dice, PLAIN, World, append, create, open, read, write};
+use world::{Dice, PLAIN, World, append, create, later, open, read, wait, write};
 
 /// Rounds of the long tests: a few hundred, or as many as asked for.
 fn rounds() -> u64 {
@@ -389,4 +389,44 @@ fn nobody_finds_names_of_the_past() {
             numbers.max().expect("there is always one")
         },
     );
+}
+
+// Invariant C4: a change that nobody waits for has one outcome too, across coordinators, and it is known here when it is told.
+#[test]
+fn changes_begun_without_waiting_end_once_and_are_known_when_they_do() {
+    let world = World::new();
+    let a = world.node(1);
+    let dir = a.mkdir(ROOT_INO, b"dir", &PLAIN).expect("a directory").ino;
+    let name = |number: u64| format!("f{number}").into_bytes();
+    let known = |node: &Arc<Node>, name: Vec<u8>| {
+        let node = node.clone();
+        move || node.lookup_at_hand(dir, &name)
+    };
+    world.stop_coordinator();
+    let create = |number| later(|done| a.create_then(dir, &name(number), &PLAIN, true, done));
+    let begun: Vec<_> = (0..100).map(create).collect();
+    assert!(begun.iter().all(|outcome| outcome.try_recv().is_err()), "there is no coordinator");
+    world.start_coordinator();
+    let made: Vec<_> =
+        begun.iter().map(|outcome| outcome.recv().expect("each ends").expect("a file")).collect();
+    assert!(begun.iter().all(|outcome| outcome.recv().is_err()), "each ended once");
+    // As long as any of them was under way nothing was told of the directory.
+    for (number, made) in (0..).zip(made) {
+        let attr = made.attr_at_hand().expect("nobody else has it");
+        assert_eq!(a.lookup_at_hand(dir, &name(number)), AtHand::Is(Box::new(attr)));
+    }
+    let (gone, new) = (known(&a, name(0)), known(&a, b"new".to_vec()));
+    let (renamed, was, is) = wait(|done| {
+        a.rename_then((dir, &name(0)), (dir, b"new"), 0, move |outcome| done((outcome, gone(), new())));
+    });
+    renamed.expect("a rename");
+    assert!(was == AtHand::Absent && matches!(is, AtHand::Is(_)), "{was:?}, {is:?}");
+    let gone = known(&a, b"new".to_vec());
+    let (removed, was) =
+        wait(|done| a.remove_then(dir, b"new", false, move |outcome| done((outcome, gone()))));
+    removed.expect("an unlink");
+    assert_eq!(was, AtHand::Absent);
+    // What cannot be asked for ends at once.
+    let refused = later(|done| a.remove_then(dir, b"a/b", false, done)).try_recv();
+    assert!(refused.expect("no message is needed").is_err());
 }

@@ -3,7 +3,9 @@
 //! ```text
 //!   kernel --/dev/fuse--> 2 readers (`wire`) --+-- read, write, fsync: submitted to the node, no thread waits
 //!                                            |         completion on the device's I/O thread replies
-//!                                            +-- names, attributes: a pool of workers, one waits per call
+//!                                            +-- create, mkdir, rename, unlink, rmdir: sent to the coordinator, no thread
+//!                                            |         waits: the thread that brings its answer replies
+//!                                            +-- other names, attributes: a pool of workers, one waits per call
 //! ```
 //!
 //! The kernel keeps nothing but pages of mappings: every file is direct I/O, attributes and names live 0 s and missing names

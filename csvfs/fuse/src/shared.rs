@@ -36,10 +36,15 @@ impl Shared {
         }
     }
 
+    /// Whether [`Shared::opened`] may have to wait: for a file that may be mapped and written to.
+    pub(crate) fn may_wait_to_open(&self, flags: u32) -> bool {
+        self.maps && flags & libc::O_RDWR.cast_unsigned() != 0
+    }
+
     /// A handle for a file that was just opened with `flags`.
     pub(crate) fn opened(&self, file: Arc<File>, flags: u32) -> Result<u64, FsError> {
         let has = |flag: i32| flags & flag.cast_unsigned() != 0;
-        let mapper = (self.maps && has(libc::O_RDWR)).then(|| file.map_writable()).transpose()?;
+        let mapper = self.may_wait_to_open(flags).then(|| file.map_writable()).transpose()?;
         Ok(self.files.insert(OpenFile {
             file,
             append: appends(flags),

@@ -60,7 +60,7 @@ use blockio::{BlockDevice, WriteRight};
 use bytes::Bytes;
 use lockmgr::{ClientId, Term, VolumeId};
 use pb::request::Op;
-use session::{Answered, Holder, Session};
+use session::{Holder, Session};
 use workers::Workers;
 
 use crate::proto as pb;
@@ -73,7 +73,7 @@ pub use error::FsError;
 pub use file::{Extent, ExtentState, File, SeekFrom};
 pub use link::{CoordinatorLink, LinkError, ReplyTo};
 pub use locks::{Lock, LockInTheWay};
-pub use names::{AtHand, NAME_BYTES_MAX, ROOT_INO};
+pub use names::{AtHand, Created, NAME_BYTES_MAX, ROOT_INO};
 pub use pages::{KernelPages, Mapper};
 pub use xattrs::XattrFlags;
 
@@ -371,21 +371,16 @@ impl Node {
     /// What an answer at `stamp` said of an inode, with what only this node knows yet. An answer that was given before this
     /// node's own last changes had arrived does not count: it is asked again.
     fn with_local_changes(&self, attr: Attr, stamp: grants::Seq) -> Attr {
-        let known = match self.core.peek(attr.ino) {
-            Some(inode) => inode.with_local_changes(attr, stamp),
-            None => (self.core.memory.written_up_to(attr.ino) <= stamp).then_some(attr),
-        };
+        let known = self.local_changes_at_hand(attr, stamp);
         // Who cannot ask again has at least been told this.
         known.unwrap_or_else(|| self.core.pin(attr.ino).inode.attr().unwrap_or(attr))
     }
 
-    /// An answer to a change that was given before, and does not say what changed: everything may have.
-    fn changed_unseen(&self, answered: &Answered) {
-        if answered.known.is_empty() {
-            self.core.names_changed();
-        }
-        for attr in &answered.known {
-            self.core.changed_here(attr.ino, &[], answered.stamp());
+    /// The same, if the answer counts.
+    fn local_changes_at_hand(&self, attr: Attr, stamp: grants::Seq) -> Option<Attr> {
+        match self.core.peek(attr.ino) {
+            Some(inode) => inode.with_local_changes(attr, stamp),
+            None => (self.core.memory.written_up_to(attr.ino) <= stamp).then_some(attr),
         }
     }
 }

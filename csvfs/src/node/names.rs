@@ -1,6 +1,9 @@
-//! Calls on names and attributes: one request to the coordinator each, waiting for the reply, where memory does not answer.
+//! Calls on names and attributes: one request to the coordinator each, where memory does not answer.
 //!
 //! What another node has changed is seen by the next call: it has recalled the grant before it returned.
+//!
+//! Most calls wait for the reply. Changes of names come in two forms: `create` waits, `create_then` returns at once and gives its
+//! outcome to `done`, which the thread that brings the reply calls, or, when nothing was sent, the caller's: it must not block.
 
 use std::sync::Arc;
 
@@ -21,6 +24,30 @@ pub const ROOT_INO: u64 = 1;
 
 /// Longest name of a directory entry, in bytes.
 pub const NAME_BYTES_MAX: usize = 255;
+
+/// A file that was created, or found, and opened.
+#[derive(Debug)]
+pub struct Created {
+    /// The file.
+    pub file: Arc<File>,
+    told: Attr,
+    now: Option<Attr>,
+}
+
+impl Created {
+    /// Its attributes, if they are known without a message.
+    #[must_use]
+    pub fn attr_at_hand(&self) -> Option<Attr> {
+        self.now
+    }
+
+    /// Its attributes. May wait.
+    #[must_use]
+    pub fn attr(&self) -> Attr {
+        // Who cannot ask again has at least been told this.
+        self.now.unwrap_or_else(|| self.file.inode().attr().unwrap_or(self.told))
+    }
+}
 
 /// What is known of a name without a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,14 +149,35 @@ impl Node {
         creation: &Creation,
         exclusive: bool,
     ) -> Result<(Attr, Arc<File>), FsError> {
-        let mut request = new_inode(parent, name, FileKind::Regular, creation)?;
+        let made = wait_for(|done| self.create_then(parent, name, creation, exclusive, done))?;
+        Ok((made.attr(), made.file))
+    }
+
+    /// As [`Node::create`], without waiting.
+    pub fn create_then(
+        self: &Arc<Self>,
+        parent: u64,
+        name: &[u8],
+        creation: &Creation,
+        exclusive: bool,
+        done: impl FnOnce(Result<Created, FsError>) + Send + 'static,
+    ) {
+        let mut request = match new_inode(parent, name, FileKind::Regular, creation) {
+            Ok(request) => request,
+            Err(error) => return done(Err(error)),
+        };
         request.exclusive = exclusive;
         (request.open, request.cache) = (true, true);
-        let (attr, stamp) = self.create_named(request)?;
-        if attr.kind != FileKind::Regular {
-            return Err(FsError::invalid(libc::EEXIST, "the name exists and is no regular file"));
-        }
-        Ok((self.with_local_changes(attr, stamp), self.opened(attr)))
+        let node = self.clone();
+        self.create_named(request, move |made| {
+            done(made.and_then(|(told, stamp)| {
+                if told.kind != FileKind::Regular {
+                    return Err(FsError::invalid(libc::EEXIST, "the name exists and is no regular file"));
+                }
+                let now = node.local_changes_at_hand(told, stamp);
+                Ok(Created { file: node.opened(told), told, now })
+            }));
+        });
     }
 
     /// Creates a regular file without a name, and opens it: it goes with its last close, unless it is `linkable` and
@@ -155,11 +203,29 @@ impl Node {
     /// # Errors
     /// `EEXIST`, `ENOSPC` and the like.
     pub fn mkdir(&self, parent: u64, name: &[u8], creation: &Creation) -> Result<Attr, FsError> {
-        let mut request = new_inode(parent, name, FileKind::Directory, creation)?;
+        wait_for(|done| self.mkdir_then(parent, name, creation, done))
+    }
+
+    /// As [`Node::mkdir`], without waiting.
+    pub fn mkdir_then(
+        &self,
+        parent: u64,
+        name: &[u8],
+        creation: &Creation,
+        done: impl FnOnce(Result<Attr, FsError>) + Send + 'static,
+    ) {
+        let mut request = match new_inode(parent, name, FileKind::Directory, creation) {
+            Ok(request) => request,
+            Err(error) => return done(Err(error)),
+        };
         (request.exclusive, request.cache) = (true, true);
-        let (attr, stamp) = self.create_named(request)?;
-        self.core.learn_empty(attr.ino, stamp);
-        Ok(attr)
+        let core = self.core.clone();
+        self.create_named(request, move |made| {
+            done(made.map(|(attr, stamp)| {
+                core.learn_empty(attr.ino, stamp);
+                attr
+            }));
+        });
     }
 
     /// Creates a symbolic link to `target`.
@@ -197,18 +263,28 @@ impl Node {
 
     fn make(&self, mut request: pb::Create) -> Result<Attr, FsError> {
         request.exclusive = true;
-        self.create_named(request).map(|(attr, _)| attr)
+        wait_for(|done| self.create_named(request, done)).map(|(attr, _)| attr)
     }
 
-    fn create_named(&self, request: pb::Create) -> Result<(Attr, Seq), FsError> {
+    fn create_named(
+        &self,
+        request: pb::Create,
+        done: impl FnOnce(Result<(Attr, Seq), FsError>) + Send + 'static,
+    ) {
         let (parent, name) = (request.parent, request.name.clone());
-        let _changing = self.core.changing([parent], false);
-        let answered = self.core.ask(Op::Create(request))?;
-        let attr = attr_of(&answered)?;
-        self.changed_unseen(&answered);
-        self.core.changed_here(parent, &[&name], answered.stamp());
-        self.core.learn_name(parent, &name, attr.ino, answered.stamp());
-        Ok((attr, answered.stamp()))
+        let changing = self.core.changing([parent], false);
+        let core = self.core.clone();
+        self.core.ask_then(Op::Create(request), move |outcome| {
+            let made = outcome.and_then(|answered| {
+                let (attr, stamp) = (attr_of(&answered)?, answered.stamp());
+                core.changed_unseen(&answered);
+                core.changed_here(parent, &[&name], stamp);
+                core.learn_name(parent, &name, attr.ino, stamp);
+                Ok((attr, stamp))
+            });
+            drop(changing);
+            done(made);
+        });
     }
 
     /// Where a symbolic link points.
@@ -239,7 +315,7 @@ impl Node {
         let _changing = self.core.changing([ino, parent], false);
         let answered = self.core.ask(Op::Link(pb::Link { ino, parent, name: name.clone() }))?;
         let attr = attr_of(&answered)?;
-        self.changed_unseen(&answered);
+        self.core.changed_unseen(&answered);
         self.core.changed_here(parent, &[&name], answered.stamp());
         self.core.learn_name(parent, &name, ino, answered.stamp());
         Ok(self.with_local_changes(attr, answered.stamp()))
@@ -250,7 +326,7 @@ impl Node {
     /// # Errors
     /// `ENOENT`, `EISDIR` and the like.
     pub fn unlink(&self, parent: u64, name: &[u8]) -> Result<(), FsError> {
-        self.remove(parent, name, false)
+        wait_for(|done| self.remove_then(parent, name, false, done))
     }
 
     /// Removes an empty directory.
@@ -258,17 +334,33 @@ impl Node {
     /// # Errors
     /// `ENOENT`, `ENOTDIR`, `ENOTEMPTY` and the like.
     pub fn rmdir(&self, parent: u64, name: &[u8]) -> Result<(), FsError> {
-        self.remove(parent, name, true)
+        wait_for(|done| self.remove_then(parent, name, true, done))
     }
 
-    fn remove(&self, parent: u64, name: &[u8], directory: bool) -> Result<(), FsError> {
-        let name = checked_name(name)?;
+    /// As [`Node::rmdir`], or [`Node::unlink`] of what is no `directory`, without waiting.
+    pub fn remove_then(
+        &self,
+        parent: u64,
+        name: &[u8],
+        directory: bool,
+        done: impl FnOnce(Result<(), FsError>) + Send + 'static,
+    ) {
+        let name = match checked_name(name) {
+            Ok(name) => name,
+            Err(error) => return done(Err(error)),
+        };
         let target = self.core.remembered_name(parent, &name);
-        let _changing = self.core.changing(target.ino().into_iter().chain([parent]), target.hides_another());
-        let answered = self.core.ask(Op::Unlink(pb::Unlink { parent, name: name.clone(), directory }))?;
-        self.changed_unseen(&answered);
-        self.core.changed_here(parent, &[&name], answered.stamp());
-        Ok(())
+        let changing = self.core.changing(target.ino().into_iter().chain([parent]), target.hides_another());
+        let core = self.core.clone();
+        let op = Op::Unlink(pb::Unlink { parent, name: name.clone(), directory });
+        self.core.ask_then(op, move |outcome| {
+            let removed = outcome.map(|answered| {
+                core.changed_unseen(&answered);
+                core.changed_here(parent, &[&name], answered.stamp());
+            });
+            drop(changing);
+            done(removed);
+        });
     }
 
     /// Moves a name; `flags` are those of `renameat2`.
@@ -283,23 +375,44 @@ impl Node {
         new_name: &[u8],
         flags: u32,
     ) -> Result<(), FsError> {
-        let (name, new_name) = (checked_name(name)?, checked_name(new_name)?);
+        wait_for(|done| self.rename_then((parent, name), (new_parent, new_name), flags, done))
+    }
+
+    /// As [`Node::rename`], without waiting.
+    pub fn rename_then(
+        &self,
+        (parent, name): (u64, &[u8]),
+        (new_parent, new_name): (u64, &[u8]),
+        flags: u32,
+        done: impl FnOnce(Result<(), FsError>) + Send + 'static,
+    ) {
+        let (name, new_name) = match (checked_name(name), checked_name(new_name)) {
+            (Ok(name), Ok(new_name)) => (name, new_name),
+            (Err(error), _) | (_, Err(error)) => return done(Err(error)),
+        };
         let source = self.core.remembered_name(parent, &name);
         let target = self.core.remembered_name(new_parent, &new_name);
         let inos = source.ino().into_iter().chain(target.ino()).chain([parent, new_parent]);
-        let _changing = self.core.changing(inos, source.hides_another() || target.hides_another());
+        let changing = self.core.changing(inos, source.hides_another() || target.hides_another());
         let (from, to) = (name.clone(), new_name.clone());
-        let answered =
-            self.core.ask(Op::Rename(pb::Rename { parent, name: from, new_parent, new_name: to, flags }))?;
-        self.changed_unseen(&answered);
-        self.core.changed_here(parent, &[&name], answered.stamp());
-        self.core.changed_here(new_parent, &[&new_name], answered.stamp());
-        // Two names of one inode stay as they are.
-        match source.ino().filter(|ino| flags & !RENAME_NOREPLACE == 0 && Some(*ino) != target.ino()) {
-            Some(ino) => self.core.learn_name(new_parent, &new_name, ino, answered.stamp()),
-            None => [parent, new_parent].into_iter().for_each(|dir| self.core.names_missing(dir)),
-        }
-        Ok(())
+        let core = self.core.clone();
+        let op = Op::Rename(pb::Rename { parent, name: from, new_parent, new_name: to, flags });
+        self.core.ask_then(op, move |outcome| {
+            let renamed = outcome.map(|answered| {
+                let stamp = answered.stamp();
+                core.changed_unseen(&answered);
+                core.changed_here(parent, &[&name], stamp);
+                core.changed_here(new_parent, &[&new_name], stamp);
+                // Two names of one inode stay as they are.
+                match source.ino().filter(|ino| flags & !RENAME_NOREPLACE == 0 && Some(*ino) != target.ino())
+                {
+                    Some(ino) => core.learn_name(new_parent, &new_name, ino, stamp),
+                    None => [parent, new_parent].into_iter().for_each(|dir| core.names_missing(dir)),
+                }
+            });
+            drop(changing);
+            done(renamed);
+        });
     }
 
     /// Up to `max_entries` entries after `cookie` (0: from the start).
@@ -417,6 +530,15 @@ impl Node {
         }
     }
 }
+
+/// Waits for a call that gives its outcome to the `done` that it is begun with.
+fn wait_for<T: Send + 'static>(begin: impl FnOnce(Outcome<T>)) -> Result<T, FsError> {
+    let (tell, told) = std::sync::mpsc::sync_channel(1);
+    begin(Box::new(move |outcome| drop(tell.send(outcome))));
+    told.recv().unwrap_or(Err(FsError::Detached))
+}
+
+type Outcome<T> = Box<dyn FnOnce(Result<T, FsError>) + Send>;
 
 pub(super) fn attr_of(answered: &Answered) -> Result<Attr, FsError> {
     match &answered.result {

@@ -289,14 +289,14 @@ enum Rest {
 }
 
 /// Inodes that a call of this node is changing.
-pub(super) struct Changing<'a> {
+pub(super) struct Changing {
     pins: Vec<Pin>,
-    core: &'a Core,
+    core: Arc<Core>,
     /// It may concern inodes that are not known.
     others: bool,
 }
 
-impl Drop for Changing<'_> {
+impl Drop for Changing {
     fn drop(&mut self) {
         for pin in &self.pins {
             pin.inode.lock().changing -= 1;
@@ -319,6 +319,21 @@ impl Core {
         let answered = self.session.call_blocking(op)?;
         self.absorb(&answered, asked_at);
         Ok(answered)
+    }
+
+    /// As [`Core::ask`], without waiting: `done` gets the outcome, on the link's thread.
+    pub(super) fn ask_then(
+        self: &Arc<Self>,
+        op: Op,
+        done: impl FnOnce(Result<Answered, FsError>) + Send + 'static,
+    ) {
+        let (core, asked_at) = (self.clone(), self.names_now());
+        self.session.call(op, move |outcome| {
+            if let Ok(answered) = &outcome {
+                core.absorb(answered, asked_at);
+            }
+            done(outcome);
+        });
     }
 
     fn absorb(self: &Arc<Self>, answered: &Answered, asked_at: u64) {
@@ -376,11 +391,7 @@ impl Core {
     }
 
     /// Says that a call is about to change these inodes, and perhaps others that are not known.
-    pub(super) fn changing(
-        self: &Arc<Self>,
-        inos: impl IntoIterator<Item = u64>,
-        others: bool,
-    ) -> Changing<'_> {
+    pub(super) fn changing(self: &Arc<Self>, inos: impl IntoIterator<Item = u64>, others: bool) -> Changing {
         if others {
             self.unknown_changes.fetch_add(1, Ordering::AcqRel);
         }
@@ -388,7 +399,7 @@ impl Core {
         for pin in &pins {
             pin.inode.lock().changing += 1;
         }
-        Changing { pins, core: self, others }
+        Changing { pins, core: self.clone(), others }
     }
 
     /// An inode that nobody uses any more: remembered, or given back.
@@ -506,6 +517,16 @@ impl Core {
         } else if let Some(names) = state.memory_for(stamp, &self.memory.names) {
             // Older answers may still be on their way.
             names.changed(stamp);
+        }
+    }
+
+    /// An answer to a change that was given before, and does not say what changed: everything may have.
+    pub(super) fn changed_unseen(&self, answered: &Answered) {
+        if answered.known.is_empty() {
+            self.names_changed();
+        }
+        for attr in &answered.known {
+            self.changed_here(attr.ino, &[], answered.stamp());
         }
     }
 

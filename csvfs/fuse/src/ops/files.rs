@@ -7,6 +7,7 @@ use csvfs::node::{Attr, File, FsError, SeekFrom};
 use super::{Ops, creation};
 use crate::attr::{errno, errno_of_inode, to_kernel};
 use crate::data::{self, BAD_HANDLE};
+use crate::pool::Lane;
 use crate::shared::Shared;
 use crate::wire::abi::{
     CopyFileRangeIn, CreateIn, FallocateIn, FsyncIn, LseekIn, OpenIn, ReadIn, WriteIn, fopen,
@@ -22,9 +23,7 @@ const O_EXCL: u32 = libc::O_EXCL.cast_unsigned();
 impl Ops {
     /// `O_TRUNC` arrives as a `setattr` of its own.
     pub(super) fn open(&self, header: Header, args: OpenIn, reply: Reply) {
-        // One that may be mapped and written to may have to wait.
-        let may_wait = args.flags & libc::O_RDWR.cast_unsigned() != 0;
-        if !may_wait
+        if !self.shared.may_wait_to_open(args.flags)
             && let Some(file) = self.shared.node.open_at_hand(header.ino)
             && let Ok(handle) = self.shared.opened(file, args.flags)
         {
@@ -39,10 +38,20 @@ impl Ops {
     }
 
     pub(super) fn create(&self, header: Header, args: CreateIn, name: &[u8], reply: Reply) {
-        let (name, creation) = (name.to_vec(), creation(&header, args.mode, args.umask));
-        let exclusive = args.flags & O_EXCL != 0;
-        self.wait(move |shared| {
-            created(shared, args.flags, shared.node.create(header.ino, &name, &creation, exclusive), reply);
+        let (exclusive, flags) = (args.flags & O_EXCL != 0, args.flags);
+        let creation = creation(&header, args.mode, args.umask);
+        let (shared, pool) = (Arc::clone(&self.shared), self.pool.clone());
+        self.shared.node.create_then(header.ino, name, &creation, exclusive, move |made| {
+            let made = match made {
+                Ok(made) => made,
+                Err(error) => return reply.error(errno(&error)),
+            };
+            match made.attr_at_hand().filter(|_| !shared.may_wait_to_open(flags)) {
+                Some(attr) => created(&shared, flags, Ok((attr, made.file)), reply),
+                None => pool.run(Lane::Names, move || {
+                    created(&shared, flags, Ok((made.attr(), made.file)), reply);
+                }),
+            }
         });
     }
 

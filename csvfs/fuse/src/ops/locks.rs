@@ -90,16 +90,20 @@ impl Ops {
         });
     }
 
-    /// The last descriptor of an open file is closed: what it has locked goes, and the node's last handle gives grants
-    /// back. Both may wait for the coordinator.
+    /// The last descriptor of an open file is closed: what it has locked goes, which may wait for the coordinator. That the
+    /// node's last handle gives grants back is only begun here.
     pub(super) fn release(&self, header: Header, args: ReleaseIn, reply: Reply) {
         let closed = self.shared.files.remove(args.fh);
+        let owners = closed.iter().flat_map(|open| open.lockers()).map(|owner| (owner, false));
+        let flock = (args.release_flags & RELEASE_FLOCK_UNLOCK != 0).then_some((args.lock_owner, true));
+        let owners: Vec<_> = owners.chain(flock).collect();
+        if owners.is_empty() {
+            drop(closed);
+            return reply.ok();
+        }
         let shared = Arc::clone(&self.shared);
         self.pool.run(Lane::Closing, move || {
-            let owners = closed.iter().flat_map(|open| open.lockers());
-            let ranges = owners.map(|owner| (owner, false));
-            let flock = (args.release_flags & RELEASE_FLOCK_UNLOCK != 0).then_some((args.lock_owner, true));
-            for (owner, flock) in ranges.chain(flock) {
+            for (owner, flock) in owners {
                 if let Err(error) = shared.node.unlock_all(header.ino, owner, flock) {
                     tracing::warn!(ino = header.ino, %error, "locks of a closed file were not given up");
                 }

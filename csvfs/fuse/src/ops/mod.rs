@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   request --+-- data (read, write, fsync): submitted, answered from the completion
-//!             +-- what may wait for the coordinator: a worker of the pool, which answers
+//!             +-- create, mkdir, rename, unlink, rmdir: sent, answered by the thread that brings the coordinator's reply
+//!             +-- what else may wait for the coordinator: a worker of the pool, which answers
 //! ```
 //! Permissions are checked by the kernel (`default_permissions`), with supplementary groups and access control lists. Not
 //! offered, so that the kernel does it by itself or refuses: ioctl (and with it `FICLONE`, which the kernel passes to no
@@ -112,8 +113,8 @@ impl Ops {
             Op::Symlink { name, target } => self.symlink(header, name, target, reply),
             Op::MkNod { args, name } => self.mknod(header, args, name, reply),
             Op::MkDir { args, name } => self.mkdir(header, args, name, reply),
-            Op::Unlink { name } => self.unlink(header, name, reply),
-            Op::RmDir { name } => self.rmdir(header, name, reply),
+            Op::Unlink { name } => self.remove(header, name, false, reply),
+            Op::RmDir { name } => self.remove(header, name, true, reply),
             Op::Rename { name, new_dir, new_name, flags } => {
                 self.rename(header, name, (new_dir, new_name), flags, reply);
             }

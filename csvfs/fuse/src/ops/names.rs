@@ -1,6 +1,6 @@
 //! Names: finding, making, moving and removing them.
 
-use csvfs::node::AtHand;
+use csvfs::node::{AtHand, FsError};
 
 use super::{Ops, creation};
 use crate::attr::{errno, kind_of_mode, to_kernel};
@@ -40,18 +40,15 @@ impl Ops {
     }
 
     pub(super) fn mkdir(&self, header: Header, args: MkdirIn, name: &[u8], reply: Reply) {
-        let (name, creation) = (name.to_vec(), creation(&header, args.mode, args.umask));
-        self.entry(reply, move |node| node.mkdir(header.ino, &name, &creation));
+        let creation = creation(&header, args.mode, args.umask);
+        self.shared.node.mkdir_then(header.ino, name, &creation, move |made| match made {
+            Ok(attr) => reply.entry(&to_kernel(&attr), attr.generation),
+            Err(error) => reply.error(errno(&error)),
+        });
     }
 
-    pub(super) fn unlink(&self, header: Header, name: &[u8], reply: Reply) {
-        let name = name.to_vec();
-        self.done(reply, move |shared| shared.node.unlink(header.ino, &name));
-    }
-
-    pub(super) fn rmdir(&self, header: Header, name: &[u8], reply: Reply) {
-        let name = name.to_vec();
-        self.done(reply, move |shared| shared.node.rmdir(header.ino, &name));
+    pub(super) fn remove(&self, header: Header, name: &[u8], directory: bool, reply: Reply) {
+        self.shared.node.remove_then(header.ino, name, directory, done_with(reply));
     }
 
     pub(super) fn rename(
@@ -62,12 +59,16 @@ impl Ops {
         flags: u32,
         reply: Reply,
     ) {
-        let (name, new_name) = (name.to_vec(), new_name.to_vec());
-        self.done(reply, move |shared| shared.node.rename(header.ino, &name, new_dir, &new_name, flags));
+        self.shared.node.rename_then((header.ino, name), (new_dir, new_name), flags, done_with(reply));
     }
 
     pub(super) fn link(&self, header: Header, old: u64, name: &[u8], reply: Reply) {
         let name = name.to_vec();
         self.entry(reply, move |node| node.link(old, header.ino, &name));
     }
+}
+
+/// Answers with the outcome of a call that does not wait.
+fn done_with(reply: Reply) -> impl FnOnce(Result<(), FsError>) + Send {
+    move |outcome| reply.done(outcome.map_err(|error| errno(&error)))
 }
