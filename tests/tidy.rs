@@ -13,7 +13,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("lockmgr/wire", &["threads"]),
     ("lockmgr", &["blockio", "wire"]),
     ("csvfs", &["blockio", "lockmgr", "threads"]),
-    ("csvfs/fuse", &["blockio", "csvfs"]),
+    ("csvfs/fuse", &["blockio", "csvfs", "threads"]),
     ("vhdx", &["blockio", "threads"]),
     ("hv", &["blockio", "threads"]),
     ("hv/guest", &[]),

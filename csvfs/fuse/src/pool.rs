@@ -15,6 +15,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 use std::time::Duration;
 
+use threads::Kind;
+
 /// Kinds of calls that must not wait for each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lane {
@@ -110,7 +112,7 @@ impl Crew {
 
     fn start_thread(self: &Arc<Self>, state: &mut State) {
         let crew = self.clone();
-        match Builder::new().name(self.name.to_owned()).spawn(move || crew.work()) {
+        match threads::spawn(Kind::Tasks, Builder::new().name(self.name.to_owned()), move || crew.work()) {
             Ok(_) => state.threads += 1,
             // The threads that exist take the job later. Without any, it fails and its caller is told.
             Err(error) if state.threads == 0 => {

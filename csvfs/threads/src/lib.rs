@@ -108,6 +108,15 @@ pub fn confine_with(confine: Confine) -> io::Result<()> {
         .map_err(|_| io::Error::other("threads are confined already"))
 }
 
+/// From here on a new thread has nothing of who asks for it: one like the caller starts it. For a program that confines no thread
+/// and keeps some of them on a processor, which holds for all that these start, too. Called once.
+///
+/// # Errors
+/// As [`confine_with`].
+pub fn start_apart() -> io::Result<()> {
+    confine_with(|_| Ok(()))
+}
+
 /// Starts a thread and confines it to what its kind needs.
 ///
 /// # Errors

@@ -4,7 +4,8 @@
 //!   a program's call on processor n --> queue n: an entry's memory --> its thread --> Filesystem
 //!   answer, by any thread: written into the entry's memory --> Finished --> the thread: commit, and fetch the next
 //! ```
-//! One system call hands over all answers that wait and takes all requests that came. Data of writes lies in memory that a
+//! A queue's thread stays on the queue's processor: it and the program whose call it answers take turns there, and neither has
+//! to wake another processor for the other. One system call hands over all answers that wait and takes all requests that came. Data of writes lies in memory that a
 //! device can write from, and what is read is sent from where the device has put it: nothing is copied here. What the kernel
 //! says without a request, and interrupts, still come through `/dev/fuse`.
 //!
@@ -24,6 +25,7 @@ use std::thread::{Builder, JoinHandle};
 
 use io_uring::squeue::{Entry as Sqe, Entry128};
 use io_uring::{IoUring, cqueue, opcode, types};
+use rustix::thread::CpuSet;
 use zerocopy::{FromBytes, IntoBytes};
 
 use self::finished::{Answered, Finished};
@@ -60,6 +62,8 @@ impl<F: Filesystem + 'static> Rings<F> {
     pub(super) fn prepare(device: &Channel) -> io::Result<Self> {
         let processors = std::fs::read_to_string("/sys/devices/system/cpu/possible")?;
         let count = count_listed(&processors).ok_or(io::ErrorKind::InvalidData)?;
+        // What the queues' threads start does not stay where they do. A second mount of the process finds it so.
+        drop(threads::start_apart());
         let queues = (0..count).map(|number| prepare_queue(device, number)).collect::<io::Result<_>>()?;
         Ok(Self { queues })
     }
@@ -71,6 +75,18 @@ impl<F: Filesystem + 'static> Rings<F> {
             thread
         };
         self.queues.into_iter().map(start).collect()
+    }
+}
+
+/// Keeps the calling thread on a processor, if the program may use that one.
+fn stay_on(processor: usize) {
+    let usable = |all: &CpuSet| processor < CpuSet::MAX_CPU && all.is_set(processor);
+    if rustix::thread::sched_getaffinity(None).is_ok_and(|all| usable(&all)) {
+        let mut this = CpuSet::new();
+        this.set(processor);
+        if let Err(error) = rustix::thread::sched_setaffinity(None, &this) {
+            tracing::debug!(processor, %error, "a queue's thread goes where the system puts it");
+        }
     }
 }
 
@@ -150,6 +166,7 @@ impl Queue {
     fn wait_and_run<F: Filesystem>(mut self, started: &Receiver<Arc<F>>) {
         // Without a start the handshake has failed.
         let Ok(filesystem) = started.recv() else { return };
+        stay_on(self.number.into());
         (0..self.entries.len()).for_each(|number| self.register(number));
         while !self.is_over() {
             self.grow();
@@ -329,5 +346,26 @@ mod tests {
         assert_eq!(count_listed("0-3,8,10-11\n"), Some(7));
         assert_eq!(count_listed("3-1"), None);
         assert_eq!(count_listed("none"), None);
+    }
+
+    #[test]
+    fn a_thread_stays_on_its_processor_and_what_it_starts_does_not() {
+        let processors = || rustix::thread::sched_getaffinity(None).expect("a thread has processors");
+        let all = processors();
+        let first = (0..CpuSet::MAX_CPU).find(|processor| all.is_set(*processor)).expect("at least one");
+        drop(threads::start_apart());
+        let queue = Builder::new().spawn(move || {
+            // One that there is not changes nothing.
+            stay_on(CpuSet::MAX_CPU);
+            assert_eq!(processors().count(), all.count());
+            stay_on(first);
+            let own = processors();
+            assert!(own.count() == 1 && own.is_set(first));
+            let (tell, told) = channel();
+            let started = move || tell.send(processors()).expect("it is heard");
+            drop(threads::spawn(threads::Kind::Tasks, Builder::new(), started).expect("a thread"));
+            assert_eq!(told.recv().expect("it runs").count(), all.count());
+        });
+        queue.expect("a thread").join().expect("no panic");
     }
 }
