@@ -75,7 +75,8 @@ impl Streams {
         Ok((near, self.arrived.recv()?))
     }
 
-    /// MiB/s of bytes from a buffer into a buffer, over one stream.
+    /// MiB/s over one stream of bytes from a small buffer into a small buffer, which stay in the caches: what the stream costs
+    /// by itself.
     ///
     /// # Errors
     /// How the stream broke.
@@ -83,22 +84,41 @@ impl Streams {
     /// # Panics
     /// When the receiving thread does.
     pub fn mib_per_second(&self, bytes: u64) -> Result<f64, Failure> {
+        self.carry(&[7; BLOCK_BYTES], &mut [0; BLOCK_BYTES], usize::try_from(bytes)?)
+    }
+
+    /// MiB/s over one stream of all of a piece of memory into another one of the same size. Unless they fit into the caches this
+    /// has the memory read and written as well.
+    ///
+    /// # Errors
+    /// How the stream broke.
+    ///
+    /// # Panics
+    /// When the receiving thread does.
+    pub fn mib_per_second_between(&self, from: &[u8], into: &mut [u8]) -> Result<f64, Failure> {
+        self.carry(from, into, from.len())
+    }
+
+    /// So many bytes, over and over out of one and into the other.
+    fn carry(&self, from: &[u8], into: &mut [u8], bytes: usize) -> Result<f64, Failure> {
         let (mut near, mut far) = self.open()?;
+        let blocks = bytes / BLOCK_BYTES;
         let begun = Instant::now();
-        let taking = thread::spawn(move || -> std::io::Result<()> {
-            let mut into = vec![0; BLOCK_BYTES];
-            for _ in 0..bytes / BLOCK_BYTES as u64 {
-                far.read_exact(&mut into)?;
+        thread::scope(|scope| -> Result<(), Failure> {
+            let taking = scope.spawn(move || -> std::io::Result<()> {
+                let round = into.len() / BLOCK_BYTES;
+                for block in 0..blocks {
+                    far.read_exact(&mut into[block % round * BLOCK_BYTES..][..BLOCK_BYTES])?;
+                }
+                Ok(())
+            });
+            for block in from.chunks_exact(BLOCK_BYTES).cycle().take(blocks) {
+                near.write_all(block)?;
             }
-            Ok(())
-        });
-        let block = vec![7; BLOCK_BYTES];
-        for _ in 0..bytes / BLOCK_BYTES as u64 {
-            near.write_all(&block)?;
-        }
-        near.flush()?;
-        taking.join().expect("no panic")?;
-        let mib = bytes as f64 / f64::from(1 << 20);
+            near.flush()?;
+            Ok(taking.join().expect("no panic")?)
+        })?;
+        let mib = (blocks * BLOCK_BYTES) as f64 / f64::from(1 << 20);
         Ok(mib / begun.elapsed().as_secs_f64())
     }
 }

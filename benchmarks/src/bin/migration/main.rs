@@ -4,7 +4,7 @@
 //!   network namespace, loopback shaped to --link     three csvd + hv  <- csvctl vm migrate -> there and back
 //!                                                    two qemu (KVM)   <- QMP migrate       -> there and back
 //! ```
-//! `migration [--moves N] [--link MBIT] [--only idle,ten,half,gib,quick,start,stream]`. QEMU moves with its default
+//! `migration [--moves N] [--link MBIT] [--only idle,ten,half,gib,quick,start,stream] [--alone]`; `--alone` leaves QEMU out. QEMU moves with its default
 //! settings, and with those of a list that give the shortest blackout for the load at hand. QEMU's blackout is the time from
 //! its STOP event at the source to its RESUME event at the target; ours is what `vm migrate` reports, from the request to halt
 //! to the target's answer that the guest runs. Needs root, /dev/kvm, /dev/fuse and qemu-system-x86_64.
@@ -37,11 +37,13 @@ struct Arguments {
     moves: usize,
     link_mbit: u64,
     only: Vec<String>,
+    /// Without QEMU.
+    alone: bool,
 }
 
 impl Arguments {
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, Failure> {
-        let mut parsed = Self { moves: 10, link_mbit: 1000, only: Vec::new() };
+        let mut parsed = Self { moves: 10, link_mbit: 1000, only: Vec::new(), alone: false };
         let mut only = ALL.to_owned();
         while let Some(word) = words.next() {
             let mut value = || words.next().ok_or(format!("{word} needs a value"));
@@ -49,8 +51,12 @@ impl Arguments {
                 "--moves" => parsed.moves = value()?.parse()?,
                 "--link" => parsed.link_mbit = value()?.parse()?,
                 "--only" => only = value()?,
+                "--alone" => parsed.alone = true,
                 _ => {
-                    return Err(format!("{word}: not known; use --moves N, --link MBIT, --only {ALL}").into());
+                    return Err(format!(
+                        "{word}: not known; use --moves N, --link MBIT, --only {ALL}, --alone"
+                    )
+                    .into());
                 }
             }
         }
@@ -94,6 +100,9 @@ fn beside_qemu(load: &Load, arguments: &Arguments, folder: &Path) -> Result<(), 
     let guest = load.guest(rate_kib, noise);
     let ours = ours::moves(&guest, arguments.moves)?;
     ours.print("ours");
+    if arguments.alone {
+        return Ok(());
+    }
     let default = qemu::moves(&guest, &qemu::DEFAULT, arguments.moves, folder)?;
     default.print("QEMU, default settings");
     let (settings, best) = qemu::best(&guest, arguments.moves, folder)?;
