@@ -76,6 +76,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ("hv/src/lazy.rs", "the kernel fills guest RAM by ioctls of userfaultfd"),
     ("hv/src/kvm/processor.rs", "KVM's extended state has a size that only the kernel knows"),
     ("hv/src/memory.rs", "guest RAM as buffers of I/O requests"),
+    ("hv/src/memory/bulk.rs", "copies of pages that the guest may write meanwhile"),
     ("hv/src/vcpu.rs", "the signal handler writes into the page that KVM shares with a vCPU"),
     ("lockmgr/src/lease/page.rs", "one page of shared memory between the daemon and its VMs"),
 ];

@@ -8,6 +8,8 @@
 //! write.
 #![expect(unsafe_code, reason = "devices transfer directly between disks and the mapping of guest RAM")]
 
+mod bulk;
+
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::ptr::NonNull;
@@ -192,16 +194,29 @@ impl GuestRam {
     /// [`MemoryError::Outside`], also for a piece on both sides of the hole.
     pub fn read_linear(&self, offset: u64, into: &mut [u8]) -> Result<(), MemoryError> {
         let outside = MemoryError::Outside { address: offset, len: into.len() as u64 };
-        self.read(address_of(offset).ok_or(outside)?, into)
+        let slice = self.slice(address_of(offset).ok_or(outside)?, into.len())?;
+        // SAFETY: the slice is as long as `into`, and its guard keeps it mapped.
+        unsafe { bulk::read(slice.ptr_guard().as_ptr(), into) };
+        Ok(())
     }
 
-    /// Copies bytes into guest RAM, at an offset that counts RAM only.
+    /// Copies bytes into guest RAM, at an offset that counts RAM only, and marks them dirty.
     ///
     /// # Errors
     /// [`MemoryError::Outside`], also for a piece on both sides of the hole.
     pub fn write_linear(&self, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
         let outside = MemoryError::Outside { address: offset, len: bytes.len() as u64 };
-        self.write(address_of(offset).ok_or(outside)?, bytes)
+        let address = address_of(offset).ok_or(outside)?;
+        let pages = offset.is_multiple_of(PAGE_BYTES) && bytes.len().is_multiple_of(PAGE_LEN);
+        // A single page has often been read just before, and is in the caches.
+        if !pages || bytes.len() <= PAGE_LEN {
+            return self.write(address, bytes);
+        }
+        let slice = self.slice(address, bytes.len())?;
+        // SAFETY: the slice is as long as `bytes`, and its guard keeps it mapped.
+        unsafe { bulk::write(slice.ptr_guard_mut().as_ptr(), bytes) };
+        slice.bitmap().mark_dirty(0, bytes.len());
+        Ok(())
     }
 
     /// The pages that devices have written since the last call, a bit each, for each piece of RAM.
@@ -418,6 +433,41 @@ mod tests {
         let mut bytes = [9; 1];
         ram.read(HOLE_END + PAGE_BYTES, &mut bytes).unwrap();
         assert_eq!(bytes, [0]);
+    }
+
+    // Invariant H4
+    #[test]
+    fn pages_that_are_copied_in_mass_are_what_they_were_and_count_as_written() {
+        let (from, to) = (GuestRam::new(BYTES_MIN).unwrap(), GuestRam::new(BYTES_MIN).unwrap());
+        let content: Vec<u8> =
+            (0..64 * PAGE_LEN).map(|at| (at * 31 + at / PAGE_LEN).to_le_bytes()[0]).collect();
+        from.write(0, &content).unwrap();
+        for (offset, len) in [(0, 16), (PAGE_LEN, 1), (3 * PAGE_LEN, 9 * PAGE_LEN + 5), (8, 8 * PAGE_LEN)] {
+            let mut bytes = vec![0; len];
+            from.read_linear(offset as u64, &mut bytes).unwrap();
+            assert!(bytes == content[offset..][..len], "{len} bytes at {offset}");
+        }
+        for (page, pages) in [(0, 1), (1, 2), (5, 8), (20, 19)] {
+            drop(to.take_device_writes());
+            let part = &content[page * PAGE_LEN..][..pages * PAGE_LEN];
+            to.write_linear((page * PAGE_LEN) as u64, part).unwrap();
+            let mut bytes = vec![0; part.len()];
+            to.read((page * PAGE_LEN) as u64, &mut bytes).unwrap();
+            assert!(bytes == part, "{pages} pages from {page}");
+            assert_eq!(to.take_device_writes()[0][0], ((1 << pages) - 1) << page);
+        }
+    }
+
+    #[test]
+    fn pages_that_are_copied_in_mass_lie_in_one_piece_of_ram() {
+        let ram = GuestRam::new(HOLE_START + BYTES_MIN).unwrap();
+        let mut bytes = vec![0; 2 * PAGE_LEN];
+        for offset in
+            [HOLE_START - PAGE_BYTES, HOLE_START + BYTES_MIN - PAGE_BYTES, u64::MAX - PAGE_BYTES + 1]
+        {
+            assert!(ram.write_linear(offset, &bytes).is_err(), "into {offset:#x}");
+            assert!(ram.read_linear(offset, &mut bytes).is_err(), "out of {offset:#x}");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use bytes::{Buf, Bytes};
 use tokio_rustls::{client, server};
 
 use crate::driver::Greeted;
+use crate::incoming::Incoming;
 use crate::{Duplex, Partition, Peer, WireError};
 
 /// Plain bytes that are gathered before they are encrypted and sent.
@@ -24,8 +25,7 @@ const GATHERED_BYTES: usize = 256 << 10;
 pub struct Stream {
     tls: rustls::Connection,
     tcp: TcpStream,
-    /// What came together with the hello.
-    early: Bytes,
+    incoming: Incoming,
     peer: Peer,
     partition: Partition,
 }
@@ -77,7 +77,7 @@ impl Stream {
         tls.set_buffer_limit(Some(GATHERED_BYTES));
         let blocking = tcp.into_std().and_then(|tcp| tcp.set_nonblocking(false).map(|()| tcp));
         let tcp = blocking.map_err(|error| WireError::io("take over a stream", error))?;
-        Ok(Self { tls, tcp, early, peer, partition })
+        Ok(Self { tls, tcp, incoming: Incoming::new(early), peer, partition })
     }
 
     /// Who is at the other end.
@@ -89,8 +89,8 @@ impl Stream {
     /// The stream for a thread that sends and another one that receives.
     #[must_use]
     pub fn into_duplex(self) -> Duplex {
-        let Self { tls, tcp, early, peer, partition } = self;
-        Duplex::new(tls, tcp, early, peer, partition)
+        let Self { tls, tcp, incoming, peer, partition } = self;
+        Duplex::new(tls, tcp, incoming, peer, partition)
     }
 
     /// A handle that ends this stream from elsewhere.
@@ -119,9 +119,10 @@ impl Stream {
 
 impl Read for Stream {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        if !self.early.is_empty() {
-            let bytes = self.early.len().min(into.len());
-            self.early.copy_to_slice(&mut into[..bytes]);
+        let early = &mut self.incoming.early;
+        if !early.is_empty() {
+            let bytes = early.len().min(into.len());
+            early.copy_to_slice(&mut into[..bytes]);
             return Ok(bytes);
         }
         loop {
@@ -130,8 +131,11 @@ impl Read for Stream {
                 outcome => return outcome,
             }
             self.wait_until_passable();
-            if self.tls.read_tls(&mut self.tcp)? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            if !self.incoming.feed(&mut self.tls)? {
+                if self.incoming.receive(|into| self.tcp.read(into))? == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                continue;
             }
             self.tls
                 .process_new_packets()

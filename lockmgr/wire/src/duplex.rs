@@ -15,20 +15,18 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bytes::{Buf, Bytes};
+use bytes::Buf;
 use futures::future::{Either, select};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use tokio_util::sync::CancellationToken;
 
+use crate::incoming::Incoming;
 use crate::{Partition, Peer};
 
 /// Plain bytes that are encrypted before the socket is asked to take them.
 const BATCH_BYTES: usize = 256 << 10;
 /// Plain bytes that are gathered for the cipher at once: a whole number of the longest records.
 const GATHERED_BYTES: usize = 32 << 10;
-/// Encrypted bytes that are received at once.
-const RECEIVED_BYTES: usize = 256 << 10;
-
 /// See the module.
 pub struct Duplex {
     tcp: TcpStream,
@@ -50,14 +48,6 @@ struct Tls {
     batch: usize,
 }
 
-struct Incoming {
-    /// Came together with the hello.
-    early: Bytes,
-    encrypted: Box<[u8]>,
-    start: usize,
-    end: usize,
-}
-
 /// Why no more is handed over.
 enum Stopped {
     /// All that has come is handed over.
@@ -72,7 +62,7 @@ impl Duplex {
     pub(crate) fn new(
         mut connection: rustls::Connection,
         tcp: TcpStream,
-        early: Bytes,
+        incoming: Incoming,
         peer: Peer,
         partition: Partition,
     ) -> Self {
@@ -83,14 +73,9 @@ impl Duplex {
             peer,
             partition,
             over: CancellationToken::new(),
-            holds_bytes: AtomicBool::new(!early.is_empty()),
+            holds_bytes: AtomicBool::new(incoming.has_any()),
             tls: Mutex::new(Tls { connection, gathered: vec![0; GATHERED_BYTES].into(), batch: 0 }),
-            incoming: Mutex::new(Incoming {
-                early,
-                encrypted: vec![0; RECEIVED_BYTES].into(),
-                start: 0,
-                end: 0,
-            }),
+            incoming: Mutex::new(incoming),
         }
     }
 
@@ -134,9 +119,9 @@ impl Duplex {
             }
             let flags = if wait && taken == 0 { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
             self.wait_until_passable();
-            match rustix::net::recv(&self.tcp, &mut *incoming.encrypted, flags) {
-                Ok((_, 0)) => return Ok(Some(taken)),
-                Ok((_, count)) => (incoming.start, incoming.end) = (0, count),
+            match incoming.receive(|into| rustix::net::recv(&self.tcp, into, flags).map(|(_, count)| count)) {
+                Ok(0) => return Ok(Some(taken)),
+                Ok(_) => {}
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {
                     return Ok((taken > 0).then_some(taken));
                 }
@@ -182,11 +167,9 @@ impl Duplex {
             if let Some(stopped) = tls.take_plain(take, taken)? {
                 return Ok(stopped);
             }
-            let mut encrypted = &incoming.encrypted[incoming.start..incoming.end];
-            if encrypted.is_empty() {
+            if !incoming.feed(&mut tls.connection)? {
                 return Ok(Stopped::Empty);
             }
-            incoming.start += tls.connection.read_tls(&mut encrypted)?;
             let processed = tls.connection.process_new_packets();
             // An answer of TLS itself. If the socket is full it leaves with the next batch.
             tls.flush(&self.tcp)?;

@@ -30,6 +30,7 @@ mod frame;
 mod handler;
 mod hello;
 mod identity;
+mod incoming;
 mod join;
 mod mesh;
 mod partition;
