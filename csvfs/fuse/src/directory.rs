@@ -8,7 +8,7 @@
 
 use std::sync::PoisonError;
 
-use csvfs::node::{DirEntry, FsError, Node};
+use csvfs::node::{DirEntry, Directory, FsError};
 use zerocopy::FromZeros;
 
 use crate::attr::to_kernel;
@@ -23,17 +23,16 @@ const DOTS: u64 = 2;
 
 /// Fills `listing` with what comes after `offset`; with all attributes if `plus`.
 pub(crate) fn fill(
-    node: &Node,
     ino: u64,
     offset: u64,
-    directory: &OpenDirectory,
+    open: &OpenDirectory,
     plus: bool,
     listing: &mut Listing,
 ) -> Result<(), FsError> {
-    let mut ahead = directory.ahead.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut ahead = open.ahead.lock().unwrap_or_else(PoisonError::into_inner);
     let after = offset.saturating_sub(DOTS);
     if offset < DOTS || ahead.after != after || (ahead.entries.is_empty() && !ahead.end) {
-        *ahead = next_page(node, ino, after)?;
+        *ahead = next_page(&open.directory, after)?;
     }
     let mut dot =
         |ino, offset, name: &[u8]| listing.add(&directory_attr(ino), plus.then_some(0), offset, name);
@@ -51,7 +50,7 @@ pub(crate) fn fill(
         if ahead.end {
             return Ok(());
         }
-        *ahead = next_page(node, ino, ahead.after)?;
+        *ahead = next_page(&open.directory, ahead.after)?;
     }
 }
 
@@ -65,8 +64,8 @@ fn add(entry: &DirEntry, plus: bool, listing: &mut Listing) -> bool {
     listing.add(&to_kernel(&entry.attr), generation, entry.cookie.saturating_add(DOTS), &entry.name)
 }
 
-fn next_page(node: &Node, ino: u64, after: u64) -> Result<Ahead, FsError> {
-    let page = node.readdir(ino, after, PAGE_ENTRIES)?;
+fn next_page(directory: &Directory, after: u64) -> Result<Ahead, FsError> {
+    let page = directory.read(after, PAGE_ENTRIES)?;
     // A page without entries that is not the end would be asked for again and again.
     let end = page.end || page.entries.is_empty();
     Ok(Ahead { after, entries: page.entries.into(), end, parent: page.parent })

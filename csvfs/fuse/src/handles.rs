@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use csvfs::node::{DirEntry, File, Mapper};
+use csvfs::node::{DirEntry, Directory, File, Mapper};
 
 /// An open file.
 pub(crate) struct OpenFile {
@@ -51,8 +51,8 @@ impl OpenFile {
 }
 
 /// An open directory, with entries that were read ahead of the kernel's buffer.
-#[derive(Default)]
 pub(crate) struct OpenDirectory {
+    pub(crate) directory: Directory,
     pub(crate) ahead: Mutex<Ahead>,
 }
 

@@ -25,6 +25,7 @@ mod bad;
 mod cache;
 mod clones;
 mod core;
+mod directory;
 mod error;
 mod file;
 mod grants;
@@ -55,7 +56,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak, mpsc};
 use std::time::Duration;
 
-use self::core::Core;
+use self::core::{Core, Pin};
 use blockio::{BlockDevice, WriteRight};
 use bytes::Bytes;
 use lockmgr::{ClientId, Term, VolumeId};
@@ -69,6 +70,7 @@ pub(crate) use attr::without_set_ids;
 pub use attr::{Attr, Creation, DirEntry, DirPage, FileKind, SetAttr};
 pub use bad::BadRange;
 pub use cache::CacheStats;
+pub use directory::Directory;
 pub use error::FsError;
 pub use file::{Extent, ExtentState, File, SeekFrom};
 pub use link::{CoordinatorLink, LinkError, ReplyTo};
@@ -197,16 +199,40 @@ impl Node {
     /// # Errors
     /// `ENOENT`, `EISDIR` and the like.
     pub fn open(self: &Arc<Self>, ino: u64) -> Result<Arc<File>, FsError> {
+        let pin = self.register(ino, |kind| match kind {
+            FileKind::Regular => Ok(()),
+            FileKind::Directory => Err((libc::EISDIR, "is a directory")),
+            _ => Err((libc::EINVAL, "is no regular file")),
+        })?;
+        Ok(File::new(self.clone(), pin))
+    }
+
+    /// Opens a directory.
+    ///
+    /// # Errors
+    /// `ENOENT`, `ENOTDIR`.
+    pub fn open_directory(self: &Arc<Self>, ino: u64) -> Result<Directory, FsError> {
+        let pin = self.register(ino, |kind| match kind {
+            FileKind::Directory => Ok(()),
+            _ => Err((libc::ENOTDIR, "is no directory")),
+        })?;
+        Ok(Directory::new(self.clone(), pin))
+    }
+
+    /// Has the coordinator count an inode as open here, unless it does already, if it is of the `wanted` kind.
+    fn register(
+        &self,
+        ino: u64,
+        wanted: impl Fn(FileKind) -> Result<(), (i32, &'static str)>,
+    ) -> Result<Pin, FsError> {
         let pin = self.core.pin(ino);
         if pin.inode.lock().registered == 0 {
             let attr = self.ask_attr(Op::Open(pb::Open { ino }))?;
             pin.inode.lock().registered += 1;
-            if attr.kind != FileKind::Regular {
-                let errno = if attr.kind == FileKind::Directory { libc::EISDIR } else { libc::EINVAL };
-                return Err(FsError::invalid(errno, format!("inode {ino} is no regular file")));
-            }
+            wanted(attr.kind)
+                .map_err(|(errno, what)| FsError::invalid(errno, format!("inode {ino} {what}")))?;
         }
-        Ok(File::new(self.clone(), pin))
+        Ok(pin)
     }
 
     /// A file that the coordinator has counted as opened.
@@ -219,9 +245,20 @@ impl Node {
     /// As [`Node::open`], if that takes no message. Never blocks.
     #[must_use]
     pub fn open_at_hand(self: &Arc<Self>, ino: u64) -> Option<Arc<File>> {
+        self.registered(ino).map(|pin| File::new(self.clone(), pin))
+    }
+
+    /// As [`Node::open_directory`], if that takes no message. Never blocks.
+    #[must_use]
+    pub fn open_directory_at_hand(self: &Arc<Self>, ino: u64) -> Option<Directory> {
+        self.registered(ino).map(|pin| Directory::new(self.clone(), pin))
+    }
+
+    /// An inode that the coordinator counts as open here.
+    fn registered(&self, ino: u64) -> Option<Pin> {
         let pin = self.core.find(ino)?;
         let registered = pin.inode.lock().registered > 0;
-        registered.then(|| File::new(self.clone(), pin))
+        registered.then_some(pin)
     }
 
     /// As [`Node::getattr`], if that takes no message. Never blocks.

@@ -99,6 +99,7 @@ impl Filesystem for Ops {
         // Answers what still runs, then closes what programs left open.
         self.pool.close();
         self.shared.files.clear();
+        self.shared.directories.clear();
         if self.shared.maps {
             self.shared.node.unset_kernel();
         }
@@ -119,7 +120,7 @@ impl Ops {
                 self.rename(header, name, (new_dir, new_name), flags, reply);
             }
             Op::Link { old, name } => self.link(header, old, name, reply),
-            Op::OpenDir => self.opendir(reply),
+            Op::OpenDir => self.opendir(header, reply),
             Op::ReadDir(args) => self.readdir(header, args, false, reply),
             Op::ReadDirPlus(args) => self.readdir(header, args, true, reply),
             Op::ReleaseDir(args) => self.releasedir(args, reply),

@@ -140,6 +140,36 @@ fn a_file_lives_on_while_it_is_open_after_its_last_name_went() {
 }
 
 #[test]
+fn a_directory_lives_on_while_it_is_open_after_its_name_went() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    for (remover, how) in [(&a, "removed here"), (&b, "removed on the other mount")] {
+        fs::create_dir(a.join("gone")).expect("mkdir");
+        let held = File::open(a.join("gone")).expect("open");
+        fs::remove_dir(remover.join("gone")).expect("rmdir");
+        assert_eq!(held.metadata().expect("fstat").nlink(), 0, "{how}");
+        // A kernel that knows that the directory was removed does not ask for the dots either.
+        let mut listed = rustix::fs::Dir::read_from(&held).expect("a stream");
+        let name = listed
+            .find_map(|entry| entry.ok().filter(|entry| !entry.file_name().to_bytes().starts_with(b".")));
+        assert!(name.is_none(), "{how}");
+        let made = rustix::fs::mkdirat(&held, "inside", rustix::fs::Mode::RWXU);
+        assert_eq!(made, Err(rustix::io::Errno::NOENT), "{how}");
+    }
+    for name in ["one", "other"] {
+        fs::create_dir(a.join(name)).expect("mkdir");
+    }
+    let held = File::open(a.join("other")).expect("open");
+    fs::rename(b.join("one"), b.join("other")).expect("a directory in its place");
+    assert_eq!(held.metadata().expect("fstat").nlink(), 0);
+    drop(held);
+    world.end();
+}
+
+#[test]
 fn sizes_holes_and_space_are_as_set() {
     if !can_mount() {
         return;
