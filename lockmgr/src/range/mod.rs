@@ -232,10 +232,10 @@ impl RangeTable {
             .map_or(Vec::new(), |held| held.conflicts(lock).map(|held| held.owner).collect())
     }
 
-    /// A lock that excludes `lock` now.
+    /// The first lock in the file that excludes `lock` now, as POSIX wants it of `F_GETLK`.
     #[must_use]
     pub fn conflict(&self, resource: ResourceId, lock: &RangeLock) -> Option<RangeLock> {
-        self.files.get(&resource)?.conflicts(lock).next().copied()
+        self.files.get(&resource)?.conflicts(lock).min_by_key(|held| held.span.start).copied()
     }
 
     /// Gives up what `owner` has within `span`.

@@ -45,6 +45,16 @@ fn a_writer_excludes_everybody_and_readers_only_writers() {
 }
 
 #[test]
+fn who_asks_what_is_in_the_way_is_told_of_the_first_in_the_file() {
+    let mut table = RangeTable::default();
+    granted(table.request(1, FILE, write(1, 40), false));
+    granted(table.request(2, FILE, write(2, 60), false));
+    granted(table.request(3, FILE, write(1, 20), false));
+    let all = lock(3, Span { start: 0, end: 99 }, Access::Write);
+    assert_eq!(table.conflict(FILE, &all).map(|lock| lock.span.start), Some(20));
+}
+
+#[test]
 fn who_waits_is_granted_in_order_when_the_way_is_free() {
     let mut table = RangeTable::default();
     granted(table.request(1, FILE, write(1, 0), true));
