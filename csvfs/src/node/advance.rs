@@ -7,6 +7,7 @@
 //! ```
 //! Each step is a message or a flush with a completion; none is waited for.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
@@ -46,6 +47,8 @@ pub(super) struct Out {
     pub(super) remember: bool,
     /// The kernel is to give up its pages of the file.
     pub(super) drop_pages: bool,
+    /// It is to give up those in this range.
+    pub(super) clear_pages: Option<Range<u64>>,
 }
 
 impl Out {
@@ -79,6 +82,9 @@ impl Out {
         if self.drop_pages {
             inode.core.drop_pages(inode);
         }
+        if let Some(range) = self.clear_pages {
+            inode.core.clear_pages(inode, range);
+        }
         if self.remember {
             inode.core.remember(inode);
         }
@@ -96,6 +102,8 @@ struct Needs {
     space: Option<(u64, u64, bool)>,
     /// Where shared blocks are to be written, and how many bytes of them.
     copies: Option<(u64, u64)>,
+    /// Where the kernel is to have no pages.
+    pages: Option<Range<u64>>,
 }
 
 impl Needs {
@@ -108,6 +116,10 @@ impl Needs {
     fn note(&mut self, need: Need) {
         match need {
             Need::Turn => {}
+            // The others have theirs cleared next.
+            Need::Pages { from, to } => {
+                self.pages.get_or_insert(from..to);
+            }
             Need::Map(at) => self.map = Some(self.map.map_or(at, |have| have.min(at))),
             Need::Copies { from, bytes } => {
                 self.copies.get_or_insert((from, bytes));
@@ -172,6 +184,11 @@ impl Inode {
                     None => {}
                 },
             }
+        }
+        if let Some(range) = needs.pages
+            && state.pages.begin_clear(&range)
+        {
+            out.clear_pages = Some(range);
         }
         self.start_sync(state, out);
     }

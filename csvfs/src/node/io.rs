@@ -116,6 +116,8 @@ pub(super) enum Need {
     Space { from: u64, to: u64, beyond_end: bool },
     /// Blocks to copy `bytes` to that are shared, the first of them at `from`.
     Copies { from: u64, bytes: u64 },
+    /// The kernel to give up its pages of these blocks.
+    Pages { from: u64, to: u64 },
     /// Another request to end.
     Turn,
 }
@@ -130,6 +132,11 @@ pub(super) enum Plan {
 impl DataOp {
     pub(super) fn is_read(&self) -> bool {
         self.what == What::Read
+    }
+
+    /// The blocks that it touches.
+    pub(super) fn blocks(&self) -> Range<u64> {
+        block_floor(self.offset)..block_ceil(self.offset.saturating_add(self.buf.len() as u64))
     }
 
     fn part(&self, range: Range<u64>) -> IoBuf {
@@ -173,6 +180,10 @@ impl State {
         if op.offset >= end {
             return Plan::End(Ok(0));
         }
+        if op.page && self.writes.overlap(op.blocks()) {
+            // See `pages`: a page must not be older than what is being written.
+            return Plan::Wait(Need::Turn);
+        }
         let mut pieces = Vec::with_capacity(1);
         let mut shares = false;
         for part in self.map.parts(op.offset..end) {
@@ -205,8 +216,8 @@ impl State {
     fn is_being_replaced(&self, range: &Range<u64>) -> bool {
         let blocks = block_floor(range.start)..block_ceil(range.end);
         let overlaps = |op: &DataOp| {
-            let end = block_ceil(op.offset.saturating_add(op.buf.len() as u64));
-            !op.is_read() && block_floor(op.offset) < blocks.end && blocks.start < end
+            let its = op.blocks();
+            !op.is_read() && its.start < blocks.end && blocks.start < its.end
         };
         self.alone.range(blocks.clone()).next().is_some() || self.stalled.iter().any(overlaps)
     }
@@ -225,6 +236,10 @@ impl State {
         }
         if len == 0 {
             return Plan::End(Ok(0));
+        }
+        let blocks = op.blocks();
+        if !op.page && self.pages.are_in(&blocks) {
+            return Plan::Wait(Need::Pages { from: blocks.start, to: blocks.end });
         }
         let range = op.offset..end;
         match self.resolve_write(op, range.clone(), lun_unit, targets) {

@@ -5,10 +5,15 @@
 //!   store by a program: nobody is asked
 //!   recall --> the kernel gives up its pages, writing back what was changed --> released
 //!                 meanwhile: faults and writes of pages go on under the old grant; pages that came back go again
+//!   write(2) where the kernel may have pages --> it gives those up --> written; faults there wait until it is
 //! ```
+//! A program may write to a page's one part in a mapping and to another with a call. The page would be written back over
+//! what the call wrote if it were read before and changed after: so there is none while the call's bytes are on their way.
+//!
 //! The kernel gives up a page only when no request for it is under way, so such requests must never wait for a grant that is
 //! being given back (F2). **Invariant:** a grant is lowered only when the kernel has no page that was read under it (F3, F7).
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use lockmgr::Mode;
@@ -17,45 +22,77 @@ use super::FsError;
 use super::core::{Core, Pin};
 use super::inode::{Inode, State};
 use super::io::{DataOp, What};
+use super::ranges::RangeSet;
+
+/// Separate ranges with pages that are told apart; with more, all of the file counts.
+const RANGES_MAX: usize = 4096;
+/// All of a file.
+const WHOLE: Range<u64> = 0..u64::MAX;
 
 /// The kernel, as far as it keeps pages.
 pub trait KernelPages: Send + Sync {
-    /// Has it write back and give up all pages of a file, on a thread of its own (F1); `then` is called when it has, and does
-    /// not block. Never blocks itself.
-    fn give_up(&self, ino: u64, then: Box<dyn FnOnce() + Send>);
+    /// Has it write back and give up the pages of a file in `range`, in bytes, on a thread of its own (F1); `then` is called
+    /// when it has, and does not block. Never blocks itself. A range that ends at `u64::MAX` has no end.
+    fn give_up(&self, ino: u64, range: Range<u64>, then: Box<dyn FnOnce() + Send>);
 }
 
 /// What is known of the kernel's pages of a file.
 #[derive(Debug, Default)]
 pub(super) struct Pages {
-    /// There may be some.
-    any: bool,
-    /// It gives them up at the moment.
+    /// Where some were read that were not given up since.
+    read: RangeSet,
+    /// It gives all of them up at the moment.
     dropping: bool,
-    /// One came back meanwhile.
-    again: bool,
+    /// It gives some up at the moment, for a write.
+    clearing: bool,
     /// Who may write to pages without asking.
     pub(super) mappers: usize,
 }
 
 impl Pages {
+    /// Whether the kernel may have any.
     pub(super) fn must_go(&self) -> bool {
-        self.any
+        self.dropping || self.clearing || !self.read.is_empty()
     }
 
-    /// Whether the kernel is to be told now.
+    /// Whether the kernel is to be told now to give up all. Those that come back from now on have to go again.
     pub(super) fn begin_drop(&mut self) -> bool {
-        !std::mem::replace(&mut self.dropping, true)
+        let begins = !std::mem::replace(&mut self.dropping, true);
+        if begins {
+            self.read.clear();
+        }
+        begins
     }
 
-    fn read(&mut self) {
-        self.any = true;
-        self.again |= self.dropping;
+    /// Whether the kernel may have pages in `range`, or is about to give up some.
+    pub(super) fn are_in(&self, range: &Range<u64>) -> bool {
+        let some = !self.read.is_empty() && !self.read.parts_in(range).is_empty();
+        self.dropping || self.clearing || some
+    }
+
+    /// Whether the kernel is to be told now to give up those in `range`.
+    pub(super) fn begin_clear(&mut self, range: &Range<u64>) -> bool {
+        if self.dropping || self.clearing {
+            return false;
+        }
+        self.read.remove(range.clone());
+        self.clearing = true;
+        true
+    }
+
+    fn read(&mut self, range: Range<u64>) {
+        self.read.add(range);
+        if self.read.len() > RANGES_MAX {
+            self.read.add(WHOLE);
+        }
     }
 
     fn dropped(&mut self) {
-        self.any = std::mem::take(&mut self.again);
         self.dropping = false;
+    }
+
+    fn cleared(&mut self) {
+        self.clearing = false;
     }
 }
 
@@ -63,9 +100,11 @@ impl State {
     /// Whether a request may start.
     pub(super) fn admits_op(&self, op: &DataOp) -> bool {
         let mode = op.mode(self.pages.mappers);
-        if op.page && self.pages.dropping && self.grant.release.is_none() {
-            // The kernel waits for it. A page that is read now goes at once, so nobody will write to it.
-            let enough = if op.what == What::Read { Mode::ProtectedRead } else { mode };
+        let going = self.pages.dropping || self.pages.clearing;
+        if op.page && going && self.grant.release.is_none() {
+            // The kernel waits for it. Where all go, a page that is read now goes at once, so nobody will write to it.
+            let looks = op.what == What::Read && self.pages.dropping;
+            let enough = if looks { Mode::ProtectedRead } else { mode };
             return self.grant.mode.covers(enough) && !self.frozen;
         }
         self.admits(mode)
@@ -75,25 +114,34 @@ impl State {
     pub(super) fn admitted(&mut self, op: &DataOp) {
         self.in_flight += 1;
         if op.page && op.what == What::Read {
-            self.pages.read();
+            self.pages.read(op.blocks());
         }
     }
 }
 
 impl Core {
-    /// Has the kernel give up its pages of a file, and goes on with the file then.
+    /// Has the kernel give up all its pages of a file, and goes on with the file then.
     pub(super) fn drop_pages(&self, inode: &Arc<Inode>) {
-        let dropped = inode.clone();
+        self.give_up_pages(inode, WHOLE, Pages::dropped);
+    }
+
+    /// The same with the pages in `range`.
+    pub(super) fn clear_pages(&self, inode: &Arc<Inode>, range: Range<u64>) {
+        self.give_up_pages(inode, range, Pages::cleared);
+    }
+
+    fn give_up_pages(&self, inode: &Arc<Inode>, range: Range<u64>, note: fn(&mut Pages)) {
+        let concerned = inode.clone();
         let then = move || {
-            dropped.lock().pages.dropped();
-            dropped.kick();
+            note(&mut concerned.lock().pages);
+            concerned.kick();
         };
         let kernel = self.kernel().clone();
         match kernel {
-            // Requests that wait for the old grant can go on now.
+            // Requests of pages that waited can go on now.
             Some(kernel) => {
                 inode.kick();
-                kernel.give_up(inode.ino, Box::new(then));
+                kernel.give_up(inode.ino, range, Box::new(then));
             }
             None => then(),
         }
@@ -114,7 +162,7 @@ impl Mapper {
         let mapper = Self(core.pin(ino));
         let mut state = mapper.0.inode.lock();
         state.pages.mappers += 1;
-        let shared = state.pages.any && state.grant.mode != Mode::Exclusive;
+        let shared = state.pages.must_go() && state.grant.mode != Mode::Exclusive;
         drop(state);
         if shared {
             // Pages that were read to be looked at only can be written to from now on.
@@ -139,13 +187,47 @@ mod tests {
     fn a_page_that_comes_back_while_pages_go_is_not_forgotten() {
         let mut pages = Pages::default();
         assert!(!pages.must_go());
-        pages.read();
+        pages.read(0..4096);
         assert!(pages.must_go() && pages.begin_drop());
+        pages.read(0..4096);
         assert!(!pages.begin_drop(), "it is told once");
-        pages.read();
         pages.dropped();
         assert!(pages.must_go() && pages.begin_drop());
         pages.dropped();
         assert!(!pages.must_go());
+    }
+
+    #[test]
+    fn a_write_has_only_the_pages_go_that_it_would_meet() {
+        let mut pages = Pages::default();
+        pages.read(0..8192);
+        pages.read(1 << 20..2 << 20);
+        assert!(!pages.are_in(&(8192..65536)));
+        assert!(pages.are_in(&(4096..8192)) && pages.begin_clear(&(4096..8192)));
+        assert!(!pages.begin_clear(&(0..4096)), "one after the other");
+        assert!(pages.are_in(&(4096..8192)), "they are not gone yet");
+        pages.cleared();
+        assert!(!pages.are_in(&(4096..8192)) && pages.are_in(&(0..4096)) && pages.must_go());
+    }
+
+    // Invariant F3: while some go, a grant is not lowered as if they were gone.
+    #[test]
+    fn pages_that_are_about_to_go_count_until_they_are_gone() {
+        let mut pages = Pages::default();
+        pages.read(0..4096);
+        assert!(pages.begin_clear(&(0..4096)));
+        assert!(pages.must_go());
+        pages.cleared();
+        assert!(!pages.must_go());
+    }
+
+    #[test]
+    fn however_scattered_pages_are_what_is_known_of_them_is_bounded() {
+        let mut pages = Pages::default();
+        for page in 0..=RANGES_MAX as u64 {
+            pages.read(page * 8192..page * 8192 + 4096);
+        }
+        assert_eq!(pages.read.len(), 1);
+        assert!(pages.are_in(&(4096..8192)));
     }
 }

@@ -7,6 +7,7 @@
 //! gives a page up (F1, F2, F9).
 
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread::Builder;
@@ -22,11 +23,17 @@ const INVAL_INODE: i32 = 2;
 
 type Then = Box<dyn FnOnce() + Send>;
 
+/// What is to be given up, and what follows.
+struct Told {
+    what: NotifyInvalInode,
+    then: Then,
+}
+
 /// The thread's queue.
 #[derive(Debug)]
 pub(crate) struct Notifier {
     /// Lock rank: leaf.
-    queue: Mutex<Sender<(u64, Then)>>,
+    queue: Mutex<Sender<Told>>,
 }
 
 impl Notifier {
@@ -39,20 +46,23 @@ impl Notifier {
 }
 
 impl KernelPages for Notifier {
-    fn give_up(&self, ino: u64, then: Then) {
+    fn give_up(&self, ino: u64, range: Range<u64>, then: Then) {
+        let offset = i64::try_from(range.start).unwrap_or(i64::MAX);
+        // To the kernel no length is all that follows.
+        let len = if range.end == u64::MAX { Some(0) } else { i64::try_from(range.end - range.start).ok() };
+        let what = NotifyInvalInode { ino, offset, len: len.unwrap_or(0) };
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = queue.send((ino, then));
+        let sent = queue.send(Told { what, then });
         drop(queue);
         if let Err(unsent) = sent {
             // The thread has ended with the mount, and the kernel's pages with it.
-            (unsent.0.1)();
+            (unsent.0.then)();
         }
     }
 }
 
-fn serve(channel: &Channel, told: &Receiver<(u64, Then)>) {
-    for (ino, then) in told {
-        let what = NotifyInvalInode { ino, offset: 0, len: 0 };
+fn serve(channel: &Channel, told: &Receiver<Told>) {
+    for Told { what, then } in told {
         let len = u32::try_from(size_of::<OutHeader>() + size_of::<NotifyInvalInode>()).expect("small");
         let header = OutHeader { len, error: INVAL_INODE, unique: 0 };
         // An inode that the kernel has forgotten has no pages; a connection that has ended neither.

@@ -16,7 +16,11 @@ m = mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED)
 print('mapped', flush=True)
 for line in sys.stdin:
     at, byte = map(int, line.split())
-    if byte >= 0:
+    if at < 0:
+        for page in range(0, len(m), 4096):
+            m[page] = byte
+        at = 0
+    elif byte >= 0:
         m[at] = byte
     print(m[at], flush=True)
 os._exit(0)
@@ -46,10 +50,21 @@ impl Mapping {
         line.trim().to_owned()
     }
 
-    fn say(&mut self, at: usize, byte: i32) -> String {
+    fn say(&mut self, at: impl std::fmt::Display, byte: i32) -> String {
+        self.tell(at, byte);
+        self.line()
+    }
+
+    fn tell(&mut self, at: impl std::fmt::Display, byte: i32) {
         let tell = self.tell.as_mut().expect("it listens");
         writeln!(tell, "{at} {byte}").expect("it listens");
-        self.line()
+    }
+
+    /// Stores `byte` at the start of each page, and does `meanwhile`.
+    fn store_in_each_page(&mut self, byte: u8, meanwhile: impl FnOnce()) {
+        self.tell(-1, byte.into());
+        meanwhile();
+        assert_eq!(self.line(), byte.to_string());
     }
 
     fn store(&mut self, at: usize, byte: u8) {
@@ -113,6 +128,36 @@ fn two_nodes_that_store_in_mappings_of_one_file_lose_nothing() {
     let content = fs::read(mounts[1].join("f")).expect("read");
     let stored = (0..100_usize).map(|round| round * 97 % 9000).collect::<std::collections::BTreeSet<_>>();
     assert_eq!(content.iter().filter(|byte| **byte != 0).count(), stored.len());
+    world.end();
+}
+
+// Invariant F3, within one node: a page that was read before a write and changed after it would be written back over it.
+#[test]
+fn a_write_to_one_part_of_a_page_and_a_store_to_another_lose_neither() {
+    const PAGES: u64 = 64;
+    const ROUNDS: u8 = 200;
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let mount = world.mount();
+    let file = File::options().read(true).write(true).create_new(true).open(mount.join("f")).expect("create");
+    file.set_len(PAGES * 4096).expect("truncate");
+    let mut mapping = Mapping::of(&mount.join("f"));
+    for round in 1..=ROUNDS {
+        mapping.store_in_each_page(round, || {
+            for page in 0..PAGES {
+                file.write_all_at(&[round; 8], page * 4096 + 1024).expect("write");
+            }
+        });
+        let mut content = vec![0; usize::try_from(PAGES * 4096).expect("small")];
+        file.read_exact_at(&mut content, 0).expect("read");
+        for (number, page) in content.chunks(4096).enumerate() {
+            assert_eq!((page[0], page[1024]), (round, round), "page {number}, stored and written");
+        }
+    }
+    mapping.end();
+    drop(file);
     world.end();
 }
 
