@@ -15,7 +15,7 @@ use crate::extents::{Extent, Run, State, without};
 use crate::meta::{StoreError, Tables};
 use crate::namespace::existing;
 use crate::proto::{Done, reply};
-use crate::refusal::OpError;
+use crate::refusal::{OpError, errno};
 
 /// Most extents, and counts of references, that are given up in one transaction.
 const RECLAIM_EXTENTS: usize = 2048;
@@ -31,6 +31,10 @@ impl Core {
         ino: u64,
     ) -> Result<reply::Result, OpError> {
         let inode = existing(tables, ino)?;
+        if inode.nlink == 0 && self.open_count(ino) == 0 && self.grace.is_none() {
+            // Only its blocks are still to be freed.
+            return Err(errno(libc::ENOENT, format!("inode {ino} was removed")));
+        }
         self.count_open(client, ino, request_id);
         Ok(reply::Result::Attr(inode.attr(ino)))
     }

@@ -11,6 +11,10 @@ use crate::wire::request::Header;
 impl Ops {
     /// A name that is not there is not remembered by the kernel (F6): the error leaves no entry behind.
     pub(super) fn lookup(&self, header: Header, name: &[u8], reply: Reply) {
+        if name == b"." {
+            // Of any inode, by its number: somebody opens it by a handle.
+            return self.entry(reply, move |node| node.getattr(header.ino));
+        }
         match self.shared.node.lookup_at_hand(header.ino, name) {
             AtHand::Is(attr) => return reply.entry(&to_kernel(&attr), attr.generation),
             AtHand::Absent => return reply.error(libc::ENOENT),

@@ -64,6 +64,8 @@ pub(crate) mod opcode {
 pub(crate) mod init {
     pub(crate) const ASYNC_READ: u64 = 1;
     pub(crate) const POSIX_LOCKS: u64 = 1 << 1;
+    /// Inodes that the kernel has forgotten are looked up by their number, as `.` and `..`: for handles of files.
+    pub(crate) const EXPORT_SUPPORT: u64 = 1 << 4;
     pub(crate) const BIG_WRITES: u64 = 1 << 5;
     /// The umask comes with the request instead of being applied: a default ACL takes its place.
     pub(crate) const DONT_MASK: u64 = 1 << 6;

@@ -30,6 +30,7 @@ const PAGE_BYTES: u32 = 4096;
 /// What is asked of the kernel.
 const WANTED: u64 = init::DIRECT_IO_ALLOW_MMAP
     | init::ASYNC_READ
+    | init::EXPORT_SUPPORT
     | init::BIG_WRITES
     | init::MAX_PAGES
     | init::ASYNC_DIO

@@ -169,6 +169,47 @@ fn a_directory_lives_on_while_it_is_open_after_its_name_went() {
     world.end();
 }
 
+/// A program that prints what a file's handle, taken on one mount, opens on another: its content, or an error.
+const BY_HANDLE: &str = "
+import ctypes, errno, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+class Handle(ctypes.Structure):
+    _fields_ = [('bytes', ctypes.c_uint), ('type', ctypes.c_int), ('data', ctypes.c_ubyte * 128)]
+handle, mount_id = Handle(bytes=128), ctypes.c_int()
+path, mount, remove = sys.argv[1:]
+assert libc.name_to_handle_at(-100, path.encode(), ctypes.byref(handle), ctypes.byref(mount_id), 0) == 0
+if remove == 'remove':
+    os.unlink(path)
+fd = libc.open_by_handle_at(os.open(mount, os.O_RDONLY), ctypes.byref(handle), os.O_RDONLY)
+print(os.read(fd, 100).decode() if fd >= 0 else errno.errorcode[ctypes.get_errno()], end='')
+";
+
+#[test]
+fn a_handle_of_a_file_opens_it_on_every_mount_until_it_is_removed() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    fs::create_dir(a.join("d")).expect("mkdir");
+    fs::write(a.join("d/f"), "content").expect("write");
+    let opened = |how: &str| {
+        let mut program = std::process::Command::new("python3");
+        let ran = program
+            .arg("-c")
+            .arg(BY_HANDLE)
+            .arg(a.join("d/f"))
+            .arg(&b)
+            .arg(how)
+            .output()
+            .expect("python3 starts");
+        String::from_utf8_lossy(&[ran.stdout, ran.stderr].concat()).into_owned()
+    };
+    assert_eq!(opened("keep"), "content");
+    assert_eq!(opened("remove"), "ESTALE");
+    world.end();
+}
+
 #[test]
 fn sizes_holes_and_space_are_as_set() {
     if !can_mount() {
