@@ -10,10 +10,14 @@
 //! **Invariant:** after [`confine_with`] no work of [`spawn`] begins before its thread is confined. A thread that cannot be
 //! confined is one that cannot be started.
 
+mod prompt;
+
 use std::io;
 use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
 use std::thread::{Builder, JoinHandle};
+
+pub use prompt::prompt;
 
 /// What a thread is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

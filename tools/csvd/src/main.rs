@@ -124,8 +124,10 @@ fn run(args: &Args) -> Result<Afterwards, Error> {
         std::fs::create_dir_all(dir)
             .map_err(|error| Error::failed(format!("making {}: {error}", dir.display())))?;
     }
-    // Two threads serve everything that waits for messages; what blocks has threads of its own.
+    // Two threads serve everything that waits for messages; what blocks has threads of its own. Guests that keep all processors
+    // busy shall not delay them: leases, fencing and the guests' own moves depend on their answers.
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .on_thread_start(threads::prompt)
         .worker_threads(2)
         .max_blocking_threads(64)
         .thread_stack_size(1 << 20)

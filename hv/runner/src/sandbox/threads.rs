@@ -208,6 +208,10 @@ pub(super) fn confine_all() -> io::Result<()> {
 
 fn confine(kind: Kind) -> io::Result<()> {
     trap::this_thread_is(kind);
+    if kind == Kind::Control {
+        // A guest may stand still until the answer. Afterwards the thread may not change it any more.
+        threads::prompt();
+    }
     apply_filter(&policy(kind).program()).map_err(io::Error::other)
 }
 

@@ -102,6 +102,8 @@ impl Done {
 }
 
 fn run(disk: &Disk, queued: &Receiver<Request>) {
+    // A VM that moves stands still for what is written here.
+    threads::prompt();
     let mut failed: Option<String> = None;
     let mut group = Vec::new();
     while let Ok(first) = queued.recv() {

@@ -150,6 +150,8 @@ pub(crate) fn streamed(core: &Arc<Core>, mut stream: Stream) {
     let core = Arc::clone(core);
     let peer = stream.peer().clone();
     let taken = std::thread::Builder::new().name("move-in".to_owned()).spawn(move || {
+        // The guest stands still for the last of it.
+        threads::prompt();
         let outcome = Opening::read(&mut stream).map_err(|error| error.to_string()).and_then(|opening| {
             let expected = (stream.peer().node == opening.of.from.0)
                 .then(|| core.vms.moves.arrival(&opening.of))

@@ -54,6 +54,8 @@ impl Lane {
             _end: stream.ender()?,
         };
         std::thread::Builder::new().name(format!("move-out{}", opening.stream)).spawn(move || {
+            // The guest stands still for the last of it.
+            threads::prompt();
             let mut todo = todo;
             match carry(stream, &opening, ram, remembered_bytes, &mut todo, &sent) {
                 Ok(Some(sender)) => {
