@@ -430,3 +430,17 @@ fn changes_begun_without_waiting_end_once_and_are_known_when_they_do() {
     let refused = later(|done| a.remove_then(dir, b"a/b", false, done)).try_recv();
     assert!(refused.expect("no message is needed").is_err());
 }
+
+#[test]
+fn what_is_open_as_a_directory_is_not_opened_as_a_file_nor_the_other_way_round() {
+    let world = World::new();
+    let a = world.node(1);
+    let dir = a.mkdir(ROOT_INO, b"dir", &PLAIN).expect("a directory").ino;
+    let (attr, file) = a.create(ROOT_INO, b"file", &PLAIN, true).expect("a file");
+    let open = a.open_directory(dir).expect("a directory");
+    assert_eq!(a.open(dir).expect_err("no file").errno(), libc::EISDIR);
+    assert_eq!(a.open_directory(attr.ino).expect_err("no directory").errno(), libc::ENOTDIR);
+    assert!(a.open_at_hand(dir).is_none() && a.open_directory_at_hand(attr.ino).is_none());
+    assert!(a.open_at_hand(attr.ino).is_some() && a.open_directory_at_hand(dir).is_some());
+    drop((open, file));
+}

@@ -185,10 +185,8 @@ impl Inode {
                 },
             }
         }
-        if let Some(range) = needs.pages
-            && state.pages.begin_clear(&range)
-        {
-            out.clear_pages = Some(range);
+        if let Some(range) = needs.pages {
+            out.clear_pages = state.pages.begin_clear(range);
         }
         self.start_sync(state, out);
     }

@@ -9,7 +9,6 @@ use blockio::{BlockDevice, IoError, IoOp, IoRequest};
 use lockmgr::{ClientId, Mode, VolumeId};
 use pb::request::Op;
 
-use super::FsError;
 use super::advance::Out;
 use super::bad::BadRanges;
 use super::cache::ReadCache;
@@ -24,6 +23,7 @@ use super::remember::Memory;
 use super::session::{Holder, Holdings, Session};
 use super::sync::FlushDone;
 use super::workers::Workers;
+use super::{FileKind, FsError};
 use crate::proto as pb;
 
 /// See the module.
@@ -68,6 +68,15 @@ struct Flusher {
 /// Somebody who uses a file: keeps it in the table.
 pub(super) struct Pin {
     pub(super) inode: Arc<Inode>,
+}
+
+impl Pin {
+    /// The coordinator counts one more open of it here.
+    pub(super) fn opened_as(&self, kind: FileKind) {
+        let mut state = self.inode.lock();
+        state.registered += 1;
+        state.opened_as = Some(kind);
+    }
 }
 
 impl Drop for Pin {

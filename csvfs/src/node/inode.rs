@@ -33,7 +33,7 @@ use super::rank::{self, Ranked};
 use super::remember::Names;
 use super::sync::{Pending, Rounds};
 use super::transfer::Transfer;
-use super::{Attr, FsError, attr};
+use super::{Attr, FileKind, FsError, attr};
 use crate::proto as pb;
 
 /// See the module.
@@ -114,6 +114,8 @@ pub(super) struct State {
     pub(super) users: usize,
     /// Opens that the coordinator counts.
     pub(super) registered: u32,
+    /// What it was opened as: a number stands for one inode for ever.
+    pub(super) opened_as: Option<FileKind>,
 }
 
 impl State {

@@ -199,12 +199,12 @@ impl Node {
     /// # Errors
     /// `ENOENT`, `EISDIR` and the like.
     pub fn open(self: &Arc<Self>, ino: u64) -> Result<Arc<File>, FsError> {
-        let pin = self.register(ino, |kind| match kind {
-            FileKind::Regular => Ok(()),
-            FileKind::Directory => Err((libc::EISDIR, "is a directory")),
-            _ => Err((libc::EINVAL, "is no regular file")),
-        })?;
-        Ok(File::new(self.clone(), pin))
+        let (pin, kind) = self.register(ino)?;
+        match kind {
+            FileKind::Regular => Ok(File::new(self.clone(), pin)),
+            FileKind::Directory => Err(FsError::invalid(libc::EISDIR, format!("inode {ino} is a directory"))),
+            _ => Err(FsError::invalid(libc::EINVAL, format!("inode {ino} is no regular file"))),
+        }
     }
 
     /// Opens a directory.
@@ -212,53 +212,51 @@ impl Node {
     /// # Errors
     /// `ENOENT`, `ENOTDIR`.
     pub fn open_directory(self: &Arc<Self>, ino: u64) -> Result<Directory, FsError> {
-        let pin = self.register(ino, |kind| match kind {
-            FileKind::Directory => Ok(()),
-            _ => Err((libc::ENOTDIR, "is no directory")),
-        })?;
-        Ok(Directory::new(self.clone(), pin))
+        match self.register(ino)? {
+            (pin, FileKind::Directory) => Ok(Directory::new(self.clone(), pin)),
+            _ => Err(FsError::invalid(libc::ENOTDIR, format!("inode {ino} is no directory"))),
+        }
     }
 
-    /// Has the coordinator count an inode as open here, unless it does already, if it is of the `wanted` kind.
-    fn register(
-        &self,
-        ino: u64,
-        wanted: impl Fn(FileKind) -> Result<(), (i32, &'static str)>,
-    ) -> Result<Pin, FsError> {
-        let pin = self.core.pin(ino);
-        if pin.inode.lock().registered == 0 {
-            let attr = self.ask_attr(Op::Open(pb::Open { ino }))?;
-            pin.inode.lock().registered += 1;
-            wanted(attr.kind)
-                .map_err(|(errno, what)| FsError::invalid(errno, format!("inode {ino} {what}")))?;
+    /// Has the coordinator count an inode as open here, unless it does already. What kind it is of.
+    fn register(&self, ino: u64) -> Result<(Pin, FileKind), FsError> {
+        if let Some(known) = self.registered(ino) {
+            return Ok(known);
         }
-        Ok(pin)
+        let pin = self.core.pin(ino);
+        let kind = self.ask_attr(Op::Open(pb::Open { ino }))?.kind;
+        pin.opened_as(kind);
+        Ok((pin, kind))
     }
 
     /// A file that the coordinator has counted as opened.
     fn opened(self: &Arc<Self>, attr: Attr) -> Arc<File> {
         let pin = self.core.pin(attr.ino);
-        pin.inode.lock().registered += 1;
+        pin.opened_as(attr.kind);
         File::new(self.clone(), pin)
     }
 
     /// As [`Node::open`], if that takes no message. Never blocks.
     #[must_use]
     pub fn open_at_hand(self: &Arc<Self>, ino: u64) -> Option<Arc<File>> {
-        self.registered(ino).map(|pin| File::new(self.clone(), pin))
+        let (pin, _) = self.registered(ino).filter(|(_, kind)| *kind == FileKind::Regular)?;
+        Some(File::new(self.clone(), pin))
     }
 
     /// As [`Node::open_directory`], if that takes no message. Never blocks.
     #[must_use]
     pub fn open_directory_at_hand(self: &Arc<Self>, ino: u64) -> Option<Directory> {
-        self.registered(ino).map(|pin| Directory::new(self.clone(), pin))
+        let (pin, _) = self.registered(ino).filter(|(_, kind)| *kind == FileKind::Directory)?;
+        Some(Directory::new(self.clone(), pin))
     }
 
-    /// An inode that the coordinator counts as open here.
-    fn registered(&self, ino: u64) -> Option<Pin> {
+    /// An inode that the coordinator counts as open here, and its kind.
+    fn registered(&self, ino: u64) -> Option<(Pin, FileKind)> {
         let pin = self.core.find(ino)?;
-        let registered = pin.inode.lock().registered > 0;
-        registered.then_some(pin)
+        let state = pin.inode.lock();
+        let kind = state.opened_as.filter(|_| state.registered > 0);
+        drop(state);
+        kind.map(|kind| (pin, kind))
     }
 
     /// As [`Node::getattr`], if that takes no message. Never blocks.

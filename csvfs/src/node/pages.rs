@@ -24,7 +24,7 @@ use super::inode::{Inode, State};
 use super::io::{DataOp, What};
 use super::ranges::RangeSet;
 
-/// Separate ranges with pages that are told apart; with more, all of the file counts.
+/// Separate ranges with pages that are told apart; with more, all of the file counts, and all pages go for a write.
 const RANGES_MAX: usize = 4096;
 /// All of a file.
 const WHOLE: Range<u64> = 0..u64::MAX;
@@ -70,14 +70,18 @@ impl Pages {
         self.dropping || self.clearing || some
     }
 
-    /// Whether the kernel is to be told now to give up those in `range`.
-    pub(super) fn begin_clear(&mut self, range: &Range<u64>) -> bool {
+    /// What the kernel is to be told now to give up, for a write to `range`.
+    pub(super) fn begin_clear(&mut self, range: Range<u64>) -> Option<Range<u64>> {
         if self.dropping || self.clearing {
-            return false;
+            return None;
         }
-        self.read.remove(range.clone());
         self.clearing = true;
-        true
+        self.read.remove(range.clone());
+        if self.read.len() <= RANGES_MAX {
+            return Some(range);
+        }
+        self.read.clear();
+        Some(WHOLE)
     }
 
     fn read(&mut self, range: Range<u64>) {
@@ -203,8 +207,8 @@ mod tests {
         pages.read(0..8192);
         pages.read(1 << 20..2 << 20);
         assert!(!pages.are_in(&(8192..65536)));
-        assert!(pages.are_in(&(4096..8192)) && pages.begin_clear(&(4096..8192)));
-        assert!(!pages.begin_clear(&(0..4096)), "one after the other");
+        assert!(pages.are_in(&(4096..8192)) && pages.begin_clear(4096..8192) == Some(4096..8192));
+        assert_eq!(pages.begin_clear(0..4096), None, "one after the other");
         assert!(pages.are_in(&(4096..8192)), "they are not gone yet");
         pages.cleared();
         assert!(!pages.are_in(&(4096..8192)) && pages.are_in(&(0..4096)) && pages.must_go());
@@ -215,7 +219,7 @@ mod tests {
     fn pages_that_are_about_to_go_count_until_they_are_gone() {
         let mut pages = Pages::default();
         pages.read(0..4096);
-        assert!(pages.begin_clear(&(0..4096)));
+        assert!(pages.begin_clear(0..4096).is_some());
         assert!(pages.must_go());
         pages.cleared();
         assert!(!pages.must_go());
@@ -229,5 +233,12 @@ mod tests {
         }
         assert_eq!(pages.read.len(), 1);
         assert!(pages.are_in(&(4096..8192)));
+        // Nor do writes that each leave a gap make it more.
+        for page in 0..RANGES_MAX as u64 {
+            assert!(pages.begin_clear(page * 8192 + 4096..page * 8192 + 8192).is_some());
+            pages.cleared();
+            assert!(pages.read.len() <= RANGES_MAX);
+        }
+        assert!(!pages.must_go(), "all went at last");
     }
 }

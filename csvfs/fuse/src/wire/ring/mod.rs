@@ -5,8 +5,8 @@
 //!   answer, by any thread: written into the entry's memory --> Finished --> the thread: commit, and fetch the next
 //! ```
 //! A queue's thread stays on the queue's processor: it and the program whose call it answers take turns there, and neither has
-//! to wake another processor for the other. One system call hands over all answers that wait and takes all requests that came. Data of writes lies in memory that a
-//! device can write from, and what is read is sent from where the device has put it: nothing is copied here. What the kernel
+//! to wake another processor for the other. One system call hands over all answers that wait and takes all requests that came.
+//! Data of writes lies in memory that a device can write from, and what is read is sent from where the device has put it: nothing is copied here. What the kernel
 //! says without a request, and interrupts, still come through `/dev/fuse`.
 //!
 //! **Invariant:** entries are free for further requests, however many wait to be answered: a call that waits must not stand in
