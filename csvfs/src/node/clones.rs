@@ -19,7 +19,7 @@ use super::grants::Seq;
 use super::hold::Hold;
 use super::inode::Inode;
 use super::io::{DataOp, What};
-use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, block_ceil, block_floor};
+use super::map::{BLOCK_BYTES, SIZE_BYTES_MAX, block_ceil, block_floor};
 use super::names::unexpected;
 use super::{Attr, Creation, File, FsError, Node, attr};
 use crate::proto as pb;
@@ -122,7 +122,7 @@ impl Node {
             Err(error) => return Err(error),
         }
         let (_, clone) = self.create_unnamed(parent, creation, true)?;
-        file.clone_range(&clone, 0, 0, FILE_BYTES_MAX - 2 * BLOCK_BYTES)?;
+        file.clone_range(&clone, 0, 0, SIZE_BYTES_MAX - BLOCK_BYTES)?;
         clone.settle()?;
         self.link(clone.ino(), parent, name)
     }
@@ -155,7 +155,7 @@ fn checked(source: &Inode, target: &Inode, span: Span) -> Result<Span, FsError> 
     if !whole(span.from) || !whole(span.to) || !ends_well {
         return Err(FsError::invalid(libc::EINVAL, "a clone is of whole blocks, or goes to the end"));
     }
-    if span.to.checked_add(len).is_none_or(|end| end > FILE_BYTES_MAX - BLOCK_BYTES) {
+    if span.to.checked_add(len).is_none_or(|end| end > SIZE_BYTES_MAX) {
         return Err(FsError::invalid(libc::EFBIG, "a file cannot be that large"));
     }
     if source.ino == target.ino && span.from < span.to + len && span.to < span.from + len {

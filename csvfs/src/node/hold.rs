@@ -12,7 +12,7 @@ use pb::request::Op;
 use super::grants::Seq;
 use super::inode::{Inode, State, Waiter};
 use super::io::CopyRun;
-use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, block_ceil, block_floor};
+use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, SIZE_BYTES_MAX, block_ceil, block_floor, end_of};
 use super::space::EXTENTS_MAX;
 use super::{Attr, Extent, FsError, SeekFrom, SetAttr, attr, names};
 use crate::proto as pb;
@@ -150,7 +150,7 @@ impl Inode {
 
     /// Changes the size: grows here and is committed later, or shrinks at the coordinator.
     pub(super) fn set_size(self: &Arc<Self>, size: u64) -> Result<(), FsError> {
-        if size > FILE_BYTES_MAX - BLOCK_BYTES {
+        if size > SIZE_BYTES_MAX {
             return Err(FsError::invalid(libc::EFBIG, "a file cannot be that large"));
         }
         if let Some(why) = self.core.stopped() {
@@ -292,9 +292,7 @@ impl Inode {
         len: u64,
         keep_size: bool,
     ) -> Result<(), FsError> {
-        let blocks = Self::blocks_of(offset, len)
-            .filter(|_| len > 0)
-            .ok_or_else(|| FsError::invalid(libc::EINVAL, "a range that no file can have"))?;
+        let blocks = block_floor(offset)..block_ceil(end_of(offset, len)?);
         // Alone, so that no write places blocks where the coordinator is asked to.
         let _hold = self.hold(Mode::Exclusive, true)?;
         self.settle()?;

@@ -26,7 +26,7 @@ use super::core::Core;
 use super::grants::{Grant, Seq};
 use super::growth::Growth;
 use super::io::{CopyRun, DataOp, Done, Effect, Plan, What, Writes};
-use super::map::{BLOCK_BYTES, ExtentMap, FILE_BYTES_MAX, Place, block_ceil, block_floor};
+use super::map::{ExtentMap, Place, block_ceil, block_floor};
 use super::pages::Pages;
 use super::ranges::RangeSet;
 use super::rank::{self, Ranked};
@@ -353,12 +353,6 @@ impl Inode {
         let open = (state.registered > 0).then_some(pb::OpenClaim { ino: self.ino, count: state.registered });
         let merely_remembered = state.grant.mode == Mode::ProtectedRead && state.is_merely_remembered();
         (state.grant.claim(self.ino), open, merely_remembered)
-    }
-
-    /// Bytes of the file in whole blocks.
-    pub(super) fn blocks_of(offset: u64, len: u64) -> Option<Range<u64>> {
-        let end = offset.checked_add(len).filter(|end| *end <= FILE_BYTES_MAX - BLOCK_BYTES)?;
-        Some(block_floor(offset)..block_ceil(end))
     }
 }
 

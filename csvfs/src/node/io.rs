@@ -19,7 +19,7 @@ use blockio::{AlignedBuf, IoBuf, IoError};
 use super::FsError;
 use super::bad::Again;
 use super::inode::State;
-use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, block_ceil, block_floor};
+use super::map::{BLOCK_BYTES, Place, SIZE_BYTES_MAX, block_ceil, block_floor};
 use super::pool::LunRun;
 
 /// Called with the number of bytes done; for an append, with the offset.
@@ -228,7 +228,7 @@ impl State {
             op.offset = self.append_at();
         }
         let size = self.size();
-        let Some(end) = op.offset.checked_add(len).filter(|end| *end <= FILE_BYTES_MAX) else {
+        let Some(end) = op.offset.checked_add(len).filter(|end| *end <= SIZE_BYTES_MAX) else {
             return Plan::End(Err(FsError::invalid(libc::EFBIG, "a file cannot be that large")));
         };
         if op.exact && end > size {

@@ -23,6 +23,18 @@ pub(super) const BLOCK_BYTES: u64 = 4096;
 /// Largest offset in a file. Far from where sums overflow.
 pub(super) const FILE_BYTES_MAX: u64 = 1 << 62;
 
+/// Largest size of a file, whatever makes it grow.
+pub(super) const SIZE_BYTES_MAX: u64 = FILE_BYTES_MAX - BLOCK_BYTES;
+
+/// The end of a range that something is to be done to: `EFBIG` where no file can have it, `EINVAL` for none.
+pub(super) fn end_of(offset: u64, len: u64) -> Result<u64, FsError> {
+    if len == 0 {
+        return Err(FsError::invalid(libc::EINVAL, "a range of no bytes"));
+    }
+    let end = offset.checked_add(len).filter(|end| *end <= SIZE_BYTES_MAX);
+    end.ok_or_else(|| FsError::invalid(libc::EFBIG, "a file cannot be that large"))
+}
+
 pub(super) fn block_floor(offset: u64) -> u64 {
     offset & !(BLOCK_BYTES - 1)
 }

@@ -14,15 +14,14 @@ use pb::request::Op;
 
 use super::inode::Inode;
 use super::io::{DataOp, What};
-use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, block_ceil, block_floor};
+use super::map::{block_ceil, block_floor, end_of};
 use super::{FsError, attr};
 use crate::proto as pb;
 
 impl Inode {
     /// Frees what lies in a range; it reads zeros then. The size stays.
     pub(super) fn punch(self: &Arc<Self>, offset: u64, len: u64) -> Result<(), FsError> {
-        let end = offset.checked_add(len).filter(|end| len > 0 && *end <= FILE_BYTES_MAX - BLOCK_BYTES);
-        let end = end.ok_or_else(|| FsError::invalid(libc::EINVAL, "a range that no file can have"))?;
+        let end = end_of(offset, len)?;
         let size = self.size_now()?;
         // Nothing of the last block is visible behind the end of the file.
         let (first, last) =

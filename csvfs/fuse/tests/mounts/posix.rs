@@ -73,6 +73,37 @@ fn names_links_and_attributes_behave_as_on_any_filesystem() {
     world.end();
 }
 
+/// Whatever makes a file grow has one limit, and one name for what is beyond it.
+#[test]
+fn no_file_is_larger_than_another_may_be() {
+    if !can_mount() {
+        return;
+    }
+    const LARGEST: u64 = (1 << 62) - 4096;
+    let mut world = World::new();
+    let root = world.mount();
+    let file = File::create_new(root.join("file")).expect("create");
+    let write = |end| file.write_at(b"x", end - 1).map(drop);
+    let cut = |end| file.set_len(end);
+    let allocate = |end: u64| Ok(rustix::fs::fallocate(&file, FallocateFlags::empty(), end - 1, 1)?);
+    let grow: [&dyn Fn(u64) -> std::io::Result<()>; 3] = [&write, &cut, &allocate];
+    for grow in grow {
+        grow(LARGEST).expect("grow");
+        assert_eq!(file.metadata().expect("stat").len(), LARGEST);
+        file.set_len(0).expect("empty");
+        for end in [LARGEST + 1, (1 << 62) + 1, i64::MAX as u64] {
+            assert_eq!(grow(end).expect_err("too large").kind(), ErrorKind::FileTooLarge, "{end}");
+        }
+        assert_eq!(file.metadata().expect("stat").len(), 0);
+    }
+    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    for how in [punch, FallocateFlags::ZERO_RANGE] {
+        let refused = rustix::fs::fallocate(&file, how, LARGEST, 1).expect_err("beyond any file");
+        assert_eq!(refused, rustix::io::Errno::FBIG);
+    }
+    world.end();
+}
+
 /// Whoever opens a name that another mount replaces again and again finds one file or the next, never none.
 #[test]
 fn a_name_that_is_just_being_replaced_is_there_all_the_time() {
