@@ -13,6 +13,7 @@ shift
 here=$(dirname "$(realpath "$0")")
 bin=${CSVFS_BIN:-$here/../target/release}
 work=$(mktemp -d /tmp/xfstests.XXXXXX)
+chmod 755 "$work" # the suite's users go through it
 results=$PWD/xfstests-results.$$
 csvctl() { "$bin/csvctl" "$@"; }
 
