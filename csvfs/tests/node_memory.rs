@@ -66,6 +66,31 @@ fn what_was_asked_before_costs_no_message() {
 }
 
 #[test]
+fn that_a_file_with_attributes_has_no_capabilities_is_asked_once() {
+    let world = World::new();
+    let (a, b) = (world.node(1), world.node(2));
+    let file = create(&a, "f");
+    write(&file, 0, b"content").expect("a write");
+    assert!(!file.may_have_capabilities(), "it has no attribute");
+    a.set_xattr(file.ino(), b"user.tag", b"value", XattrFlags::default()).expect("an attribute");
+    write(&file, 0, b"content").expect("a write");
+    assert!(file.may_have_capabilities(), "nobody has asked what it has");
+    file.clear_capabilities().expect("there are none");
+    assert!(!file.may_have_capabilities());
+    let again = || {
+        write(&file, 0, b"content").expect("a write");
+        assert!(!file.may_have_capabilities());
+        file.clear_capabilities().expect("there are none");
+    };
+    assert_eq!(messages(&a, again), 0);
+    b.set_xattr(file.ino(), b"security.capability", b"all", XattrFlags::default()).expect("an attribute");
+    write(&file, 0, b"content").expect("a write");
+    assert!(file.may_have_capabilities());
+    file.clear_capabilities().expect("they are gone");
+    assert_eq!(b.list_xattrs(file.ino()).expect("its names"), [&b"user.tag"[..]]);
+}
+
+#[test]
 fn a_file_that_is_read_again_and_again_costs_no_message() {
     let world = World::new();
     let (a, b) = (world.node(1), world.node(2));

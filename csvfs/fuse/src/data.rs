@@ -69,11 +69,16 @@ pub(crate) fn write(
     let (whole, len) = writable(data, buffers);
     let part = whole.slice(0..len);
     let (buffers, opened, closing) = (Arc::clone(buffers), Arc::clone(file), pool.clone());
+    let by_mapping = args.write_flags & WRITE_CACHE != 0;
     let kill_set_ids = args.write_flags & WRITE_KILL_SUIDGID != 0;
     let answer = move |outcome: Result<usize, FsError>| {
         match outcome {
             Ok(count) if kill_set_ids && opened.file.may_have_set_ids() => {
-                closing.run(Lane::Names, move || without_set_ids(&opened, count, reply));
+                closing.run(Lane::Names, move || without_rights(&opened, true, count, reply));
+            }
+            // The kernel leaves these to us where it keeps no pages, whoever writes.
+            Ok(count) if !by_mapping && opened.file.may_have_capabilities() => {
+                closing.run(Lane::Names, move || without_rights(&opened, false, count, reply));
             }
             Ok(count) => written(count, reply),
             Err(error) => {
@@ -83,7 +88,7 @@ pub(crate) fn write(
         }
         buffers.give_back(whole);
     };
-    if args.write_flags & WRITE_CACHE != 0 {
+    if by_mapping {
         file.file.write_page(args.offset, part, answer);
     } else if file.append {
         file.file.append(part, move |outcome| answer(outcome.map(|_offset| len)));
@@ -111,9 +116,10 @@ fn written(count: usize, reply: Reply) {
     reply.written(u32::try_from(count).expect("at most what was written"));
 }
 
-/// Whoever writes to a program that runs as somebody else must not change what it does then.
-fn without_set_ids(opened: &OpenFile, count: usize, reply: Reply) {
-    match opened.file.clear_set_ids() {
+/// Whoever writes to a program that runs as somebody else, or may do more than others, must not change what it does then.
+fn without_rights(opened: &OpenFile, set_ids: bool, count: usize, reply: Reply) {
+    let set_ids = if set_ids { opened.file.clear_set_ids() } else { Ok(()) };
+    match set_ids.and_then(|()| opened.file.clear_capabilities()) {
         Ok(()) => written(count, reply),
         Err(error) => reply.error(errno(&error)),
     }

@@ -70,6 +70,10 @@ impl File {
         &self.pin.inode
     }
 
+    pub(super) fn node(&self) -> &Node {
+        &self.node
+    }
+
     /// Brings all that only this node knows of the file to the coordinator.
     pub(super) fn settle(&self) -> Result<(), FsError> {
         let _hold = self.pin.inode.hold(Mode::Exclusive, true)?;

@@ -615,6 +615,11 @@ impl Names {
         self.xattr_names.clone()
     }
 
+    /// Nothing where not all names are known.
+    pub(super) fn has_xattr_name(&self, name: &[u8]) -> Option<bool> {
+        self.xattr_names.as_ref().map(|names| names.iter().any(|known| known == name))
+    }
+
     pub(super) fn set_xattr_names(&mut self, names: Vec<Bytes>) {
         self.xattr_names = Some(names);
     }

@@ -8,8 +8,11 @@ use pb::reply::Result as Answer;
 use pb::request::Op;
 
 use super::names::unexpected;
-use super::{FsError, Node, remember};
+use super::{File, FsError, Node, remember};
 use crate::proto as pb;
+
+/// What a program may do beyond what its user may, given by whoever knew what it does.
+const CAPABILITIES: &[u8] = b"security.capability";
 
 /// How an attribute is set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -107,5 +110,32 @@ impl Node {
 
     fn surely_without_xattrs(&self, ino: u64) -> bool {
         self.attr_at_hand(ino).is_some_and(|attr| attr.xattrs == 0)
+    }
+}
+
+impl File {
+    /// Whether the file may have capabilities, as far as is known without asking. Never blocks.
+    #[must_use]
+    pub fn may_have_capabilities(&self) -> bool {
+        if self.inode().lock().attr.is_some_and(|attr| attr.xattrs == 0) {
+            return false;
+        }
+        let are_there = |known: &remember::Names| known.has_xattr_name(CAPABILITIES);
+        self.node().core.remembered(self.ino(), are_there).unwrap_or(true)
+    }
+
+    /// Takes the capabilities away, as a write by anybody must.
+    ///
+    /// # Errors
+    /// When the coordinator refuses.
+    pub fn clear_capabilities(&self) -> Result<(), FsError> {
+        let node = self.node();
+        if !node.list_xattrs(self.ino())?.iter().any(|name| name == CAPABILITIES) {
+            return Ok(());
+        }
+        match node.remove_xattr(self.ino(), CAPABILITIES) {
+            Err(error) if error.errno() == libc::ENODATA => Ok(()),
+            outcome => outcome,
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! Extended attributes, access control lists, files without a name, times of birth: on two mounts of one volume.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use crate::world::{World, can_mount};
@@ -41,6 +41,32 @@ fn acl(owner: u8, user: u8, group: u8, mask: u8, other: u8) -> Vec<u8> {
 
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).expect("stat").mode() & 0o7777
+}
+
+/// What a program may do beyond its user it may for what it is, so it goes with what it is; nothing else goes.
+#[test]
+fn capabilities_do_not_survive_a_write_by_anybody() {
+    const CAPABILITY: &str = "security.capability";
+    // Revision 2: cap_chown, permitted and effective.
+    const VALUE: [u8; 20] = [1, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    let file = File::create_new(a.join("f")).expect("create");
+    set(&a.join("f"), "user.color", b"red").expect("set");
+    for mount in [&a, &b, &a] {
+        set(&mount.join("f"), CAPABILITY, &VALUE).expect("set");
+        assert_eq!(xattr(&a.join("f"), CAPABILITY), Ok(VALUE.to_vec()));
+        file.write_at(b"other", 0).expect("write");
+        for mount in [&a, &b] {
+            assert_eq!(xattr(&mount.join("f"), CAPABILITY), Err(Errno::NODATA));
+            assert_eq!(xattr(&mount.join("f"), "user.color"), Ok(b"red".to_vec()));
+        }
+    }
+    drop(file);
+    world.end();
 }
 
 #[test]
@@ -143,7 +169,7 @@ fn a_file_without_a_name_gets_one_or_is_gone_with_its_last_close() {
     let (a, b) = (world.mount(), world.mount());
     let unnamed = |flags| rustix::fs::open(&a, OFlags::TMPFILE | OFlags::RDWR | flags, Mode::from(0o600));
     let file = File::from(unnamed(OFlags::empty()).expect("a file without a name"));
-    std::os::unix::fs::FileExt::write_all_at(&file, b"before it had a name", 0).expect("write");
+    file.write_all_at(b"before it had a name", 0).expect("write");
     assert_eq!(file.metadata().expect("fstat").nlink(), 0);
     rustix::fs::linkat(&file, "", CWD, a.join("named"), AtFlags::EMPTY_PATH).expect("a name");
     assert_eq!(fs::read(b.join("named")).expect("read"), b"before it had a name");
