@@ -26,6 +26,8 @@ use crate::refusal::OpError;
 /// a change now and then costs little memory, and who takes turns without end soon does so without recalls.
 const COOL_MS_FIRST: u64 = 10;
 const COOL_MS_MAX: u64 = 250;
+/// Who has asked so often meanwhile is lent a grant all the same: that many answers have cost more than the recall will.
+const ASKS_MAX: u32 = 8;
 /// A recall is the first again when the one before it is so long ago.
 const QUIET_MS: u64 = 1000;
 /// Inodes of which a recall is remembered. Two that share a place only cool together.
@@ -40,6 +42,8 @@ pub(super) struct Contended(Vec<Heat>);
 struct Heat {
     recalled: Millis,
     cool_ms: u64,
+    /// Answers since then that could have brought a grant.
+    asks: u32,
 }
 
 impl Default for Contended {
@@ -63,11 +67,14 @@ impl Contended {
             heat.cool_ms = (heat.cool_ms * 2).min(COOL_MS_MAX);
         }
         heat.recalled = now;
+        heat.asks = 0;
     }
 
-    fn is_hot(&self, ino: u64, now: Millis) -> bool {
-        let heat = self.0[Self::slot(ino)];
-        now.since(heat.recalled) < heat.cool_ms
+    /// Whether a grant may be lent again, as somebody asks about the inode.
+    fn cools(&mut self, ino: u64, now: Millis) -> bool {
+        let heat = &mut self.0[Self::slot(ino)];
+        heat.asks = heat.asks.saturating_add(1);
+        now.since(heat.recalled) >= heat.cool_ms || heat.asks > ASKS_MAX
     }
 }
 
@@ -152,7 +159,7 @@ impl Core {
     fn try_lend(&mut self, client: ClientId, ino: u64, mode: Mode) -> Option<Held> {
         let resource = ResourceId(ino);
         let full = self.engine.resources_in_use() >= HELD_MAX;
-        if full || self.contended.is_hot(ino, self.now) || !self.engine.is_free_for(client, resource, mode) {
+        if full || !self.engine.is_free_for(client, resource, mode) || !self.contended.cools(ino, self.now) {
             return None;
         }
         let wanted = self.next_id();
@@ -181,17 +188,28 @@ mod tests {
     #[test]
     fn the_longer_clients_take_turns_the_longer_nothing_is_lent() {
         let mut contended = Contended::default();
-        assert!(!contended.is_hot(INO, Millis(0)), "nothing was recalled yet");
+        assert!(contended.cools(INO, Millis(0)), "nothing was recalled yet");
         let mut now = Millis(5000);
         for cool in [10, 20, 40, 80, 160, 250, 250] {
             contended.note(INO, now);
             contended.note(INO, now);
-            assert!(contended.is_hot(INO, now.plus(cool - 1)) && !contended.is_hot(INO, now.plus(cool)));
+            assert!(!contended.cools(INO, now.plus(cool - 1)) && contended.cools(INO, now.plus(cool)));
             now = now.plus(cool);
         }
         now = now.plus(QUIET_MS + 1);
         contended.note(INO, now);
-        assert!(!contended.is_hot(INO, now.plus(COOL_MS_FIRST)), "after a quiet time it begins anew");
-        assert!(!contended.is_hot(INO + 1, now));
+        assert!(contended.cools(INO, now.plus(COOL_MS_FIRST)), "after a quiet time it begins anew");
+        assert!(contended.cools(INO + 1, now));
+    }
+
+    #[test]
+    fn what_is_asked_about_again_and_again_is_lent_however_lately_it_was_recalled() {
+        let mut contended = Contended::default();
+        let now = Millis(5000);
+        for _ in 0..3 {
+            contended.note(INO, now);
+            assert!((0..ASKS_MAX).all(|_| !contended.cools(INO, now)));
+            assert!(contended.cools(INO, now) && contended.cools(INO, now));
+        }
     }
 }
