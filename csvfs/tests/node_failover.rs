@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 
+use blockio::{FaultDevice, IoBuf, MemoryDevice, OpKind};
 use csvfs::node::{File, Node, ROOT_INO};
-use world::{Dice, Model, PLAIN, World, create, fsync, open, read, write};
+use world::{Dice, LUN_BYTES, Model, PLAIN, World, create, fsync, later, open, read, write};
 
 /// Works until told to stop: every call must succeed. Gives what the file must contain.
 fn worker(node: Arc<Node>, number: u64, end: Arc<AtomicBool>, steps: Arc<AtomicU64>) -> JoinHandle<Model> {
@@ -109,7 +110,7 @@ fn mapped_files_are_read_and_written_without_a_coordinator() {
         write(&file, n * 4096, &[2; 4096]).expect("a write");
         assert!(read(&file, n * 4096, 4096).expect("a read") == [2; 4096]);
     }
-    let waiting = world::later(|tell| file.fsync(tell));
+    let waiting = later(|tell| file.fsync(tell));
     world.start_coordinator();
     waiting.recv().expect("a completion").expect("an fsync");
     drop(file);
@@ -149,6 +150,47 @@ fn an_open_file_that_was_removed_lives_until_its_last_close_also_over_a_change_o
     let other = world.node(2);
     let report = other.check().expect("a check");
     assert_eq!((report.orphans, report.problems.len()), (0, 0), "{report:?}");
+}
+
+// What was given up with a request counts once, also when that is sent again and the file was opened in between.
+#[test]
+fn a_file_that_is_opened_while_its_last_name_goes_survives_an_attach() {
+    let stable = Arc::new(MemoryDevice::new(LUN_BYTES));
+    let device = Arc::new(FaultDevice::new(stable.clone()));
+    let world = World::on(stable);
+    let (a, b) = (world.node(1), world.node_on(2, device.clone()));
+    let file = create(&a, "f");
+    write(&file, 0, &[9; 10_000]).expect("a write");
+    let ino = file.ino();
+    drop(file);
+    // A second node that reads keeps the removal waiting.
+    let elsewhere = open(&b, "f");
+    read(&elsewhere, 0, 4096).expect("a read");
+    a.resolve("f").expect("the name");
+    a.getattr(ino).expect("attributes");
+    device.hold(Some(OpKind::Read));
+    let slow = later(|tell| elsewhere.read(0, IoBuf::zeroed(4096), tell));
+    device.wait_held(1);
+    let recalls = b.stats().recalls;
+    let remover = {
+        let a = a.clone();
+        thread::spawn(move || a.unlink(ROOT_INO, b"f"))
+    };
+    while b.stats().recalls == recalls {
+        thread::yield_now();
+    }
+    let file = a.open(ino).expect("it has its name still");
+    world.pushes.announce(world.volume, lockmgr::Term(world.term()), lockmgr::NodeId(1));
+    // Answered after the attach, so after the removal was sent again.
+    a.statfs().expect("an answer");
+    device.release();
+    slow.recv().expect("a completion").expect("a read");
+    remover.join().expect("no panic").expect("an unlink");
+    drop(elsewhere);
+    // What nobody has open any more is freed before this is answered.
+    b.statfs().expect("an answer");
+    assert!(read(&file, 0, 20_000).expect("a read") == [9; 10_000]);
+    assert_eq!(file.attr().expect("attributes").nlink, 0);
 }
 
 #[test]

@@ -131,6 +131,34 @@ fn what_this_node_changes_itself_it_knows_without_asking() {
 }
 
 #[test]
+fn what_is_removed_or_replaced_goes_back_with_the_same_message() {
+    let world = World::new();
+    let a = world.node(1);
+    let dir = a.mkdir(ROOT_INO, b"dir", &PLAIN).expect("a directory").ino;
+    let make = |name: &[u8]| drop(a.create(dir, name, &PLAIN, true).expect("a file"));
+    let rounds = || {
+        for _ in 0..10 {
+            make(b"removed");
+            a.unlink(dir, b"removed").expect("an unlink");
+            make(b"new");
+            make(b"replaced");
+            a.rename(dir, b"new", dir, b"replaced", 0).expect("a rename");
+            a.unlink(dir, b"replaced").expect("an unlink");
+            a.rmdir(dir, b"deeper").expect_err("there is none");
+            a.mkdir(dir, b"deeper", &PLAIN).expect("a directory");
+            a.rmdir(dir, b"deeper").expect("an rmdir");
+        }
+    };
+    assert_eq!(messages(&a, rounds), 10 * 9);
+    let report = world.node(2).check().expect("a check");
+    assert_eq!(
+        (report.orphans, report.problems.len()),
+        (0, 0),
+        "nothing of them is held any more: {report:?}"
+    );
+}
+
+#[test]
 fn what_is_not_in_a_directory_costs_no_message_where_all_of_it_is_known() {
     let world = World::new();
     let (a, b) = (world.node(1), world.node(2));

@@ -99,6 +99,8 @@ impl Core {
             self.answer(work.done, result);
             return Ok(());
         }
+        // Not as it is performed: whoever waits for the grant may have what the request waits for.
+        self.part(&work);
         let needs = match self.needs(tables, &work) {
             Ok(needs) => needs,
             Err(error) => return self.refuse(work.done, error),

@@ -7,13 +7,15 @@
 //! the two loses no space. **Invariant:** an orphan's blocks are freed only when nobody has it open or holds a grant on
 //! it, and are reusable only after the transaction that freed them (C7).
 
+use lockmgr::engine::Event;
 use lockmgr::{ClientId, Mode, ResourceId};
 
 use super::clones::blocks_of;
-use super::core::{Core, Errand, stand_in};
+use super::core::{Core, Errand, Work, stand_in};
 use crate::extents::{Extent, Run, State, without};
 use crate::meta::{StoreError, Tables};
 use crate::namespace::existing;
+use crate::proto::request::Op;
 use crate::proto::{Done, reply};
 use crate::refusal::{OpError, errno};
 
@@ -53,15 +55,36 @@ impl Core {
     pub(super) fn close(&mut self, client: ClientId, request_id: u64, ino: u64) -> reply::Result {
         if let Some(session) = self.sessions.get_mut(&client)
             && session.counted.insert(request_id)
-            && let Some(count) = session.opens.get_mut(&ino)
         {
-            *count -= 1;
-            if *count == 0 {
-                session.opens.remove(&ino);
-            }
-            self.closed(ino, 1);
+            self.close_times(client, ino, 1);
         }
         reply::Result::Done(Done {})
+    }
+
+    fn close_times(&mut self, client: ClientId, ino: u64, times: u32) {
+        let Some(session) = self.sessions.get_mut(&client) else { return };
+        let Some(count) = session.opens.get_mut(&ino) else { return };
+        let times = times.min(*count);
+        *count -= times;
+        if *count == 0 {
+            session.opens.remove(&ino);
+        }
+        self.closed(ino, times.into());
+    }
+
+    /// Takes what the client gives up along with a request, once, however often that comes.
+    pub(super) fn part(&mut self, work: &Work) {
+        let parting = match &work.request.op {
+            Some(Op::Unlink(op)) => &op.parting,
+            Some(Op::Rename(op)) => &op.parting,
+            _ => &None,
+        };
+        let (Some(parting), Some(session)) = (parting, self.sessions.get_mut(&work.client)) else { return };
+        if session.counted.insert(work.request.request_id) {
+            let (holder, resource) = (work.client, ResourceId(parting.ino));
+            self.lock_event(Event::Lower { holder, resource, to: Mode::Null, recall_seq: 0 });
+            self.close_times(holder, parting.ino, parting.opens);
+        }
     }
 
     fn closed(&mut self, ino: u64, times: u64) {

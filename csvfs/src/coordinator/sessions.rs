@@ -84,7 +84,8 @@ impl Core {
             tables.put_client(client, &record)?;
         }
         self.begin_session(client, attach, work.request.request_id);
-        let attached = Attached { term: self.term.0, block_bytes: BLOCK_BYTES, lun_bytes: self.lun_bytes };
+        let (term, lun_bytes) = (self.term.0, self.lun_bytes);
+        let attached = Attached { term, block_bytes: BLOCK_BYTES, lun_bytes, parts: true };
         self.answer(work.done, reply::Result::Attached(attached));
         self.recall_again(client);
         self.no_longer_missing(tables, client)

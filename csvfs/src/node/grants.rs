@@ -113,12 +113,15 @@ impl Grant {
             return OnRecall::Ignore;
         }
         self.newest_recall = self.newest_recall.max(at);
+        // A release without a commit needs no care: what is left is what is held. Whoever wants the grant may have what the release
+        // waits for, which goes with a request.
+        let committing = self.release.is_some_and(|release| release.committing.is_some());
+        if to.covers(self.mode) && !committing {
+            return OnRecall::AnswerNow;
+        }
         if self.release.is_some() {
             self.recall = Some((to, at));
             return OnRecall::Drain;
-        }
-        if to.covers(self.mode) {
-            return OnRecall::AnswerNow;
         }
         match self.recall {
             // Two recalls: both are answered by going as low as either wants, under the newer number.
@@ -246,6 +249,19 @@ mod tests {
         assert_eq!(grant.recalled(Null, (1, 5)), OnRecall::Drain);
         assert_eq!(grant.released(number, (1, 9)), None);
         assert_eq!(grant.recall, Some((Null, (1, 5))));
+    }
+
+    // Who wants the grant may have what the request waits for that a release goes with.
+    #[test]
+    fn a_recall_is_answered_during_a_release_that_leaves_no_more_and_carries_no_commit() {
+        let mut grant = Grant::default();
+        assert!(grant.granted(Exclusive, (1, 1)));
+        let number = grant.begin_release(Null);
+        assert_eq!(grant.recalled(Null, (1, 5)), OnRecall::Drain, "it has not gone out");
+        grant.recall = None;
+        grant.releasing(None);
+        assert_eq!(grant.recalled(Null, (1, 6)), OnRecall::AnswerNow);
+        assert_eq!((grant.released(number, (1, 9)), grant.recall), (None, None));
     }
 
     // Invariant C6, for grants that come with answers to other questions.

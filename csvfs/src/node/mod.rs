@@ -39,6 +39,7 @@ mod log;
 mod map;
 mod names;
 mod pages;
+mod parting;
 mod pool;
 mod punch;
 mod ranges;

@@ -352,8 +352,9 @@ impl Node {
         let target = self.core.remembered_name(parent, &name);
         let changing = self.core.changing(target.ino().into_iter().chain([parent]), target.hides_another());
         let core = self.core.clone();
-        let op = Op::Unlink(pb::Unlink { parent, name: name.clone(), directory });
-        self.core.ask_then(op, move |outcome| {
+        let removed = name.clone();
+        let op = |parting| Op::Unlink(pb::Unlink { parent, name: removed, directory, parting });
+        self.core.ask_parting(target.ino(), op, move |outcome| {
             let removed = outcome.map(|answered| {
                 core.changed_unseen(&answered);
                 core.changed_here(parent, &[&name], answered.stamp());
@@ -396,16 +397,18 @@ impl Node {
         let changing = self.core.changing(inos, source.hides_another() || target.hides_another());
         let (from, to) = (name.clone(), new_name.clone());
         let core = self.core.clone();
-        let op = Op::Rename(pb::Rename { parent, name: from, new_parent, new_name: to, flags });
-        self.core.ask_then(op, move |outcome| {
+        // Two names of one inode stay as they are.
+        let renames = flags & !RENAME_NOREPLACE == 0 && source.ino() != target.ino();
+        let replaced = target.ino().filter(|_| renames && flags == 0 && !source.hides_another());
+        let op =
+            |parting| Op::Rename(pb::Rename { parent, name: from, new_parent, new_name: to, flags, parting });
+        self.core.ask_parting(replaced, op, move |outcome| {
             let renamed = outcome.map(|answered| {
                 let stamp = answered.stamp();
                 core.changed_unseen(&answered);
                 core.changed_here(parent, &[&name], stamp);
                 core.changed_here(new_parent, &[&new_name], stamp);
-                // Two names of one inode stay as they are.
-                match source.ino().filter(|ino| flags & !RENAME_NOREPLACE == 0 && Some(*ino) != target.ino())
-                {
+                match source.ino().filter(|_| renames) {
                     Some(ino) => core.learn_name(new_parent, &new_name, ino, stamp),
                     None => [parent, new_parent].into_iter().for_each(|dir| core.names_missing(dir)),
                 }

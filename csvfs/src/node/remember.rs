@@ -262,20 +262,41 @@ impl State {
         !ahead && self.own.is_empty() && self.pending.is_empty()
     }
 
+    /// Whether nothing is under way or to be done, whoever uses the inode.
+    fn is_quiet(&self) -> bool {
+        let busy =
+            self.in_flight > 0 || self.mapping || self.is_releasing_or_acquiring() || self.sync.running;
+        let waited_for = !self.waiting.is_empty() || !self.sync.waiters.is_empty();
+        !(busy || waited_for || self.leaving || self.unwanted || self.accessed || self.pages.must_go())
+    }
+
     /// What is to be done with an inode that nobody uses any more.
     fn rest(&self) -> Rest {
-        let grant = &self.grant;
-        let under_way = grant.recall.is_some() || grant.release.is_some() || grant.acquiring.is_some();
-        let busy = self.in_flight > 0 || self.mapping || self.sync.running || !self.is_unused();
-        if under_way || busy || self.leaving || self.unwanted || self.accessed || self.pages.must_go() {
+        if self.users > 0 || !self.is_quiet() {
             return Rest::Work;
         }
-        match grant.mode {
+        match self.grant.mode {
             Mode::Null if self.registered == 0 => Rest::Nothing,
             Mode::ProtectedRead if self.worth_keeping() => Rest::Memory,
             Mode::Exclusive if self.worth_keeping() && self.is_clean() => Rest::Memory,
             _ => Rest::Work,
         }
+    }
+
+    fn is_releasing_or_acquiring(&self) -> bool {
+        let grant = &self.grant;
+        grant.recall.is_some() || grant.release.is_some() || grant.acquiring.is_some()
+    }
+
+    /// Whether all that is held can be given up with one word: only the call that asks uses the inode, and all that this node did
+    /// with it is with the coordinator.
+    pub(super) fn may_part(&self, core: &Core) -> bool {
+        let known = match self.grant.mode {
+            Mode::ProtectedRead => true,
+            Mode::Exclusive => self.is_clean(),
+            Mode::Null | Mode::ConcurrentWrite => return false,
+        };
+        known && self.users == 1 && self.is_quiet() && core.log.is_merged(self.logged)
     }
 }
 
@@ -336,7 +357,7 @@ impl Core {
         });
     }
 
-    fn absorb(self: &Arc<Self>, answered: &Answered, asked_at: u64) {
+    pub(super) fn absorb(self: &Arc<Self>, answered: &Answered, asked_at: u64) {
         if answered.at == 0 {
             return;
         }
@@ -586,9 +607,8 @@ impl Core {
 impl State {
     /// Nobody uses it, nothing is under way, nothing is buffered.
     pub(super) fn is_merely_remembered(&self) -> bool {
-        let grant = &self.grant;
-        let under_way = grant.recall.is_some() || grant.release.is_some() || grant.acquiring.is_some();
-        !under_way && self.is_unused() && self.in_flight == 0 && !self.mapping && !self.sync.running
+        let busy = self.in_flight > 0 || self.mapping || self.sync.running;
+        !busy && !self.is_releasing_or_acquiring() && self.is_unused()
     }
 }
 

@@ -98,6 +98,10 @@ struct State {
     retry_armed: bool,
     /// A coordinator was announced while an Attach was under way, and may not have seen it.
     attach_again: bool,
+    /// The coordinator takes what is given up along with a request.
+    parts: bool,
+    /// The latest place among answers, refusals included, that any had.
+    newest: Seq,
     /// Waits for the first Attach.
     first: Option<FirstDone>,
 }
@@ -116,6 +120,8 @@ struct Kept {
     sent_under: u64,
     /// The term in which it was made, for what has a meaning only in that term.
     first_term: u64,
+    /// The attempt under which it was made; 0: of none, no coordinator was attached to.
+    made_under: u64,
 }
 
 impl Session {
@@ -134,6 +140,8 @@ impl Session {
             retry_ms: RETRY_MS_MIN,
             retry_armed: false,
             attach_again: false,
+            parts: false,
+            newest: Seq::default(),
             first: None,
         };
         Arc::new(Self {
@@ -171,6 +179,18 @@ impl Session {
         self.dispatch(id);
     }
 
+    /// Whether a request may carry what is given up along with it. Under the lock of the file that this is about, until the
+    /// request is kept: an attach that follows says what is left then.
+    pub(super) fn parts(&self) -> bool {
+        let state = self.lock();
+        state.parts && matches!(state.phase, Phase::Attached)
+    }
+
+    /// The latest place among answers so far: a refusal that is here has this one at most.
+    pub(super) fn newest_answer(&self) -> Seq {
+        self.lock().newest
+    }
+
     /// Gives `op` its id without sending it: may be called under a file's lock, so that the file's state and what is
     /// claimed for it change as one. [`Session::dispatch`] must follow.
     pub(super) fn keep(&self, op: Op, done: impl FnOnce(Result<Answered, FsError>) + Send + 'static) -> u64 {
@@ -188,7 +208,8 @@ impl Session {
         let id = state.next_id;
         state.next_id += 1;
         let first_term = term.max(state.term);
-        let kept = Kept { op, done: Box::new(done), sent_under: 0, first_term };
+        let made_under = if matches!(state.phase, Phase::Attached) { state.attempt } else { 0 };
+        let kept = Kept { op, done: Box::new(done), sent_under: 0, first_term, made_under };
         state.kept.insert(id, kept);
         id
     }
@@ -308,6 +329,9 @@ impl Session {
         if kept.first_term < term {
             forget_old_term(&mut kept.op);
         }
+        if kept.made_under < attempt {
+            forget_parting(&mut kept.op);
+        }
         kept.sent_under = attempt;
         let op = Some(kept.op.clone());
         Some((self.request(term, id, completed_below, op), attempt))
@@ -332,9 +356,13 @@ impl Session {
     }
 
     fn answered(self: &Arc<Self>, id: u64, attempt: u64, outcome: Result<pb::Reply, LinkError>) {
+        let at = outcome.as_ref().map_or((0, 0), |reply| (reply.term, reply.at));
         match judge(outcome, attempt) {
             Verdict::Answer(outcome) => {
-                let kept = self.lock().kept.remove(&id);
+                let mut state = self.lock();
+                state.newest = state.newest.max(at);
+                let kept = state.kept.remove(&id);
+                drop(state);
                 // Of a request that was sent twice the first reply counts.
                 if let Some(kept) = kept {
                     (kept.done)(outcome);
@@ -462,6 +490,7 @@ impl Session {
         }
         state.term = attached.term.max(asked);
         state.retry_ms = RETRY_MS_MIN;
+        state.parts = attached.parts;
         let term = state.term;
         state.phase = Phase::Attached;
         let first = state.first.take();
@@ -508,6 +537,15 @@ impl Session {
         for (request, attempt) in ready {
             self.send(request, attempt);
         }
+    }
+}
+
+/// What was given up before an attach was not claimed in it. To give it up again would take away what was got since.
+fn forget_parting(op: &mut Op) {
+    match op {
+        Op::Unlink(op) => op.parting = None,
+        Op::Rename(op) => op.parting = None,
+        _ => {}
     }
 }
 

@@ -20,6 +20,7 @@ use lockmgr::Mode;
 use pb::request::Op;
 
 use super::advance::Out;
+use super::core::Core;
 use super::grants::Seq;
 use super::inode::{Inode, State};
 use super::log::APPEND_ENTRIES_MAX;
@@ -151,6 +152,15 @@ impl State {
             snapshot.mtime = self.attr.map(|attr| attr.mtime);
         }
         snapshot
+    }
+
+    /// Nothing is held any more.
+    pub(super) fn know_nothing(&mut self, core: &Core) {
+        core.cache.end_life(std::mem::take(&mut self.cache_life));
+        self.map.clear();
+        self.growth = Default::default();
+        self.attr = None;
+        self.names = None;
     }
 
     /// Whether there is no byte in the file on any node, so that no write to it can be on its way to stable media. Attributes that
@@ -372,11 +382,7 @@ impl Inode {
         });
         state.grant.releasing(carried.then_some(id));
         if to == Mode::Null {
-            self.core.cache.end_life(std::mem::take(&mut state.cache_life));
-            state.map.clear();
-            state.growth = Default::default();
-            state.attr = None;
-            state.names = None;
+            state.know_nothing(&self.core);
         } else if carried {
             state.attr_asked_at = 0;
             if let Some(from) = snapshot.trim_from {

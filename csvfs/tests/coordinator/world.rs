@@ -354,7 +354,7 @@ pub(crate) fn create(parent: u64, name: &str) -> Op {
 }
 
 pub(crate) fn unlink(parent: u64, name: &str, directory: bool) -> Op {
-    Op::Unlink(pb::Unlink { parent, name: name.to_owned().into(), directory })
+    Op::Unlink(pb::Unlink { parent, name: name.to_owned().into(), directory, parting: None })
 }
 
 pub(crate) fn rename(from: (u64, &str), to: (u64, &str), flags: u32) -> Op {
@@ -364,6 +364,7 @@ pub(crate) fn rename(from: (u64, &str), to: (u64, &str), flags: u32) -> Op {
         new_parent: to.0,
         new_name: to.1.to_owned().into(),
         flags,
+        parting: None,
     })
 }
 
