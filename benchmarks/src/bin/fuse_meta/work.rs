@@ -38,21 +38,21 @@ pub(crate) fn names(mounts: &[PathBuf], workers: usize, budget: usize) -> [(&'st
     [("create", create), ("stat", stat), ("rename", rename), ("unlink", unlink)]
 }
 
-/// Runs `step` for each file of each worker, all workers at once.
+/// Runs `step` for each file of each worker, all workers at once: from when the first of them begins.
 fn rate(workers: usize, files: usize, step: &(dyn Fn(usize, usize) + Sync)) -> f64 {
-    let barrier = Barrier::new(workers + 1);
-    let started = thread::scope(|scope| {
-        for worker in 0..workers {
-            let barrier = &barrier;
-            scope.spawn(move || {
-                barrier.wait();
-                (0..files).for_each(|file| step(worker, file));
-            });
-        }
+    let barrier = Barrier::new(workers);
+    let run = |worker| {
         barrier.wait();
-        now()
+        let started = now();
+        (0..files).for_each(|file| step(worker, file));
+        started
+    };
+    let started = thread::scope(|scope| {
+        let run = &run;
+        let all: Vec<_> = (0..workers).map(|worker| scope.spawn(move || run(worker))).collect();
+        all.into_iter().map(|worker| worker.join().expect("no panic")).min()
     });
-    per_second(workers * files, started)
+    per_second(workers * files, started.expect("a worker"))
 }
 
 #[expect(clippy::disallowed_methods, reason = "a benchmark measures time")]
