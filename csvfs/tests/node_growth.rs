@@ -166,6 +166,31 @@ fn cutting_and_preallocating_know_what_only_the_log_says() {
 }
 
 #[test]
+fn what_is_allocated_already_is_allocated_without_a_message() {
+    let world = World::new();
+    let (node, other) = (world.node(1), world.node(2));
+    let file = grown(&node, "f");
+    fsync(&file).expect("an fsync");
+    file.allocate(0, 1 << 20, true).expect("space");
+    let before = node.stats().requests_sent;
+    for piece in 0..100 {
+        file.allocate(piece * 10_000, 10_000, false).expect("space that is there");
+        write(&file, piece * 10_000, &[5; 100]).expect("a write");
+    }
+    assert_eq!(node.stats().requests_sent - before, 0);
+    assert_eq!(file.size().expect("its size"), 1_000_000);
+    file.punch(500_000, 10_000).expect("a hole");
+    let before = node.stats().requests_sent;
+    file.allocate(0, 1 << 20, true).expect("space");
+    assert!(node.stats().requests_sent > before, "a hole needs space");
+    drop(file);
+    dies(&world, node);
+    let kept = other.resolve("f").expect("the file").allocated_bytes;
+    assert!(kept >= 1 << 20, "what was asked for stays: {kept}");
+    assert_eq!(world.problems(&other), Vec::<String>::new());
+}
+
+#[test]
 fn a_node_that_leaves_in_order_leaves_no_pool() {
     let world = World::new();
     let (node, other) = (world.node(1), world.node(2));

@@ -1,6 +1,7 @@
 //! Calls that need a file to stand still under a grant while they wait for the coordinator or the LUN: attributes, size,
 //! space, holes. They run on the caller's thread.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -295,6 +296,22 @@ impl Inode {
         let blocks = block_floor(offset)..block_ceil(end_of(offset, len)?);
         // Alone, so that no write places blocks where the coordinator is asked to.
         let _hold = self.hold(Mode::Exclusive, true)?;
+        let mut state = self.lock();
+        // Space that only this node knows of would be lost with it.
+        if !state.map.has_space(blocks.clone()) || !state.own.parts_in(&blocks).is_empty() {
+            drop(state);
+            self.ask_for_space(blocks.clone())?;
+            state = self.lock();
+        }
+        state.growth.keep(blocks.end);
+        if !keep_size && offset + len > state.size() {
+            state.set_size(offset + len);
+            state.touched();
+        }
+        Ok(())
+    }
+
+    fn ask_for_space(self: &Arc<Self>, blocks: Range<u64>) -> Result<(), FsError> {
         self.settle()?;
         let mut at = blocks.start;
         while at < blocks.end {
@@ -302,12 +319,6 @@ impl Inode {
             let op = Op::Allocate(pb::Allocate { ino: self.ino, offset: at, need, want: need });
             let answer = self.core.session.call_blocking(op).map(|answered| answered.result);
             at = self.learn(&mut self.lock(), at, answer)?;
-        }
-        let mut state = self.lock();
-        state.growth.keep(blocks.end);
-        if !keep_size && offset + len > state.size() {
-            state.set_size(offset + len);
-            state.touched();
         }
         Ok(())
     }

@@ -212,6 +212,11 @@ impl ExtentMap {
         if range.is_empty() { Vec::new() } else { self.parts(range).filter_map(hole).collect() }
     }
 
+    /// Whether all of `range` is known to lie somewhere.
+    pub(super) fn has_space(&self, range: Range<u64>) -> bool {
+        self.parts(range).all(|part| !matches!(part.place, Place::Hole | Place::Unknown))
+    }
+
     /// Fills a part of a known hole with fresh blocks at `lun`.
     pub(super) fn place(&mut self, start: u64, len: u64, lun: u64) {
         debug_assert_eq!(self.part(start, start + len), Part { start, len, place: Place::Hole });
