@@ -360,6 +360,16 @@ impl Cpu {
         self.leaf(ADDRESS_BITS).eax & 0xff
     }
 
+    pub(crate) fn is_intel(&self) -> bool {
+        self.vendor() == "GenuineIntel"
+    }
+
+    /// As a processor that does not tell which weaknesses it does not have.
+    pub(crate) fn without_weaknesses_told(mut self) -> Self {
+        self.msrs.remove(&ARCH_CAPABILITIES);
+        self.without((7, 0), Register::Edx, ARCH_CAPABILITIES_THERE)
+    }
+
     fn weakness_bits(&self) -> u64 {
         self.msrs.get(&ARCH_CAPABILITIES).copied().unwrap_or(0)
     }
@@ -452,7 +462,7 @@ impl Cpu {
             let value = (ours & theirs) | ((ours | theirs) & WEAKNESSES);
             met.msrs.insert(ARCH_CAPABILITIES, value);
         } else {
-            met = met.without((7, 0), Register::Edx, ARCH_CAPABILITIES_THERE);
+            met = met.without_weaknesses_told();
         }
         Some(met)
     }

@@ -90,7 +90,10 @@ fn host_cpu(kvm: &Kvm, tsc: (u32, bool)) -> Result<Cpu, KvmError> {
         // KVM tells the place of the processor that it was asked on: that says nothing of the host.
         place(leaf, 0, 1);
     }
-    Ok(Cpu::new(Cpu::of_table(&table).leaves(), feature_msrs(kvm), tsc))
+    let weaknesses = feature_msrs(kvm);
+    let cpu = Cpu::new(Cpu::of_table(&table).leaves(), weaknesses, tsc);
+    let told = cpu.is_intel() || weaknesses.is_some_and(|msr| takes(kvm, &table, msr));
+    Ok(if told { cpu } else { cpu.without_weaknesses_told() })
 }
 
 /// A host that does not tell has none.
@@ -100,6 +103,17 @@ fn feature_msrs(kvm: &Kvm) -> Option<(u32, u64)> {
     let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
     let read = kvm.get_msrs(&mut msrs).ok()?;
     msrs.as_slice().first().filter(|_| read == 1).map(|msr| (index, msr.data))
+}
+
+/// Whether a vCPU can be given the register. AMD has none: KVM lists one there all the same, and lately refuses to set it
+/// (Linux 6.18).
+fn takes(kvm: &Kvm, table: &CpuId, (index, data): (u32, u64)) -> bool {
+    let entry = kvm_msr_entry { index, data, ..Default::default() };
+    let given = kvm.create_vm().and_then(|vm| vm.create_vcpu(0)).and_then(|vcpu| {
+        vcpu.set_cpuid2(table)?;
+        vcpu.set_msrs(&Msrs::from_entries(&[entry]).expect("one is few"))
+    });
+    given == Ok(1)
 }
 
 fn has_subleaves(function: u32) -> bool {
