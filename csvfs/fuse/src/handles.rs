@@ -22,32 +22,6 @@ pub(crate) struct OpenFile {
     /// A write through a direct handle has failed: the kernel may now cut the file to the size that it knows, which
     /// may be older than what another node has written. See `Shared::set_attributes`.
     pub(crate) may_be_cut: AtomicBool,
-    /// Owners that have locked through this handle, and were not told to have closed it. Lock rank: leaf.
-    pub(crate) lockers: Mutex<Vec<u64>>,
-}
-
-impl OpenFile {
-    fn lockers_now(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
-        self.lockers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// An owner asks for a lock through this handle. For an OFD lock the handle's end is the only sign of its own end.
-    pub(crate) fn locked_by(&self, owner: u64) {
-        let mut lockers = self.lockers_now();
-        if !lockers.contains(&owner) {
-            lockers.push(owner);
-        }
-    }
-
-    /// An owner closes this handle: its locks go now.
-    pub(crate) fn unlocked_by(&self, owner: u64) {
-        self.lockers_now().retain(|locker| *locker != owner);
-    }
-
-    /// Owners whose locks go with the handle.
-    pub(crate) fn lockers(&self) -> Vec<u64> {
-        self.lockers_now().clone()
-    }
 }
 
 /// An open directory, with entries that were read ahead of the kernel's buffer.

@@ -8,6 +8,7 @@ use csvfs::node::{Attr, File, FsError, Node, SetAttr};
 use crate::buffers::Buffers;
 use crate::handles::{Handles, OpenDirectory, OpenFile};
 use crate::interrupts::Interrupts;
+use crate::lockers::Lockers;
 use crate::ops::appends;
 
 /// The node and what is open on the mount.
@@ -21,6 +22,7 @@ pub(crate) struct Shared {
     notes_access: bool,
     /// Calls that wait for locks.
     pub(crate) interrupts: Interrupts,
+    pub(crate) lockers: Lockers,
 }
 
 impl Shared {
@@ -33,6 +35,7 @@ impl Shared {
             directories: Handles::default(),
             buffers: Arc::default(),
             interrupts: Interrupts::default(),
+            lockers: Lockers::default(),
         }
     }
 
@@ -52,7 +55,6 @@ impl Shared {
             notes_access: self.notes_access && !has(libc::O_NOATIME),
             direct: has(libc::O_DIRECT),
             may_be_cut: AtomicBool::new(false),
-            lockers: std::sync::Mutex::default(),
         }))
     }
 

@@ -187,6 +187,14 @@ impl Node {
         self.ask_done(Op::Unlock(pb::Unlock { lock: Some(to_wire(lock.ino, &known)) }))
     }
 
+    /// As [`Node::unlock`], without waiting.
+    pub fn unlock_then(&self, lock: &Lock, done: impl FnOnce(Result<(), FsError>) + Send + 'static) {
+        let known = range_lock(lock);
+        self.core.locks.give_up(lock.ino, known.owner, known.span);
+        let op = Op::Unlock(pb::Unlock { lock: Some(to_wire(lock.ino, &known)) });
+        self.core.ask_then(op, move |outcome| done(outcome.map(drop)));
+    }
+
     /// Gives up all that an owner has locked of a file; without a message when that is nothing.
     ///
     /// # Errors

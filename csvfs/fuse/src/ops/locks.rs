@@ -8,7 +8,7 @@
 //!   RELEASE (an open file's last one)      its `flock` and OFD locks go
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
 use csvfs::node::Lock;
 
@@ -28,26 +28,29 @@ impl Ops {
         let lock = lock(header.ino, args);
         match args.lock.kind {
             READ | WRITE => self.lock(args.fh, lock, wait, reply),
-            UNLOCK => self.done(reply, move |shared| shared.node.unlock(&lock)),
+            UNLOCK => {
+                if !lock.flock {
+                    self.shared.lockers.unlocking(&lock);
+                }
+                self.done(reply, move |shared| shared.node.unlock(&lock));
+            }
             _ => reply.error(libc::EINVAL),
         }
     }
 
     fn lock(&self, fh: u64, lock: Lock, wait: bool, reply: Reply) {
-        if !lock.flock
-            && let Some(open) = self.shared.files.get(fh)
-        {
-            open.locked_by(lock.owner);
-        }
         let unique = reply.unique();
         if !self.shared.interrupts.begin(unique) {
             return reply.error(libc::EINTR);
         }
         let shared = Arc::clone(&self.shared);
-        let request = self.shared.node.lock(&lock, wait, move |outcome| {
-            shared.interrupts.end(unique);
-            reply.done(outcome.map_err(|error| errno(&error)));
-        });
+        let ask = || {
+            self.shared.node.lock(&lock, wait, move |outcome| {
+                shared.interrupts.end(unique);
+                reply.done(outcome.map_err(|error| errno(&error)));
+            })
+        };
+        let request = if lock.flock { ask() } else { self.shared.lockers.locking(&lock, fh, ask) };
         if self.shared.interrupts.begun(unique, request) {
             self.shared.node.interrupt_lock(request);
         }
@@ -77,9 +80,7 @@ impl Ops {
 
     /// A descriptor is closed: the locks of its process go, as POSIX wants it. Nothing is buffered that could be lost.
     pub(super) fn flush(&self, header: Header, args: FlushIn, reply: Reply) {
-        if let Some(open) = self.shared.files.get(args.fh) {
-            open.unlocked_by(args.lock_owner);
-        }
+        self.shared.lockers.unlocking(&range(header.ino, args.lock_owner, (0, u64::MAX)));
         if !self.shared.node.has_locks(header.ino, args.lock_owner, false) {
             return reply.ok();
         }
@@ -94,19 +95,23 @@ impl Ops {
     /// node's last handle gives grants back is only begun here.
     pub(super) fn release(&self, header: Header, args: ReleaseIn, reply: Reply) {
         let closed = self.shared.files.remove(args.fh);
-        let owners = closed.iter().flat_map(|open| open.lockers()).map(|owner| (owner, false));
-        let flock = (args.release_flags & RELEASE_FLOCK_UNLOCK != 0).then_some((args.lock_owner, true));
-        let owners: Vec<_> = owners.chain(flock).collect();
-        if owners.is_empty() {
+        let (ino, handle) = (header.ino, args.fh);
+        let flock = args.release_flags & RELEASE_FLOCK_UNLOCK != 0;
+        if !flock && self.shared.lockers.has_none(ino, handle) {
             drop(closed);
             return reply.ok();
         }
         let shared = Arc::clone(&self.shared);
         self.pool.run(Lane::Closing, move || {
-            for (owner, flock) in owners {
-                if let Err(error) = shared.node.unlock_all(header.ino, owner, flock) {
-                    tracing::warn!(ino = header.ino, %error, "locks of a closed file were not given up");
-                }
+            let (tell, told) = mpsc::channel();
+            shared.lockers.ended(ino, handle, |lock| {
+                let tell = tell.clone();
+                shared.node.unlock_then(&lock, move |outcome| drop(tell.send(outcome)));
+            });
+            drop(tell);
+            let flock = flock.then(|| shared.node.unlock_all(ino, handle, true));
+            for error in told.into_iter().chain(flock).filter_map(Result::err) {
+                tracing::warn!(ino, %error, "locks of a closed file were not given up");
             }
             drop(closed);
             reply.ok();
@@ -114,14 +119,14 @@ impl Ops {
     }
 }
 
+/// What is asked for. The owner of a `flock` is the open file, for which the kernel has a number that is used again.
 fn lock(ino: u64, args: &LkIn) -> Lock {
-    Lock {
-        ino,
-        owner: args.owner,
-        start: args.lock.start,
-        end: args.lock.end,
-        write: args.lock.kind == WRITE,
-        flock: args.flags & LK_FLOCK != 0,
-        pid: args.lock.pid,
-    }
+    let flock = args.flags & LK_FLOCK != 0;
+    let owner = if flock { args.fh } else { args.owner };
+    let (write, pid) = (args.lock.kind == WRITE, args.lock.pid);
+    Lock { write, flock, pid, ..range(ino, owner, (args.lock.start, args.lock.end)) }
+}
+
+fn range(ino: u64, owner: u64, (start, end): (u64, u64)) -> Lock {
+    Lock { ino, owner, start, end, write: false, flock: false, pid: 0 }
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use crate::world::{World, can_mount};
@@ -165,5 +166,36 @@ fn a_lock_that_is_handed_over_shows_what_the_last_holder_wrote() {
     });
     let sum = std::fs::read(mounts[1].join("sum")).expect("read");
     assert_eq!(sum, (3 * ROUNDS).to_le_bytes());
+    world.end();
+}
+
+// The kernel names the owner of a lock by where it keeps the open file in its memory, and the next file that is opened may get that
+// place before the mount has heard of the last one's end.
+#[test]
+fn a_flock_is_not_given_up_by_the_late_end_of_a_file_that_was_closed_before() {
+    const ROUNDS: usize = 300;
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let paths = [world.mount(), world.mount()].map(|mount| mount.join("f"));
+    let inside = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for path in paths.iter().cycle().take(8) {
+            let inside = &inside;
+            scope.spawn(move || {
+                for round in 0..ROUNDS {
+                    let file = File::create(path).expect("the file");
+                    file.lock().expect("lock");
+                    assert_eq!(inside.fetch_add(1, Ordering::SeqCst), 0, "two have the lock");
+                    thread::yield_now();
+                    inside.fetch_sub(1, Ordering::SeqCst);
+                    if round % 2 == 0 {
+                        file.unlock().expect("unlock");
+                    }
+                }
+            });
+        }
+    });
     world.end();
 }
