@@ -179,11 +179,11 @@ impl Patient {
         }
     }
 
-    /// Where a region lies, by its place in the table that our writer uses.
+    /// Where a region lies, by its place in the table that our writer uses; not beyond the file, whatever earlier damage says.
     fn region_at(&self, guid_first: u32) -> u64 {
         let mut entries = (0..2).map(|number| REGIONS[0] + 16 + number * 32);
         let found = entries.find(|entry| self.u32_at(*entry) == u64::from(guid_first));
-        found.map_or(2 * MIB, |entry| self.u64_at(entry + 16))
+        found.map_or(2 * MIB, |entry| self.u64_at(entry + 16)).min(self.size_bytes())
     }
 
     fn metadata(&mut self) {
@@ -214,10 +214,11 @@ impl Patient {
     }
 
     fn log(&mut self) {
-        let (ring, length) = (self.u64_at(HEADERS[0] + 72), self.u32_at(HEADERS[0] + 68));
+        let (ring, length) =
+            (self.u64_at(HEADERS[0] + 72).min(self.size_bytes()), self.u32_at(HEADERS[0] + 68));
         let sectors = (length / 4096).clamp(1, 1 << 16);
         let used: Vec<u64> = (0..sectors)
-            .map(|sector| ring.saturating_add(sector * 4096))
+            .map(|sector| ring + sector * 4096)
             .filter(|at| self.get(*at, 4) == b"loge")
             .collect();
         let Some(at) = (!used.is_empty())
