@@ -29,6 +29,13 @@ struct Range {
 }
 
 impl Range {
+    /// Whether the other one ends where this one begins, or the other way round, and is of the same owner and handle.
+    fn continues(&self, other: &Self) -> bool {
+        let beside =
+            other.end.checked_add(1) == Some(self.start) || self.end.checked_add(1) == Some(other.start);
+        beside && (self.owner, self.handle) == (other.owner, other.handle)
+    }
+
     /// What is left without `start` to `end`.
     fn without(self, start: u64, end: u64) -> impl Iterator<Item = Self> {
         let before = start.checked_sub(1).map(|last| Self { end: self.end.min(last), ..self });
@@ -47,7 +54,12 @@ impl Lockers {
         let mut files = self.files();
         let ranges = files.entry(lock.ino).or_default();
         cut(ranges, lock);
-        ranges.push(Range { owner: lock.owner, start: lock.start, end: lock.end, handle });
+        let asked = Range { owner: lock.owner, start: lock.start, end: lock.end, handle };
+        // Who locks one byte after the other has one range.
+        let whole = ranges.extract_if(.., |other| asked.continues(other)).fold(asked, |whole, beside| {
+            Range { start: whole.start.min(beside.start), end: whole.end.max(beside.end), ..whole }
+        });
+        ranges.push(whole);
         ask()
     }
 
@@ -116,6 +128,17 @@ mod tests {
         assert!(lockers.has_none(INO, 1) && !lockers.has_none(INO, 2));
         assert_eq!(end_of(&lockers, 2), [(7, 40, 59)]);
         assert!(lockers.files().is_empty());
+    }
+
+    #[test]
+    fn what_is_locked_byte_by_byte_is_one_range() {
+        let lockers = Lockers::default();
+        for at in (0..1000).rev().step_by(2).chain((0..1000).step_by(2)) {
+            lockers.locking(&lock(7, at, at), 1, || ());
+        }
+        lockers.locking(&lock(7, 1000, 1000), 2, || ());
+        assert_eq!(lockers.files()[&INO].len(), 2);
+        assert_eq!((end_of(&lockers, 1), end_of(&lockers, 2)), (vec![(7, 0, 999)], vec![(7, 1000, 1000)]));
     }
 
     #[test]

@@ -19,6 +19,7 @@ use pb::reply::Result as Answer;
 use pb::request::Op;
 
 use super::core::Core;
+use super::names::wait_for;
 use super::rank::{self, Ranked};
 use super::session::Answered;
 use super::{FsError, Node};
@@ -182,9 +183,7 @@ impl Node {
     /// # Errors
     /// When the coordinator refuses.
     pub fn unlock(&self, lock: &Lock) -> Result<(), FsError> {
-        let known = range_lock(lock);
-        self.core.locks.give_up(lock.ino, known.owner, known.span);
-        self.ask_done(Op::Unlock(pb::Unlock { lock: Some(to_wire(lock.ino, &known)) }))
+        wait_for(|done| self.unlock_then(lock, done))
     }
 
     /// As [`Node::unlock`], without waiting.

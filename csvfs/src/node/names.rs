@@ -535,7 +535,7 @@ impl Node {
 }
 
 /// Waits for a call that gives its outcome to the `done` that it is begun with.
-fn wait_for<T: Send + 'static>(begin: impl FnOnce(Outcome<T>)) -> Result<T, FsError> {
+pub(super) fn wait_for<T: Send + 'static>(begin: impl FnOnce(Outcome<T>)) -> Result<T, FsError> {
     let (tell, told) = std::sync::mpsc::sync_channel(1);
     begin(Box::new(move |outcome| drop(tell.send(outcome))));
     told.recv().unwrap_or(Err(FsError::Detached))
