@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   submit -> Job::plan (check, bounce) -> io_uring thread | pool of blocking threads (where io_uring is refused)
+//!                                       -> the calling thread, where it wants that (`here`)
 //! ```
 //!
 //! Direct by default: the page cache of one node must never stand between another node and the LUN.
@@ -12,12 +13,13 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Once};
 
 use rustix::fs::{AtFlags, SeekFrom, StatxFlags};
 
 use crate::held::Held;
+use crate::here;
 use crate::job::Job;
 use crate::poison::Poison;
 use crate::queue::Workers;
@@ -73,6 +75,10 @@ pub(crate) struct Target {
     pub(crate) poison: Poison,
     /// What the blocking threads may not do yet.
     pub(crate) held: Held,
+    /// Jobs that were planned and are not finished.
+    pub(crate) jobs: AtomicUsize,
+    /// Jobs in a row that found no other one.
+    alone: AtomicUsize,
     size_bytes: AtomicU64,
     writable: bool,
 }
@@ -90,6 +96,16 @@ pub struct FileDevice {
 enum Engine {
     Uring(Uring),
     Pool(Workers<Job>),
+}
+
+impl Engine {
+    /// Whether the device is closed for good although somebody has it open.
+    fn has_failed(&self) -> bool {
+        match self {
+            Self::Uring(uring) => uring.has_failed(),
+            Self::Pool(_) => false,
+        }
+    }
 }
 
 impl FileDevice {
@@ -229,7 +245,11 @@ impl BlockDevice for FileDevice {
 
 impl FileDevice {
     fn push(&self, job: Job) {
+        let alone = self.target.alone_in_a_row();
         match &self.engine {
+            engine if here::wanted(job.transfer_bytes(), alone) && !engine.has_failed() => {
+                pool::carry_out(job, &self.target);
+            }
             _ if job.is_slow() => self.slow.push(job),
             Engine::Uring(uring) => uring.push(job),
             Engine::Pool(pool) => pool.push(job),
@@ -294,11 +314,22 @@ impl Target {
             can_discard: AtomicBool::new(can_discard && options.writable),
             poison: Poison::default(),
             held: Held::default(),
+            jobs: AtomicUsize::new(0),
+            alone: AtomicUsize::new(0),
             size_bytes: AtomicU64::new(0),
             writable: options.writable,
         };
         target.measure().map_err(|error| not_opened(path, &error.into()))?;
         Ok(target)
+    }
+
+    /// How many jobs in a row, the one that comes now included, have found no other one here.
+    fn alone_in_a_row(&self) -> usize {
+        if self.jobs.load(Ordering::Relaxed) <= 1 {
+            return self.alone.fetch_add(1, Ordering::Relaxed) + 1;
+        }
+        self.alone.store(0, Ordering::Relaxed);
+        0
     }
 
     fn size(&self) -> u64 {

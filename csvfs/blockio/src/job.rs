@@ -62,6 +62,7 @@ pub(crate) struct Job {
 impl Job {
     /// Checks the request against the device and lays out its first call.
     pub(crate) fn plan(request: IoRequest, target: &Target) -> Self {
+        target.jobs.fetch_add(1, Ordering::Relaxed);
         let refused = target.admit(&request.op).err();
         let mut job = match request.op {
             IoOp::Read { offset, buf } => Self::transfer(Kind::Read, "read", offset, buf, request.done),
@@ -136,6 +137,11 @@ impl Job {
             copy_between(&given, &copy);
         }
         self.memory = Some(copy);
+    }
+
+    /// Bytes that it moves, if it is a read, or a write that need not be stable.
+    pub(crate) fn transfer_bytes(&self) -> Option<u64> {
+        matches!(self.kind, Kind::Read | Kind::Write { durable: false }).then_some(self.left)
     }
 
     /// Whether io_uring does not know its call.
@@ -238,6 +244,7 @@ impl Job {
         }
         // Whoever waits may want the buffer back as its only owner.
         drop((self.memory, self.bounced));
+        target.jobs.fetch_sub(1, Ordering::Relaxed);
         (self.done)(outcome);
     }
 

@@ -17,6 +17,7 @@ mod fault;
 mod file;
 mod gate;
 mod held;
+mod here;
 mod job;
 mod memory;
 mod nbd;
@@ -36,6 +37,7 @@ pub use device::{BlockDevice, Completion, Geometry, ImageFile, IoError, IoOp, Io
 pub use fault::{FaultDevice, OpKind};
 pub use file::{FileDevice, OpenOptions};
 pub use gate::{GatedDevice, Permission, WriteRight};
+pub use here::{Here, here, here_if_alone};
 pub use memory::MemoryDevice;
 pub use nbd::{
     Allocation, NbdAddress, NbdDevice, NbdExport, NbdExports, NbdOptions, NbdServer, NbdStream, NbdTransport,

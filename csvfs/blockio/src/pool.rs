@@ -1,6 +1,7 @@
 //! Blocking system calls on a few threads.
 //!
-//! The engine where io_uring is refused, and everywhere the slow lane for calls that io_uring does not know.
+//! The engine where io_uring is refused, and everywhere the slow lane for calls that io_uring does not know, and what a thread does
+//! for itself.
 #![expect(
     unsafe_code,
     reason = "transfers go to memory that is shared with others, so no slice may be made of it"
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use threads::Kind;
 
 use crate::file::Target;
+use crate::here;
 use crate::job::{Call, Job};
 use crate::queue::Workers;
 use crate::{IoError, Permission};
@@ -24,7 +26,9 @@ pub(crate) fn start(name: &str, threads: usize, target: Arc<Target>) -> Workers<
     Workers::of_kind(Kind::Calls, name, threads, move |job| carry_out(job, &target))
 }
 
-fn carry_out(mut job: Job, target: &Target) {
+/// Makes all calls of a job and finishes it, or leaves it to wait for its right.
+pub(crate) fn carry_out(mut job: Job, target: &Target) {
+    let _elsewhere = here::elsewhere();
     let outcome = loop {
         // Right before the call, whatever this thread was stopped for (B3).
         match job.permission() {

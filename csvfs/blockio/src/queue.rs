@@ -114,6 +114,11 @@ impl<T> Intake<T> {
         item
     }
 
+    /// Whether items are refused.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// Refuses further items. What waits is still served.
     pub(crate) fn close(&self) {
         self.lock().closed = true;

@@ -88,6 +88,11 @@ impl Uring {
         }
     }
 
+    /// Whether the ring has failed: nothing is taken any more.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.intake.is_closed()
+    }
+
     /// Wakes the thread if it has jobs that wait for their right.
     pub(crate) fn rights_changed(&self) {
         if self.waiting.load(Ordering::SeqCst) {

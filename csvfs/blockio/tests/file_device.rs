@@ -9,7 +9,8 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 
 use blockio::{
-    AlignedBuf, BlockDevice, FileDevice, ImageFile, IoBuf, IoError, IoOp, IoRequest, OpenOptions, open_uri,
+    AlignedBuf, BlockDevice, FileDevice, ImageFile, IoBuf, IoError, IoOp, IoRequest, OpenOptions, Permission,
+    WriteRight, open_uri,
 };
 use tempfile::TempDir;
 
@@ -225,4 +226,58 @@ fn a_uri_opens_the_file_it_names() {
     let missing =
         open_uri("file:/nonexistent/lun", OpenOptions::default()).err().expect("refused").to_string();
     assert!(missing.contains("/nonexistent/lun") && missing.contains("check the path"), "{missing}");
+}
+
+/// Which thread ends a read of the first block.
+fn served_by(device: &FileDevice, len: usize) -> thread::ThreadId {
+    let (tell, told) = mpsc::channel();
+    let done = Box::new(move |outcome: Result<(), IoError>| {
+        outcome.expect("read");
+        let _ = tell.send(thread::current().id());
+    });
+    device.submit(IoRequest { op: IoOp::Read { offset: 0, buf: IoBuf::zeroed(len) }, done });
+    told.recv().expect("an answer")
+}
+
+#[test]
+fn a_thread_that_waits_anyway_is_not_switched_from() {
+    let (_folder, _path, device) = device(MIB);
+    device.write_at(0, &pattern(3, 8192)).expect("write");
+    let me = thread::current().id();
+    assert_ne!(served_by(&device, 4096), me);
+    let here = blockio::here();
+    assert_eq!(served_by(&device, 1 << 19), me);
+    device.run(IoOp::Write { offset: 4096, buf: IoBuf::zeroed(4096), fua: true }).expect("a forced write");
+    device.flush().expect("flush");
+    drop(here);
+    let mut back = vec![1; 8192];
+    device.read_at(0, &mut back).expect("read");
+    assert_eq!((&back[..4096], &back[4096..]), (&pattern(3, 8192)[..4096], &[0; 4096][..]));
+}
+
+#[test]
+fn a_short_request_is_carried_out_at_once_where_one_comes_at_a_time() {
+    let (_folder, _path, device) = device(MIB);
+    let me = thread::current().id();
+    let alone = blockio::here_if_alone();
+    assert_ne!(served_by(&device, 4096), me, "more may follow at once");
+    let settled = (0..100).map(|_| served_by(&device, 4096)).collect::<Vec<_>>();
+    assert_eq!(settled.last(), Some(&me));
+    assert_ne!(served_by(&device, 1 << 19), me, "it is long");
+    let waits: Arc<dyn WriteRight> = Arc::new(Waits);
+    let (tell, told) = mpsc::channel();
+    let done = Box::new(move |outcome: Result<(), IoError>| drop(tell.send(outcome)));
+    device.submit_under(IoRequest { op: IoOp::Flush, done }, &waits);
+    let beside = (0..100).map(|_| served_by(&device, 4096)).collect::<Vec<_>>();
+    assert!(!beside.contains(&me), "another one is there");
+    drop((alone, device));
+    assert!(matches!(told.recv().expect("an answer"), Err(IoError::Closed)));
+}
+
+struct Waits;
+
+impl WriteRight for Waits {
+    fn check(&self) -> Permission {
+        Permission::Wait
+    }
 }

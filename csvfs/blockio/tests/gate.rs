@@ -197,3 +197,48 @@ fn a_device_that_is_closed_answers_what_waits_for_a_right() {
     drop(device);
     assert!(matches!(queued.recv().expect("an answer"), Err(IoError::Closed)));
 }
+
+/// Answers in turn what it was given, and the last for ever.
+struct InTurn(Mutex<Vec<Permission>>);
+
+impl InTurn {
+    fn new(answers: &[Permission]) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(answers.to_vec())))
+    }
+}
+
+impl WriteRight for InTurn {
+    fn check(&self) -> Permission {
+        let mut answers = self.0.lock().expect("no panic in a test right");
+        if answers.len() > 1 { answers.remove(0) } else { answers[0].clone() }
+    }
+}
+
+// Invariant B3, for a thread that carries its requests out by itself.
+#[test]
+fn who_carries_a_request_out_asks_for_the_right_just_before() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let ended = Permission::Revoked("fenced".to_owned());
+    let right = InTurn::new(&[Permission::Granted, ended, Permission::Granted]);
+    let device = GatedDevice::new(file_device(&folder), right as Arc<dyn WriteRight>);
+    let here = blockio::here();
+    let error = submit(&device, block()).try_recv().expect("at once").expect_err("the gate let it through");
+    assert!(matches!(error, IoError::NotPermitted { .. }), "{error}");
+    assert_eq!(first_byte(&device), 0, "nothing was written");
+    drop(here);
+}
+
+#[test]
+fn who_carries_a_request_out_does_not_block_for_the_right() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let (granted, wait) = (Permission::Granted, Permission::Wait);
+    let right = InTurn::new(&[granted.clone(), wait.clone(), wait, granted]);
+    let device = GatedDevice::new(file_device(&folder), right as Arc<dyn WriteRight>);
+    let here = blockio::here();
+    let waits = submit(&device, block());
+    assert!(waits.try_recv().is_err(), "it is kept");
+    drop(here);
+    device.reconsider();
+    waits.recv().expect("an answer").expect("a write");
+    assert_eq!(first_byte(&device), 7);
+}

@@ -135,6 +135,7 @@ impl Region {
 
     /// Reads whole blocks, after the writes in flight to them have landed.
     pub(super) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), IoError> {
+        let _here = blockio::here();
         let mut done = 0;
         for (at, len) in self.pieces(offset, into.len() as u64)? {
             self.flight.wait_for(at, len);
@@ -176,7 +177,10 @@ impl Region {
             let _ = tell.send(outcome.as_ref().map_or_else(|error| Err(error.to_string()), |()| Ok(())));
             flight.land(at, outcome);
         });
+        // This thread waits for it, and nobody has anything before it is there.
+        let here = blockio::here();
         self.device.submit(IoRequest { op: IoOp::Write { offset: at, buf, fua: true }, done });
+        drop(here);
         let lost = || Err("the device has dropped the write".to_owned());
         told.recv().unwrap_or_else(|_| lost()).map_err(|cause| IoError::Poisoned { cause })
     }
@@ -185,6 +189,7 @@ impl Region {
     pub(super) fn sync(&self) -> Result<(), IoError> {
         self.flight.drain();
         self.check_writable()?;
+        let _here = blockio::here();
         let mut state = self.state();
         if state.slot_dirty && state.zeroes_unflushed {
             // The slot makes the new space reachable, so its zeros must be there first.

@@ -5,12 +5,15 @@
 //!                                  [ reader 2 .. n: requests on clones  ] -> the last one ends the filesystem
 //! ```
 //! With rings (`ring`) the readers get what the kernel says unasked, and the threads of the rings the requests.
-//! Every reader reads, parses, and calls the filesystem, which must not block: it hands over what waits.
+//! Every reader reads, parses, and calls the filesystem, which must not block: it hands over what waits. One reader of several may
+//! wait for the disk with a read or write that is alone there.
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{Builder, JoinHandle};
 
+use blockio::Here;
 use zerocopy::IntoBytes;
 
 use super::abi::{InitIn, InitOut, MAJOR, MINOR, MINOR_MIN, init};
@@ -78,10 +81,13 @@ fn read_all<F: Filesystem + 'static>(
     let Some(rings) = shake_hands(&channel, wanted, &mut buffer)? else { return Ok(()) };
     let rings = rings.map(|rings| rings.start(filesystem)).unwrap_or_default();
     let mut others = Vec::new();
+    // A single one has to go on.
+    let one_waits = Arc::new(AtomicBool::new(readers < 2));
     for number in 1..readers {
-        others.push(start_reader(number, channel.try_clone()?, Arc::clone(filesystem))?);
+        let (filesystem, one_waits) = (Arc::clone(filesystem), Arc::clone(&one_waits));
+        others.push(start_reader(number, channel.try_clone()?, filesystem, one_waits)?);
     }
-    let mut outcome = read(&Arc::new(channel), filesystem.as_ref(), &mut buffer);
+    let mut outcome = read(&Arc::new(channel), filesystem.as_ref(), &one_waits, &mut buffer);
     for reader in others {
         let ended = reader.join().unwrap_or_else(|_| Err(io::Error::other("a reader of the mount panicked")));
         outcome = outcome.and(ended);
@@ -97,8 +103,9 @@ fn start_reader<F: Filesystem + 'static>(
     number: usize,
     channel: Channel,
     filesystem: Arc<F>,
+    one_waits: Arc<AtomicBool>,
 ) -> io::Result<JoinHandle<io::Result<()>>> {
-    let work = move || read(&Arc::new(channel), filesystem.as_ref(), &mut vec![0; BUFFER_BYTES]);
+    let work = move || read(&Arc::new(channel), filesystem.as_ref(), &one_waits, &mut vec![0; BUFFER_BYTES]);
     Builder::new().name(format!("fuse-reader-{number}")).spawn(work)
 }
 
@@ -178,10 +185,18 @@ fn negotiate(offer: &InitIn, wanted: u64) -> Result<InitOut, String> {
     Ok(answer)
 }
 
-fn read<F: Filesystem>(channel: &Arc<Channel>, filesystem: &F, buffer: &mut [u8]) -> io::Result<()> {
+fn read<F: Filesystem>(
+    channel: &Arc<Channel>,
+    filesystem: &F,
+    one_waits: &AtomicBool,
+    buffer: &mut [u8],
+) -> io::Result<()> {
     while let Some(bytes) = channel.receive(buffer)? {
         match parse(bytes) {
-            Ok((header, op)) => dispatch(filesystem, header, op, Reply::new(channel, &header)),
+            Ok((header, op)) => {
+                let _waits = Waits::begin(one_waits, &op);
+                dispatch(filesystem, header, op, Reply::new(channel, &header));
+            }
             Err(Some(header)) => {
                 tracing::error!(?header, "a request of the kernel makes no sense");
                 Reply::new(channel, &header).error(libc::EINVAL);
@@ -190,6 +205,27 @@ fn read<F: Filesystem>(channel: &Arc<Channel>, filesystem: &F, buffer: &mut [u8]
         }
     }
     Ok(())
+}
+
+/// A reader that waits for the disk itself, with a request that is alone there.
+struct Waits<'a> {
+    one_waits: &'a AtomicBool,
+    _here: Here,
+}
+
+impl<'a> Waits<'a> {
+    /// One of the readers at most does so, and only for data: the others go on taking requests, whatever the disk does (F9).
+    fn begin(one_waits: &'a AtomicBool, op: &Op<'_>) -> Option<Self> {
+        let data = matches!(op, Op::Read(_) | Op::Write { .. });
+        (data && !one_waits.swap(true, Ordering::Acquire))
+            .then(|| Self { one_waits, _here: blockio::here_if_alone() })
+    }
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.one_waits.store(false, Ordering::Release);
+    }
 }
 
 /// Hands a request to the filesystem, unless it is about the connection.
@@ -207,6 +243,9 @@ pub(super) fn dispatch<F: Filesystem>(filesystem: &F, header: Header, op: Op<'_>
 
 #[cfg(test)]
 mod tests {
+    use zerocopy::FromZeros;
+
+    use super::super::abi::ReadIn;
     use super::*;
 
     fn offer(minor: u32, flags: u64) -> InitIn {
@@ -227,6 +266,20 @@ mod tests {
             negotiate(&offer(45, init::POSIX_ACL | init::ASYNC_DIO | 1 << 41), WANTED).expect("agreed");
         assert_eq!(u64::from(answer.flags), init::POSIX_ACL | init::ASYNC_DIO);
         assert_eq!((answer.flags2, answer.minor, answer.max_readahead), (0, MINOR, 1 << 17));
+    }
+
+    // Invariant F9: whatever the disk does, somebody takes requests.
+    #[test]
+    fn one_reader_at_most_waits_for_the_disk_and_only_with_data() {
+        let one_waits = AtomicBool::new(false);
+        assert!(Waits::begin(&one_waits, &Op::GetAttr).is_none());
+        let read = Op::Read(ReadIn::new_zeroed());
+        let first = Waits::begin(&one_waits, &read);
+        assert!(first.is_some() && Waits::begin(&one_waits, &read).is_none());
+        drop(first);
+        assert!(Waits::begin(&one_waits, &read).is_some());
+        // A single reader is one that waits from the start.
+        assert!(Waits::begin(&AtomicBool::new(true), &read).is_none());
     }
 
     #[test]
