@@ -36,7 +36,7 @@ ip link set lo up; ip link set eth0 up; ip addr add {NET}.$(word number)/24 dev 
 {extra}
 mkdir -p /data; mount -t ext4 /dev/vda /data
 echo {READY}
-exec setsid cttyhack sh
+exec setsid sh -c 'exec sh < /dev/ttyS0 > /dev/ttyS0 2>&1'
 "
     )
 }

@@ -65,7 +65,7 @@ done
 mkdir -p $P/np/{ADDRESS}:3260
 echo 1 > $P/enable
 echo {READY}
-exec setsid cttyhack sh
+exec setsid sh -c 'exec sh < /dev/ttyS0 > /dev/ttyS0 2>&1'
 ",
         bytes = LUN_MIB << 20
     )

@@ -1,8 +1,8 @@
-//! A machine's serial port: everything it says is kept, commands are given to the shell behind it.
+//! A machine's serial port: everything it says is kept, commands are given to the shell behind it. The kernel writes to another one.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +19,8 @@ const LINES_SHOWN: usize = 40;
 pub(crate) struct Serial {
     name: String,
     port: UnixStream,
+    /// What the kernel has said.
+    kernel_log: PathBuf,
     heard: Arc<Heard>,
     commands: u32,
 }
@@ -38,7 +40,12 @@ struct Said {
 
 impl Serial {
     /// Connects to the socket that QEMU makes, and listens from then on. A copy of all goes to `log`.
-    pub(crate) fn connect(name: &str, socket: &Path, log: &Path) -> Result<Self, LabError> {
+    pub(crate) fn connect(
+        name: &str,
+        socket: &Path,
+        log: &Path,
+        kernel_log: &Path,
+    ) -> Result<Self, LabError> {
         let port = connect(socket)?;
         let heard = Arc::<Heard>::default();
         let mut from = port.try_clone().doing("a second handle of the serial port")?;
@@ -54,7 +61,7 @@ impl Serial {
             ears.lock().ended = true;
             ears.more.notify_all();
         });
-        Ok(Self { name: name.into(), port, heard, commands: 0 })
+        Ok(Self { name: name.into(), port, kernel_log: kernel_log.to_owned(), heard, commands: 0 })
     }
 
     /// Waits until the machine has said `what`, and gives everything up to it.
@@ -68,14 +75,16 @@ impl Serial {
         }
     }
 
-    /// Runs a command in the machine's shell and gives its output; any exit code but 0 is an error.
+    /// Runs a command in the machine's shell and gives its output; any exit code but 0 is an error. It has nobody who types.
     pub(crate) fn run(&mut self, command: &str, limit: Duration) -> Result<String, LabError> {
         self.commands += 1;
         let number = self.commands;
         let (begin, mark) = (format!("begin-{number}-.\r\n"), format!("done-{number}-"));
         let from = self.heard.lock().text.len();
         // Put together in the machine, so that the echo of the command, which may come twice, is taken for neither.
-        let line = format!("echo \"begin\"-{number}-.; {{ {command} ; }} 2>&1; echo \"done\"-{number}-$?.\n");
+        let line = format!(
+            "echo \"begin\"-{number}-.; {{ {command} ; }} < /dev/null 2>&1; echo \"done\"-{number}-$?.\n"
+        );
         self.port.write_all(line.as_bytes()).doing(format_args!("writing to {}", self.name))?;
         let ends = |said: &Said| {
             let rest = said.text.get(from..)?;
@@ -95,10 +104,16 @@ impl Serial {
     }
 
     fn failed(&self, said: &Said, what: &str) -> LabError {
-        let lines: Vec<_> = said.text.lines().collect();
-        let tail = lines[lines.len().saturating_sub(LINES_SHOWN)..].join("\n");
-        LabError::new(format!("machine {}: {what}; its last lines:\n{tail}", self.name))
+        let kernel = std::fs::read(&self.kernel_log).unwrap_or_default();
+        let (shell, kernel) = (last_lines(&said.text), last_lines(&String::from_utf8_lossy(&kernel)));
+        let name = &self.name;
+        LabError::new(format!("machine {name}: {what}; its last lines:\n{shell}\nits kernel's:\n{kernel}"))
     }
+}
+
+fn last_lines(text: &str) -> String {
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(LINES_SHOWN)..].join("\n")
 }
 
 impl Heard {

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use crate::kernel::Kernel;
 use crate::tool::{Doing, LabError, run, run_in, text};
 
-/// What every init does first; the words of its own follow.
+/// What every init does first; the words of its own follow. What it says goes where commands are given, not where the kernel writes.
 const INIT_HEAD: &str = "#!/bin/busybox sh
 export PATH=/bin:/sbin HOME=/
 /bin/busybox mkdir -p /proc /sys /dev /tmp /run /sbin
 /bin/busybox --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+exec < /dev/ttyS0 > /dev/ttyS0 2>&1
 for module in $(cat /modules.order); do insmod /modules/$module || echo \"module $module: not loaded\"; done
 word() { sed -n \"s/.*\\b$1=\\([^ ]*\\).*/\\1/p\" /proc/cmdline; }
 ";
