@@ -3,10 +3,12 @@
 
 mod apart;
 mod fio;
+mod local;
 mod streams;
 
 pub use apart::{ADDRESS, run_apart};
 pub use fio::Job;
+pub use local::{LocalVolume, fill, write_once};
 pub use streams::Streams;
 
 /// One line of a comparison.

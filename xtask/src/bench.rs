@@ -10,6 +10,7 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
     let release = target_dir().join("release");
     let known = [
         "node_io",
+        "disk_io",
         "mount_io",
         "fuse_io",
         "fuse_meta",

@@ -14,13 +14,9 @@ use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use benchmarks::{Row, median, print_table};
+use benchmarks::{LocalVolume, Row, median, print_table};
 use blockio::{BlockDevice, FileDevice, IoBuf, IoOp, IoRequest};
-use csvfs::local::{LocalLink, LocalPushes};
-use csvfs::node::{Creation, File, Node, NodeParams, ROOT_INO};
-use csvfs::{Coordinator, CreateParams, OpenParams, Volume};
-use lockmgr::{ClientId, ClusterId, Epoch, NodeId, Term};
-use uuid::Uuid;
+use csvfs::node::{Creation, File, Node, ROOT_INO};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -48,32 +44,6 @@ impl Arguments {
             }
         }
         Ok(parsed)
-    }
-}
-
-/// A volume with its coordinator and one node in this process.
-struct World {
-    device: Arc<FileDevice>,
-    node: Arc<Node>,
-    _coordinator: Arc<Coordinator>,
-}
-
-impl World {
-    fn new(lun: &std::path::Path) -> Result<Self, Failure> {
-        let device = Arc::new(FileDevice::create(lun, LUN_BYTES)?);
-        let params =
-            CreateParams { name: "bench".into(), cluster: ClusterId(Uuid::from_u128(1)), force: true };
-        let volume = Volume::create(device.clone(), params)?.volume;
-        let pushes = LocalPushes::new();
-        let who = (NodeId(1), Epoch(1), Term(1));
-        let coordinator = Coordinator::open(OpenParams::new(device.clone(), volume, who, pushes.clone()))?;
-        let client = ClientId { node: NodeId(1), epoch: Epoch(1), serial: 1 };
-        let link = LocalLink::to(coordinator.clone());
-        let params =
-            NodeParams { device: device.clone(), link, client, volume, term: Term(1), name: "bench".into() };
-        let node = Node::attach(params)?;
-        pushes.add(client, &node);
-        Ok(Self { device, node, _coordinator: coordinator })
     }
 }
 
@@ -257,7 +227,7 @@ fn compare(load: &Workload, raw: &Raw, file: &File, arguments: &Arguments) -> Re
 fn compare_growth(
     load: &Workload,
     raw: &Raw,
-    world: &World,
+    world: &LocalVolume,
     arguments: &Arguments,
 ) -> Result<Sides, Failure> {
     let length = Duration::from_secs_f64(arguments.seconds);
@@ -279,7 +249,7 @@ fn compare_growth(
 }
 
 /// Has every block of the LUN's free space written once: a sparse file below would make new space slower for us alone.
-fn fill_free_space(world: &World) -> Result<(), Failure> {
+fn fill_free_space(world: &LocalVolume) -> Result<(), Failure> {
     let file = world.node.create(ROOT_INO, b"filler", &CREATION, true)?.1;
     let bytes = world.node.statfs()?.blocks_free / 10 * 9 * 4096 / (4 << 20) * (4 << 20);
     blockio::ImageFile::set_len(&*file, bytes)?;
@@ -331,16 +301,8 @@ fn compare_creates(node: &Arc<Node>, arguments: &Arguments) -> Result<Row, Failu
 }
 
 /// Writes the whole file once; gives where it lies, which must be in one piece.
-fn fill(file: &File) -> Result<u64, Failure> {
-    blockio::ImageFile::set_len(file, FILE_BYTES)?;
-    file.allocate(0, FILE_BYTES, false)?;
-    let chunk = IoBuf::zeroed(4 << 20);
-    let bytes: Vec<u8> = (0..chunk.len()).map(|at| u8::try_from(at % 251).unwrap_or(0)).collect();
-    chunk.copy_from(&bytes);
-    for offset in (0..FILE_BYTES).step_by(chunk.len()) {
-        file.run(IoOp::Write { offset, buf: chunk.clone(), fua: false })?;
-    }
-    BlockDevice::flush(file)?;
+fn place(file: &File) -> Result<u64, Failure> {
+    benchmarks::fill(file, FILE_BYTES)?;
     match file.map()?.as_slice() {
         [whole] if whole.length >= FILE_BYTES => Ok(whole.lun_offset),
         pieces => Err(format!("the file lies in {} pieces on a fresh volume", pieces.len()).into()),
@@ -350,9 +312,9 @@ fn fill(file: &File) -> Result<u64, Failure> {
 fn main() -> Result<(), Failure> {
     let arguments = Arguments::parse()?;
     let dir = tempfile::tempdir_in(&arguments.dir)?;
-    let world = World::new(&dir.path().join("lun"))?;
+    let world = LocalVolume::new(&dir.path().join("lun"), LUN_BYTES)?;
     let file = world.node.create(ROOT_INO, b"file", &CREATION, true)?.1;
-    let start = fill(&file)?;
+    let start = place(&file)?;
     let raw = Raw { device: world.device.clone(), start };
     let before = world.node.stats().requests_sent;
     let mapped: Vec<Sides> =

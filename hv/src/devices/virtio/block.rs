@@ -217,6 +217,8 @@ impl Disk {
                         self.count(&request.op);
                         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
                         let Request { status_at, op } = request;
+                        // This thread has nothing else to do then: to wake the device's would cost more.
+                        let _here = self.queue.one_at_a_time().then(blockio::here_if_alone);
                         self.start(Posted { head: chain.head, status_at, number }, op);
                     }
                     None => self.queue.complete(&self.ram, chain.head, 0, &self.interrupt),

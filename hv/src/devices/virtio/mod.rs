@@ -7,6 +7,7 @@
 
 pub(crate) mod balloon;
 pub(crate) mod block;
+pub(crate) mod driven;
 mod flight;
 pub(crate) mod limiter;
 pub(crate) mod mmio;

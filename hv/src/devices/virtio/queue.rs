@@ -6,6 +6,7 @@
 //! **Invariant:** what was popped is completed exactly once, and while the queue is held nothing new is popped, so
 //! `in_flight == 0` under a hold means that no device thread touches guest RAM (H3).
 
+use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,8 @@ use crate::state::{self, StateError};
 pub(crate) const QUEUE_SIZE_MAX: u16 = 128;
 /// Most parts of one chain, also of one in an indirect table.
 const PARTS_MAX: usize = 128;
+/// Requests in a row that must have been alone before the driver is taken to go on like that.
+const ALONE_MIN: u32 = 8;
 /// How long a drain waits for one round before it says so.
 const DRAIN_ROUND: Duration = Duration::from_secs(1);
 /// Rounds before a drain gives up.
@@ -72,6 +75,8 @@ struct Inner {
     in_flight: u16,
     /// Of those in flight, how many wait for something that no drain brings.
     stalled: u16,
+    /// Requests in a row that were completed with no other one in flight or posted.
+    alone: u32,
 }
 
 impl RequestQueue {
@@ -79,7 +84,7 @@ impl RequestQueue {
     pub(crate) fn new() -> Self {
         let queue = Queue::new(QUEUE_SIZE_MAX).expect("the size is a power of two");
         Self {
-            inner: Mutex::new(Inner { queue, held: true, broken: false, in_flight: 0, stalled: 0 }),
+            inner: Mutex::new(Inner { queue, held: true, broken: false, in_flight: 0, stalled: 0, alone: 0 }),
             idle: Condvar::new(),
         }
     }
@@ -120,15 +125,24 @@ impl RequestQueue {
     /// Gives a request back to the driver and tells it.
     pub(crate) fn complete(&self, ram: &GuestRam, head: u16, written: u32, interrupt: &DeviceInterrupt) {
         let mut inner = self.lock();
+        // Before the driver hears of it, and posts the next one.
+        inner.alone = if inner.is_alone(ram) { inner.alone.saturating_add(1) } else { 0 };
         if inner.queue.add_used(ram.map(), head, written).is_err() {
             inner.broken = true;
         }
-        // Interrupt before the count: a drained queue has nothing left to say.
+        drop(inner);
+        // Interrupt before the count: a drained queue has nothing left to say. Not under the lock, which who takes requests wants.
         interrupt.used();
+        let mut inner = self.lock();
         inner.in_flight -= 1;
         if inner.in_flight == 0 {
             self.idle.notify_all();
         }
+    }
+
+    /// Whether the driver waits for each request before it posts the next.
+    pub(crate) fn one_at_a_time(&self) -> bool {
+        self.lock().alone >= ALONE_MIN
     }
 
     /// One of those in flight will not complete by itself: a drain does not wait for it.
@@ -253,6 +267,12 @@ impl RequestQueue {
 }
 
 impl Inner {
+    /// Whether the request that is about to be completed is the only one.
+    fn is_alone(&self, ram: &GuestRam) -> bool {
+        let posted = self.queue.avail_idx(ram.map(), Ordering::Acquire);
+        self.in_flight == 1 && posted.is_ok_and(|posted| posted.0 == self.queue.next_avail())
+    }
+
     fn fall(&mut self) -> Popped {
         self.broken = true;
         Popped::Broken

@@ -260,3 +260,37 @@ fn a_request_without_space_waits_unanswered_and_is_done_in_order_when_there_is_s
     // Reads and failures of another kind are answered as ever.
     assert!(driver.disk.stall_reason().is_none());
 }
+
+#[test]
+fn a_driver_that_waits_for_each_request_is_told_from_one_that_does_not() {
+    let device = Arc::new(Stuck::default());
+    let mut driver = Driver::started(device.clone(), false);
+    driver.header(0, 0);
+    let complete = || {
+        let request = device.waiting.lock().unwrap().remove(0);
+        (request.done)(Ok(()));
+    };
+    for head in [0, 3] {
+        let at = DESCRIPTORS + u64::from(head) * 16;
+        driver.describe(
+            at,
+            &[
+                (HEADER, 16, NEXT, head + 1),
+                (DATA, 512, NEXT | WRITE, head + 2),
+                (STATUS + u64::from(head), 1, WRITE, 0),
+            ],
+        );
+    }
+    for _ in 0..8 {
+        assert!(!driver.disk.queue.one_at_a_time());
+        driver.post(0);
+        complete();
+    }
+    assert!(driver.disk.queue.one_at_a_time());
+    driver.post(0);
+    driver.post(3);
+    complete();
+    assert!(!driver.disk.queue.one_at_a_time(), "another one is in flight");
+    complete();
+    assert!(!driver.disk.queue.one_at_a_time(), "it has to show that again");
+}

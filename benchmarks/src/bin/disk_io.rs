@@ -1,0 +1,162 @@
+//! The way of a guest's request beside the node library: virtio queue, VHDX, file of the volume, LUN. The queue is in memory, its
+//! driver acts inside of the interrupt, and no guest takes processor time; the node library is asked for the same on another file.
+//!
+//! `disk_io [--seconds S] [--rounds N] [--dir DIR]`: turns of S seconds, N of each side. The disk's image is written once before,
+//! so that every block has its place.
+//!
+//! Goal: at depth 32 at least 0.9 of the node library's requests per second.
+#![expect(clippy::disallowed_methods, reason = "a harness: it measures time")]
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use benchmarks::{LocalVolume, Row, fill, median, print_heading, print_row, write_once};
+use blockio::{BlockDevice, ImageFile, IoBuf, IoError, IoOp, IoRequest};
+use csvfs::node::{Creation, ROOT_INO};
+use hv::{DriverRequest, drive_disk};
+
+type Failure = Box<dyn std::error::Error>;
+
+const LUN_BYTES: u64 = 3 << 30;
+const DISK_BYTES: u64 = 1 << 30;
+const REQUEST_BYTES: u32 = 4096;
+const CREATION: Creation = Creation { mode: 0o644, umask: 0, uid: 0, gid: 0 };
+
+struct Load {
+    name: &'static str,
+    write: bool,
+    depth: u16,
+    goal: f64,
+}
+
+const LOADS: [Load; 4] = [
+    Load { name: "4 KiB random read, depth 1", write: false, depth: 1, goal: 0.0 },
+    Load { name: "4 KiB random write, depth 1", write: true, depth: 1, goal: 0.0 },
+    Load { name: "4 KiB random read, depth 32", write: false, depth: 32, goal: 0.9 },
+    Load { name: "4 KiB random write, depth 32", write: true, depth: 32, goal: 0.9 },
+];
+
+/// Places in the order in which both sides visit them, until the time is over.
+struct Places {
+    state: u64,
+    ends_at: Instant,
+}
+
+impl Places {
+    fn new(length: Duration) -> Self {
+        Self { state: 0x9E37_79B9, ends_at: Instant::now() + length }
+    }
+
+    fn next(&mut self) -> Option<u64> {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        let slot = self.state % (DISK_BYTES / u64::from(REQUEST_BYTES));
+        (Instant::now() < self.ends_at).then_some(slot * u64::from(REQUEST_BYTES))
+    }
+}
+
+/// Requests per second of the disk.
+fn by_queue(disk: &Arc<dyn BlockDevice>, load: &Load, length: Duration) -> Result<f64, Failure> {
+    let (start, mut places, write) = (Instant::now(), Places::new(length), load.write);
+    let next = move || places.next().map(|offset| DriverRequest { write, offset });
+    let back = drive_disk(Arc::clone(disk), (load.depth, REQUEST_BYTES), next)?;
+    Ok(f64::from(u32::try_from(back)?) / start.elapsed().as_secs_f64())
+}
+
+/// The same of a device without a queue: each completion submits the next request.
+struct ByHand {
+    device: Arc<dyn BlockDevice>,
+    write: bool,
+    state: Mutex<(Places, u32)>,
+    tell: mpsc::Sender<Result<(), IoError>>,
+}
+
+impl ByHand {
+    fn run(device: &Arc<dyn BlockDevice>, load: &Load, length: Duration) -> Result<f64, Failure> {
+        let (tell, told) = mpsc::channel();
+        let start = Instant::now();
+        let state = Mutex::new((Places::new(length), 0));
+        let all = Arc::new(Self { device: Arc::clone(device), write: load.write, state, tell });
+        for _ in 0..load.depth {
+            Self::go_on(&all, IoBuf::zeroed(REQUEST_BYTES as usize));
+        }
+        (0..load.depth).try_for_each(|_| told.recv().map_err(Failure::from)?.map_err(Failure::from))?;
+        let done = all.state.lock().unwrap_or_else(PoisonError::into_inner).1;
+        Ok(f64::from(done) / start.elapsed().as_secs_f64())
+    }
+
+    fn go_on(self: &Arc<Self>, buf: IoBuf) {
+        let next = self.state.lock().unwrap_or_else(PoisonError::into_inner).0.next();
+        let Some(offset) = next else { return drop(self.tell.send(Ok(()))) };
+        let (all, again) = (Arc::clone(self), buf.clone());
+        let op =
+            if self.write { IoOp::Write { offset, buf, fua: false } } else { IoOp::Read { offset, buf } };
+        let done = Box::new(move |outcome: Result<(), IoError>| match outcome {
+            Ok(()) => {
+                all.state.lock().unwrap_or_else(PoisonError::into_inner).1 += 1;
+                all.go_on(again);
+            }
+            failed => drop(all.tell.send(failed)),
+        });
+        self.device.submit(IoRequest { op, done });
+    }
+}
+
+struct Arguments {
+    seconds: f64,
+    rounds: usize,
+    dir: PathBuf,
+}
+
+impl Arguments {
+    fn parse() -> Result<Self, Failure> {
+        let mut parsed = Self { seconds: 0.4, rounds: 9, dir: std::env::temp_dir() };
+        let mut words = std::env::args().skip(1);
+        while let Some(word) = words.next() {
+            let mut value = || words.next().ok_or(format!("{word} needs a value"));
+            match word.as_str() {
+                "--seconds" => parsed.seconds = value()?.parse()?,
+                "--rounds" => parsed.rounds = value()?.parse()?,
+                "--dir" => parsed.dir = value()?.into(),
+                _ => return Err(format!("{word}: not known; use --seconds S, --rounds N, --dir DIR").into()),
+            }
+        }
+        Ok(parsed)
+    }
+}
+
+fn main() -> Result<(), Failure> {
+    let arguments = Arguments::parse()?;
+    let length = Duration::from_secs_f64(arguments.seconds);
+    let dir = tempfile::tempdir_in(&arguments.dir)?;
+    let volume = LocalVolume::new(&dir.path().join("lun"), LUN_BYTES)?;
+    let create = |name: &[u8]| volume.node.create(ROOT_INO, name, &CREATION, true).map(|made| made.1);
+    let plain = create(b"plain")?;
+    fill(&plain, DISK_BYTES)?;
+    let image: Arc<dyn ImageFile> = create(b"disk.vhdx")?;
+    vhdx::create(&image, &vhdx::Spec::dynamic(DISK_BYTES))?;
+    let disk: Arc<dyn BlockDevice> = Arc::new(vhdx::Builder::open(image).writable()?);
+    write_once(&*disk, DISK_BYTES)?;
+    let plain: Arc<dyn BlockDevice> = plain;
+    print_heading("requests of a guest's disk per second", "node library", "disk");
+    for load in LOADS {
+        let (mut base, mut ours) = (Vec::new(), Vec::new());
+        for round in 0..arguments.rounds {
+            // Who goes first changes, so that neither gains from the other's wake.
+            for by_disk in [round % 2 == 1, round % 2 == 0] {
+                if by_disk {
+                    ours.push(by_queue(&disk, &load, length)?);
+                } else {
+                    base.push(ByHand::run(&plain, &load, length)?);
+                }
+            }
+        }
+        let (base, ours) = (median(&mut base), median(&mut ours));
+        print_row(&Row { name: load.name.into(), base, ours, goal: load.goal });
+    }
+    drop((disk, plain));
+    volume.node.detach()?;
+    Ok(())
+}
