@@ -71,11 +71,17 @@ pub(super) struct Pin {
 }
 
 impl Pin {
-    /// The coordinator counts one more open of it here.
-    pub(super) fn opened_as(&self, kind: FileKind) {
+    /// The coordinator has counted one more open of it here, as it answered under the attach `attempt`. `false`: another attach was begun
+    /// since, which does not claim it, so it does not count.
+    #[must_use]
+    pub(super) fn opened_as(&self, kind: FileKind, attempt: u64) -> bool {
         let mut state = self.inode.lock();
-        state.registered += 1;
-        state.opened_as = Some(kind);
+        let counts = self.inode.core.session.is_attempt(attempt);
+        if counts {
+            state.registered += 1;
+            state.opened_as = Some(kind);
+        }
+        counts
     }
 }
 
@@ -171,15 +177,17 @@ impl Core {
         if held || (state.users > 0 && !state.leaving) || state.in_flight > 0 {
             return;
         }
-        let opens = std::mem::take(&mut state.registered);
+        let (opens, claimed_in) = (std::mem::take(&mut state.registered), state.claimed_in);
+        let closes: Vec<u64> =
+            (0..opens).filter_map(|_| self.session.keep_close(inode.ino, claimed_in)).collect();
         let was_there = files.get(&inode.ino).is_some_and(|found| Arc::ptr_eq(found, inode));
         if was_there {
             files.remove(&inode.ino);
             self.memory.raise_floor(inode.ino, state.grant.floor());
         }
         drop((state, files));
-        for _ in 0..opens {
-            self.session.call(Op::Close(pb::Close { ino: inode.ino }), |_| {});
+        for id in closes {
+            self.session.dispatch(id);
         }
         self.retired.notify_all();
     }
@@ -325,10 +333,10 @@ impl Core {
 }
 
 impl Holder for Core {
-    fn holdings(&self) -> Holdings {
+    fn holdings(&self, attempt: u64) -> Holdings {
         let mut holdings = Holdings { locks: self.locks.claims(), ..Holdings::default() };
         for inode in self.all_files() {
-            let (claim, open, merely_remembered) = inode.holding();
+            let (claim, open, merely_remembered) = inode.holding(attempt);
             match claim {
                 Some(claim) if merely_remembered => holdings.readers.push(claim.ino),
                 claim => holdings.claims.extend(claim),

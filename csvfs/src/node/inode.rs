@@ -114,6 +114,8 @@ pub(super) struct State {
     pub(super) users: usize,
     /// Opens that the coordinator counts.
     pub(super) registered: u32,
+    /// The attach that has claimed those that there were then, or that there were none.
+    pub(super) claimed_in: u64,
     /// What it was opened as: a number stands for one inode for ever.
     pub(super) opened_as: Option<FileKind>,
 }
@@ -346,10 +348,11 @@ impl Inode {
         }
     }
 
-    /// What this node has, for an Attach.
+    /// What this node has, for the Attach of this number.
     /// The last: it is a PR that nobody uses.
-    pub(super) fn holding(&self) -> (Option<pb::Claim>, Option<pb::OpenClaim>, bool) {
-        let state = self.lock();
+    pub(super) fn holding(&self, attempt: u64) -> (Option<pb::Claim>, Option<pb::OpenClaim>, bool) {
+        let mut state = self.lock();
+        state.claimed_in = attempt;
         let open = (state.registered > 0).then_some(pb::OpenClaim { ino: self.ino, count: state.registered });
         let merely_remembered = state.grant.mode == Mode::ProtectedRead && state.is_merely_remembered();
         (state.grant.claim(self.ino), open, merely_remembered)

@@ -225,16 +225,36 @@ impl Node {
             return Ok(known);
         }
         let pin = self.core.pin(ino);
-        let kind = self.ask_attr(Op::Open(pb::Open { ino }))?.kind;
-        pin.opened_as(kind);
-        Ok((pin, kind))
+        loop {
+            let answered = self.core.ask(Op::Open(pb::Open { ino }))?;
+            let kind = names::attr_of(&answered)?.kind;
+            if pin.opened_as(kind, answered.attempt) {
+                return Ok((pin, kind));
+            }
+        }
     }
 
-    /// A file that the coordinator has counted as opened.
-    fn opened(self: &Arc<Self>, attr: Attr) -> Arc<File> {
+    /// A file that the coordinator has counted as opened in an answer under the attach `attempt`; none if that does not count any more.
+    fn opened(self: &Arc<Self>, attr: Attr, attempt: u64) -> Option<Arc<File>> {
         let pin = self.core.pin(attr.ino);
-        pin.opened_as(attr.kind);
-        File::new(self.clone(), pin)
+        pin.opened_as(attr.kind, attempt).then(|| File::new(self.clone(), pin))
+    }
+
+    /// Has the coordinator count a regular file as open, until that counts.
+    fn reopen_then(
+        self: &Arc<Self>,
+        ino: u64,
+        done: impl FnOnce(Result<Arc<File>, FsError>) + Send + 'static,
+    ) {
+        let node = self.clone();
+        self.core.ask_then(Op::Open(pb::Open { ino }), move |outcome| {
+            let answer = outcome.and_then(|answered| Ok((names::attr_of(&answered)?, answered.attempt)));
+            match answer.map(|(attr, attempt)| node.opened(attr, attempt)) {
+                Ok(Some(file)) => done(Ok(file)),
+                Ok(None) => node.reopen_then(ino, done),
+                Err(error) => done(Err(error)),
+            }
+        });
     }
 
     /// As [`Node::open`], if that takes no message. Never blocks.

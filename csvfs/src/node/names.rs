@@ -49,6 +49,14 @@ impl Created {
     }
 }
 
+/// What the coordinator has made.
+struct Made {
+    attr: Attr,
+    /// The answer's place among others, and the attach under which it was given.
+    stamp: Seq,
+    attempt: u64,
+}
+
 /// What is known of a name without a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AtHand {
@@ -170,13 +178,21 @@ impl Node {
         (request.open, request.cache) = (true, true);
         let node = self.clone();
         self.create_named(request, move |made| {
-            done(made.and_then(|(told, stamp)| {
-                if told.kind != FileKind::Regular {
-                    return Err(FsError::invalid(libc::EEXIST, "the name exists and is no regular file"));
-                }
-                let now = node.local_changes_at_hand(told, stamp);
-                Ok(Created { file: node.opened(told), told, now })
-            }));
+            let Made { attr: told, stamp, attempt } = match made {
+                Ok(made) => made,
+                Err(error) => return done(Err(error)),
+            };
+            if told.kind != FileKind::Regular {
+                return done(Err(FsError::invalid(libc::EEXIST, "the name exists and is no regular file")));
+            }
+            let now = node.local_changes_at_hand(told, stamp);
+            match node.opened(told, attempt) {
+                Some(file) => done(Ok(Created { file, told, now })),
+                // The node has attached anew since.
+                None => node.reopen_then(told.ino, move |file| {
+                    done(file.map(|file| Created { file, told, now: None }));
+                }),
+            }
         });
     }
 
@@ -194,8 +210,14 @@ impl Node {
         let mut request = new_inode(parent, b"unnamed", FileKind::Regular, creation)?;
         request.name = Bytes::new();
         (request.open, request.unnamed, request.linkable) = (true, true, linkable);
-        let attr = self.ask_attr(Op::Create(request))?;
-        Ok((attr, self.opened(attr)))
+        loop {
+            let answered = self.core.ask(Op::Create(request.clone()))?;
+            let attr = attr_of(&answered)?;
+            if let Some(file) = self.opened(attr, answered.attempt) {
+                return Ok((attr, file));
+            }
+            // The node has attached anew since: nobody has it open, and nothing names it.
+        }
     }
 
     /// Creates a directory.
@@ -221,9 +243,9 @@ impl Node {
         (request.exclusive, request.cache) = (true, true);
         let core = self.core.clone();
         self.create_named(request, move |made| {
-            done(made.map(|(attr, stamp)| {
-                core.learn_empty(attr.ino, stamp);
-                attr
+            done(made.map(|made| {
+                core.learn_empty(made.attr.ino, made.stamp);
+                made.attr
             }));
         });
     }
@@ -263,14 +285,10 @@ impl Node {
 
     fn make(&self, mut request: pb::Create) -> Result<Attr, FsError> {
         request.exclusive = true;
-        wait_for(|done| self.create_named(request, done)).map(|(attr, _)| attr)
+        wait_for(|done| self.create_named(request, done)).map(|made| made.attr)
     }
 
-    fn create_named(
-        &self,
-        request: pb::Create,
-        done: impl FnOnce(Result<(Attr, Seq), FsError>) + Send + 'static,
-    ) {
+    fn create_named(&self, request: pb::Create, done: impl FnOnce(Result<Made, FsError>) + Send + 'static) {
         let (parent, name) = (request.parent, request.name.clone());
         let changing = self.core.changing([parent], false);
         let core = self.core.clone();
@@ -280,7 +298,7 @@ impl Node {
                 core.changed_unseen(&answered);
                 core.changed_here(parent, &[&name], stamp);
                 core.learn_name(parent, &name, attr.ino, stamp);
-                Ok((attr, stamp))
+                Ok(Made { attr, stamp, attempt: answered.attempt })
             });
             drop(changing);
             done(made);

@@ -69,8 +69,8 @@ pub(super) struct Holdings {
 
 /// Who uses the session: says what is held, and hears of the end.
 pub(super) trait Holder: Send + Sync {
-    /// What is held now. Takes the locks of files: called with no lock held.
-    fn holdings(&self) -> Holdings;
+    /// What is held now, for the Attach of this number. Takes the locks of files: called with no lock held.
+    fn holdings(&self, attempt: u64) -> Holdings;
     /// The coordinator refused the claims: nothing that is held is valid.
     fn refused(&self, why: &FsError);
 }
@@ -120,7 +120,7 @@ struct Kept {
     sent_under: u64,
     /// The term in which it was made, for what has a meaning only in that term.
     first_term: u64,
-    /// The attempt under which it was made; 0: of none, no coordinator was attached to.
+    /// The attempt under which it was made; 0: of none, no coordinator was attached to. A Close is always of the latest.
     made_under: u64,
 }
 
@@ -214,6 +214,25 @@ impl Session {
         id
     }
 
+    /// Keeps a Close of an inode that was last claimed in the Attach `claimed_in`, under the lock of the file. None where no coordinator
+    /// counts what is closed: the next claim goes without it. One that is kept means something to the coordinator of this attach alone.
+    pub(super) fn keep_close(&self, ino: u64, claimed_in: u64) -> Option<u64> {
+        let mut state = self.lock();
+        let counted = match state.phase {
+            Phase::Attached => true,
+            Phase::Attaching => claimed_in == state.attempt,
+            Phase::Lost | Phase::Closed(_) => false,
+        };
+        let (id, made_under) = (state.next_id, state.attempt);
+        counted.then(|| {
+            state.next_id += 1;
+            let (op, done) = (Op::Close(pb::Close { ino }), Box::new(|_| {}));
+            let kept = Kept { op, done, sent_under: 0, first_term: state.term, made_under };
+            state.kept.insert(id, kept);
+            id
+        })
+    }
+
     /// Sends a kept request, unless an attach did so already.
     pub(super) fn dispatch(self: &Arc<Self>, id: u64) {
         let mut state = self.lock();
@@ -297,7 +316,12 @@ impl Session {
     /// Whether no attach was begun since. A grant of an older attach is not among what was claimed then, so it does not
     /// count; asked under the lock of the file, under which its claim is made too.
     pub(super) fn is_current(&self, answered: &Answered) -> bool {
-        self.lock().attempt == answered.attempt
+        self.is_attempt(answered.attempt)
+    }
+
+    /// The same, of an answer under this attach.
+    pub(super) fn is_attempt(&self, attempt: u64) -> bool {
+        self.lock().attempt == attempt
     }
 
     /// Who this is.
@@ -330,7 +354,7 @@ impl Session {
             forget_old_term(&mut kept.op);
         }
         if kept.made_under < attempt {
-            forget_parting(&mut kept.op);
+            forget_given_up(&mut kept.op);
         }
         kept.sent_under = attempt;
         let op = Some(kept.op.clone());
@@ -443,7 +467,7 @@ impl Session {
         state.next_id += 1;
         drop(state);
         let Some(holder) = self.holder() else { return };
-        let Holdings { claims, opens, locks, mut readers } = holder.holdings();
+        let Holdings { claims, opens, locks, mut readers } = holder.holdings(attempt);
         into_distances(&mut readers);
         let state = self.lock();
         let below = state.kept.keys().next().copied().unwrap_or(id).min(id);
@@ -541,8 +565,10 @@ impl Session {
 }
 
 /// What was given up before an attach was not claimed in it. To give it up again would take away what was got since.
-fn forget_parting(op: &mut Op) {
+fn forget_given_up(op: &mut Op) {
     match op {
+        // Nothing has this number, and to close what is not open is done already.
+        Op::Close(op) => op.ino = 0,
         Op::Unlink(op) => op.parting = None,
         Op::Rename(op) => op.parting = None,
         _ => {}

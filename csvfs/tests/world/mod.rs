@@ -11,7 +11,7 @@ use std::sync::{Arc, mpsc};
 
 use blockio::{BlockDevice, IoBuf, MemoryDevice};
 use csvfs::local::{LocalLink, LocalPushes};
-use csvfs::node::{Creation, File, FsError, Node, NodeParams, ROOT_INO};
+use csvfs::node::{CoordinatorLink, Creation, File, FsError, Node, NodeParams, ROOT_INO};
 use csvfs::{Coordinator, CreateParams, OpenParams, Volume};
 use lockmgr::{ClientId, ClusterId, Epoch, NodeId, Term, VolumeId};
 
@@ -109,10 +109,24 @@ impl World {
 
     /// A node with its own way to the LUN.
     pub fn node_on(&self, number: u16, device: Arc<dyn BlockDevice>) -> Arc<Node> {
+        self.node_with(number, device, self.link.clone())
+    }
+
+    /// A node with its own way to the coordinator.
+    pub fn node_by(&self, number: u16, link: Arc<dyn CoordinatorLink>) -> Arc<Node> {
+        self.node_with(number, self.device.clone(), link)
+    }
+
+    fn node_with(
+        &self,
+        number: u16,
+        device: Arc<dyn BlockDevice>,
+        link: Arc<dyn CoordinatorLink>,
+    ) -> Arc<Node> {
         let client = self.client(number);
         let params = NodeParams {
             device,
-            link: self.link.clone(),
+            link,
             client,
             volume: self.volume,
             term: Term(self.term()),
