@@ -5,7 +5,7 @@ mod world;
 use std::sync::Arc;
 use std::thread;
 
-use blockio::{BlockDevice, FaultDevice, IoBuf, IoOp, MemoryDevice, OpKind, Unflushed};
+use blockio::{BlockDevice, FaultDevice, FileDevice, IoBuf, IoOp, MemoryDevice, OpKind, Unflushed};
 use csvfs::node::ROOT_INO;
 use world::{Dice, LUN_BYTES, World, buf_of, create, fsync, later, open, read, write};
 
@@ -374,4 +374,24 @@ fn a_log_that_could_not_be_read_is_read_again_after_a_while_and_not_whenever_its
     }
     assert!(begun.elapsed() >= PAUSE && asked > 0, "it was read at once");
     assert!(read(&open(&other, "f"), 0, 8192).expect("a read") == [1; 8192], "the log was replayed");
+}
+
+// Of the flush, of what the log says after it, and of a write: nobody else is woken for any of them.
+#[test]
+fn who_waits_for_an_fsync_carries_it_out() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let lun = FileDevice::create(folder.path().join("lun"), LUN_BYTES).expect("a LUN");
+    let world = World::on(Arc::new(lun));
+    let node = world.node(1);
+    let file = create(&node, "f");
+    write(&file, 0, &[1; 10_000]).expect("a write");
+    let (flushes, records) = (node.stats().flushes, node.stats().log_writes);
+    let here = blockio::here();
+    let synced = later(|tell| file.fsync(move |outcome| tell((outcome, thread::current().id()))));
+    drop(here);
+    let (outcome, by) = synced.try_recv().expect("it is done when the call returns");
+    outcome.expect("an fsync");
+    assert_eq!(by, thread::current().id());
+    assert_eq!((node.stats().flushes, node.stats().log_writes), (flushes + 1, records + 1));
+    assert!(read(&file, 0, 10_000).expect("a read") == [1; 10_000]);
 }

@@ -139,6 +139,8 @@ impl Session {
         if let Some(error) = self.core.poisoned() {
             return Err(error);
         }
+        // What a step submits it waits for.
+        let _here = blockio::here();
         step(self).map_err(|error| self.core.poison(&error))
     }
 

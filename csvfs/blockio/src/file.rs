@@ -248,7 +248,7 @@ impl FileDevice {
         let alone = self.target.alone_in_a_row();
         match &self.engine {
             engine if here::wanted(job.transfer_bytes(), alone) && !engine.has_failed() => {
-                pool::carry_out(job, &self.target);
+                here::carry_out(|| pool::carry_out(job, &self.target));
             }
             _ if job.is_slow() => self.slow.push(job),
             Engine::Uring(uring) => uring.push(job),

@@ -6,7 +6,8 @@
 //! ```
 //! A thread that has to be woken first costs as much as a fast disk takes for a short transfer, and on a small machine more.
 //!
-//! **Invariant:** what a completion submits goes to the device's own thread, so a chain of requests never piles up here.
+//! **Invariant:** what a completion submits goes to the device's own thread, so a chain of requests never piles up here, unless the
+//! completion wishes otherwise itself: for what whoever waits cannot do without ([`inside`]).
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -27,6 +28,8 @@ enum Wish {
 }
 
 thread_local! {
+    /// Completions run inside of their submission on this thread now.
+    static INSIDE: Cell<bool> = const { Cell::new(false) };
     static WISH: Cell<Wish> = const { Cell::new(Wish::Nothing) };
 }
 
@@ -74,9 +77,26 @@ pub(crate) fn wanted(transfer: Option<u64>, alone_in_a_row: usize) -> bool {
     }
 }
 
-/// As before [`here`], while a job is carried out: for what its completion submits.
-pub(crate) fn elsewhere() -> Here {
-    Here::begin(Wish::Nothing)
+/// Whether the completion that asks runs inside of its submission, on a thread that waits for it: what follows may be done at once.
+#[must_use]
+pub fn inside() -> bool {
+    INSIDE.get()
+}
+
+/// Does what carries a job out, and what its completion does, which submits as before [`here`].
+pub(crate) fn carry_out(job: impl FnOnce()) {
+    let _elsewhere = Here::begin(Wish::Nothing);
+    let _inside = Inside(INSIDE.replace(true));
+    job();
+}
+
+/// Restores what was before.
+struct Inside(bool);
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        INSIDE.set(self.0);
+    }
 }
 
 #[cfg(test)]
@@ -94,9 +114,13 @@ mod tests {
         for (transfer, alone) in [(Some(512), LONG - 1), (Some(ALONE_BYTES_MAX + 1), LONG), (None, LONG)] {
             assert!(!wanted(transfer, alone), "{transfer:?}, {alone} in a row alone");
         }
-        let inside = elsewhere();
-        assert!(!wanted(Some(512), LONG), "what a completion submits");
-        drop(inside);
+        assert!(!inside());
+        carry_out(|| {
+            assert!(inside() && !wanted(Some(512), LONG), "what a completion submits");
+            carry_out(|| {});
+            assert!(inside());
+        });
+        assert!(!inside());
         assert!(wanted(Some(512), LONG));
         drop(short);
         assert!(wanted(None, 0), "as before");

@@ -37,7 +37,7 @@ pub use device::{BlockDevice, Completion, Geometry, ImageFile, IoError, IoOp, Io
 pub use fault::{FaultDevice, OpKind};
 pub use file::{FileDevice, OpenOptions};
 pub use gate::{GatedDevice, Permission, WriteRight};
-pub use here::{Here, here, here_if_alone};
+pub use here::{Here, here, here_if_alone, inside};
 pub use memory::MemoryDevice;
 pub use nbd::{
     Allocation, NbdAddress, NbdDevice, NbdExport, NbdExports, NbdOptions, NbdServer, NbdStream, NbdTransport,

@@ -13,7 +13,6 @@ use std::sync::Arc;
 use threads::Kind;
 
 use crate::file::Target;
-use crate::here;
 use crate::job::{Call, Job};
 use crate::queue::Workers;
 use crate::{IoError, Permission};
@@ -28,7 +27,6 @@ pub(crate) fn start(name: &str, threads: usize, target: Arc<Target>) -> Workers<
 
 /// Makes all calls of a job and finishes it, or leaves it to wait for its right.
 pub(crate) fn carry_out(mut job: Job, target: &Target) {
-    let _elsewhere = here::elsewhere();
     let outcome = loop {
         // Right before the call, whatever this thread was stopped for (B3).
         match job.permission() {

@@ -279,6 +279,9 @@ impl Core {
         self.flushes.fetch_add(1, Ordering::Relaxed);
         let core = self.clone();
         let done = Box::new(move |result: Result<(), IoError>| {
+            if blockio::inside() {
+                return core.flushed(sharing, result);
+            }
             let workers = core.workers.clone();
             workers.run(move || core.flushed(sharing, result));
         });

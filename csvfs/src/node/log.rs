@@ -110,7 +110,7 @@ impl Log {
 }
 
 impl Core {
-    /// Writes what `commit` says to the log; it is stable when `done` is called, on a worker.
+    /// Writes what `commit` says to the log; it is stable when `done` is called, on a worker, or here where this thread waits.
     pub(super) fn append_log(self: &Arc<Self>, commit: pb::Commit, done: Appended) {
         if let Some(why) = self.stopped() {
             return done(Err(why));
@@ -161,6 +161,8 @@ impl Core {
             left: AtomicUsize::new(stretches.len()),
             outcome: Mutex::new((Ok(()), Some(batch))),
         });
+        // Whoever waits for the flush before it waits for this too.
+        let _here = blockio::inside().then(blockio::here);
         for (offset, bytes) in stretches {
             let joint = joint.clone();
             let buf = IoBuf::from(AlignedBuf::copy_of(&bytes));
@@ -309,6 +311,9 @@ impl Joint {
         let (outcome, batch) = (joint.0.clone(), joint.1.take());
         drop(joint);
         let (core, Some(batch)) = (self.core.clone(), batch) else { return };
+        if blockio::inside() {
+            return core.log_written(batch, outcome);
+        }
         let workers = core.workers.clone();
         workers.run(move || core.log_written(batch, outcome));
     }

@@ -6,7 +6,7 @@
 //! ```
 //! With rings (`ring`) the readers get what the kernel says unasked, and the threads of the rings the requests.
 //! Every reader reads, parses, and calls the filesystem, which must not block: it hands over what waits. One reader of several may
-//! wait for the disk with a read or write that is alone there.
+//! wait for the disk: with a read or write that is alone there, or for a flush.
 
 use std::io;
 use std::sync::Arc;
@@ -207,7 +207,7 @@ fn read<F: Filesystem>(
     Ok(())
 }
 
-/// A reader that waits for the disk itself, with a request that is alone there.
+/// A reader that waits for the disk itself: with a read or write that is alone there, or for a flush.
 struct Waits<'a> {
     one_waits: &'a AtomicBool,
     _here: Here,
@@ -216,9 +216,12 @@ struct Waits<'a> {
 impl<'a> Waits<'a> {
     /// One of the readers at most does so, and only for data: the others go on taking requests, whatever the disk does (F9).
     fn begin(one_waits: &'a AtomicBool, op: &Op<'_>) -> Option<Self> {
-        let data = matches!(op, Op::Read(_) | Op::Write { .. });
-        (data && !one_waits.swap(true, Ordering::Acquire))
-            .then(|| Self { one_waits, _here: blockio::here_if_alone() })
+        let how = match op {
+            Op::Read(_) | Op::Write { .. } => blockio::here_if_alone,
+            Op::Fsync(_) => blockio::here,
+            _ => return None,
+        };
+        (!one_waits.swap(true, Ordering::Acquire)).then(|| Self { one_waits, _here: how() })
     }
 }
 
@@ -245,7 +248,7 @@ pub(super) fn dispatch<F: Filesystem>(filesystem: &F, header: Header, op: Op<'_>
 mod tests {
     use zerocopy::FromZeros;
 
-    use super::super::abi::ReadIn;
+    use super::super::abi::{FsyncIn, ReadIn};
     use super::*;
 
     fn offer(minor: u32, flags: u64) -> InitIn {
@@ -278,6 +281,7 @@ mod tests {
         assert!(first.is_some() && Waits::begin(&one_waits, &read).is_none());
         drop(first);
         assert!(Waits::begin(&one_waits, &read).is_some());
+        assert!(Waits::begin(&one_waits, &Op::Fsync(FsyncIn::new_zeroed())).is_some());
         // A single reader is one that waits from the start.
         assert!(Waits::begin(&AtomicBool::new(true), &read).is_none());
     }
