@@ -5,11 +5,13 @@ mod apart;
 mod fio;
 mod local;
 mod streams;
+mod turns;
 
 pub use apart::{ADDRESS, run_apart};
 pub use fio::Job;
 pub use local::{LocalVolume, fill, write_once};
 pub use streams::Streams;
+pub use turns::Turns;
 
 /// One line of a comparison.
 #[derive(Clone, Debug)]

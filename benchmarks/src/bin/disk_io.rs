@@ -7,11 +7,10 @@
 //! Goal: at depth 32 at least 0.9 of the node library's requests per second.
 #![expect(clippy::disallowed_methods, reason = "a harness: it measures time")]
 
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use benchmarks::{LocalVolume, Row, fill, median, print_heading, print_row, write_once};
+use benchmarks::{LocalVolume, Row, Turns, fill, median, print_heading, print_row, write_once};
 use blockio::{BlockDevice, ImageFile, IoBuf, IoError, IoOp, IoRequest};
 use csvfs::node::{Creation, ROOT_INO};
 use hv::{DriverRequest, drive_disk};
@@ -104,33 +103,10 @@ impl ByHand {
     }
 }
 
-struct Arguments {
-    seconds: f64,
-    rounds: usize,
-    dir: PathBuf,
-}
-
-impl Arguments {
-    fn parse() -> Result<Self, Failure> {
-        let mut parsed = Self { seconds: 0.4, rounds: 9, dir: std::env::temp_dir() };
-        let mut words = std::env::args().skip(1);
-        while let Some(word) = words.next() {
-            let mut value = || words.next().ok_or(format!("{word} needs a value"));
-            match word.as_str() {
-                "--seconds" => parsed.seconds = value()?.parse()?,
-                "--rounds" => parsed.rounds = value()?.parse()?,
-                "--dir" => parsed.dir = value()?.into(),
-                _ => return Err(format!("{word}: not known; use --seconds S, --rounds N, --dir DIR").into()),
-            }
-        }
-        Ok(parsed)
-    }
-}
-
 fn main() -> Result<(), Failure> {
-    let arguments = Arguments::parse()?;
-    let length = Duration::from_secs_f64(arguments.seconds);
-    let dir = tempfile::tempdir_in(&arguments.dir)?;
+    let turns = Turns::of_command_line(9)?;
+    let length = turns.length;
+    let dir = tempfile::tempdir_in(&turns.dir)?;
     let volume = LocalVolume::new(&dir.path().join("lun"), LUN_BYTES)?;
     let create = |name: &[u8]| volume.node.create(ROOT_INO, name, &CREATION, true).map(|made| made.1);
     let plain = create(b"plain")?;
@@ -143,7 +119,7 @@ fn main() -> Result<(), Failure> {
     print_heading("requests of a guest's disk per second", "node library", "disk");
     for load in LOADS {
         let (mut base, mut ours) = (Vec::new(), Vec::new());
-        for round in 0..arguments.rounds {
+        for round in 0..turns.rounds {
             // Who goes first changes, so that neither gains from the other's wake.
             for by_disk in [round % 2 == 1, round % 2 == 0] {
                 if by_disk {

@@ -9,12 +9,11 @@
     reason = "a harness: it measures time and talks to people"
 )]
 
-use std::path::PathBuf;
 use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use benchmarks::{LocalVolume, Row, median, print_table};
+use benchmarks::{LocalVolume, Row, Turns, median, print_table};
 use blockio::{BlockDevice, FileDevice, IoBuf, IoOp, IoRequest};
 use csvfs::node::{Creation, File, Node, ROOT_INO};
 
@@ -23,29 +22,6 @@ type Failure = Box<dyn std::error::Error>;
 const LUN_BYTES: u64 = 3 << 30;
 const FILE_BYTES: u64 = 1 << 30;
 const CREATION: Creation = Creation { mode: 0o644, umask: 0, uid: 0, gid: 0 };
-
-struct Arguments {
-    seconds: f64,
-    rounds: usize,
-    dir: PathBuf,
-}
-
-impl Arguments {
-    fn parse() -> Result<Self, Failure> {
-        let mut parsed = Self { seconds: 0.4, rounds: 15, dir: std::env::temp_dir() };
-        let mut words = std::env::args().skip(1);
-        while let Some(word) = words.next() {
-            let mut value = || words.next().ok_or(format!("{word} needs a value"));
-            match word.as_str() {
-                "--seconds" => parsed.seconds = value()?.parse()?,
-                "--rounds" => parsed.rounds = value()?.parse()?,
-                "--dir" => parsed.dir = value()?.into(),
-                _ => return Err(format!("{word}: not known; use --seconds S, --rounds N, --dir DIR").into()),
-            }
-        }
-        Ok(parsed)
-    }
-}
 
 /// Where the file lies on the LUN, as a device: what the node library does, done by hand.
 struct Raw {
@@ -206,11 +182,11 @@ impl Sides {
     }
 }
 
-fn compare(load: &Workload, raw: &Raw, file: &File, arguments: &Arguments) -> Result<Sides, Failure> {
-    let length = Duration::from_secs_f64(arguments.seconds);
+fn compare(load: &Workload, raw: &Raw, file: &File, turns: &Turns) -> Result<Sides, Failure> {
+    let length = turns.length;
     let mut sides = Sides::default();
     drive(raw, load, length / 4, false)?;
-    for round in 0..arguments.rounds {
+    for round in 0..turns.rounds {
         // Who goes first changes, so that neither gains from the other's wake.
         for node in [round % 2 == 1, round % 2 == 0] {
             if node {
@@ -224,15 +200,10 @@ fn compare(load: &Workload, raw: &Raw, file: &File, arguments: &Arguments) -> Re
 }
 
 /// The same, where our side writes to holes of a new file each time.
-fn compare_growth(
-    load: &Workload,
-    raw: &Raw,
-    world: &LocalVolume,
-    arguments: &Arguments,
-) -> Result<Sides, Failure> {
-    let length = Duration::from_secs_f64(arguments.seconds);
+fn compare_growth(load: &Workload, raw: &Raw, world: &LocalVolume, turns: &Turns) -> Result<Sides, Failure> {
+    let length = turns.length;
     let mut sides = Sides::default();
-    for _ in 0..arguments.rounds {
+    for _ in 0..turns.rounds {
         sides.base.push(drive(raw, load, length, true)?);
         let free = world.node.statfs()?.blocks_free;
         let file = world.node.create(ROOT_INO, b"growing", &CREATION, true)?.1;
@@ -289,10 +260,10 @@ fn creates(node: &Arc<Node>, clients: usize, length: Duration, tag: &str) -> Res
     Ok(f64::from(total) / length.as_secs_f64())
 }
 
-fn compare_creates(node: &Arc<Node>, arguments: &Arguments) -> Result<Row, Failure> {
-    let length = Duration::from_secs_f64(arguments.seconds);
+fn compare_creates(node: &Arc<Node>, turns: &Turns) -> Result<Row, Failure> {
+    let length = turns.length;
     let (mut alone, mut together) = (Vec::new(), Vec::new());
-    for round in 0..arguments.rounds {
+    for round in 0..turns.rounds {
         alone.push(creates(node, 1, length, &format!("one{round}"))?);
         together.push(creates(node, 32, length, &format!("many{round}"))?);
     }
@@ -310,26 +281,26 @@ fn place(file: &File) -> Result<u64, Failure> {
 }
 
 fn main() -> Result<(), Failure> {
-    let arguments = Arguments::parse()?;
-    let dir = tempfile::tempdir_in(&arguments.dir)?;
+    let turns = Turns::of_command_line(15)?;
+    let dir = tempfile::tempdir_in(&turns.dir)?;
     let world = LocalVolume::new(&dir.path().join("lun"), LUN_BYTES)?;
     let file = world.node.create(ROOT_INO, b"file", &CREATION, true)?.1;
     let start = place(&file)?;
     let raw = Raw { device: world.device.clone(), start };
     let before = world.node.stats().requests_sent;
     let mapped: Vec<Sides> =
-        WORKLOADS.iter().map(|load| compare(load, &raw, &file, &arguments)).collect::<Result<_, _>>()?;
+        WORKLOADS.iter().map(|load| compare(load, &raw, &file, &turns)).collect::<Result<_, _>>()?;
     let messages = world.node.stats().requests_sent - before;
     fill_free_space(&world)?;
     let grown: Vec<Sides> =
-        GROWTH.iter().map(|load| compare_growth(load, &raw, &world, &arguments)).collect::<Result<_, _>>()?;
+        GROWTH.iter().map(|load| compare_growth(load, &raw, &world, &turns)).collect::<Result<_, _>>()?;
     let all = || WORKLOADS.iter().chain(&GROWTH).zip(mapped.iter().chain(&grown));
     let rows: Vec<Row> = all().map(|(load, sides)| sides.row(load)).collect();
     print_table("node library and raw LUN", "raw", "node", &rows);
     println!("  messages to the coordinator during the first {}: {messages}", WORKLOADS.len());
     println!("processor time of a request, raw and node (goal: at most 2 us more)");
     all().for_each(|(load, sides)| sides.print_cpu(load));
-    let creates = compare_creates(&world.node, &arguments)?;
+    let creates = compare_creates(&world.node, &turns)?;
     print_table("grouped commits", "1 client", "32 clients", &[creates]);
     drop(file);
     world.node.detach()?;
