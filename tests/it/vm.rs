@@ -380,6 +380,8 @@ fn what_is_typed_reaches_the_guest_in_order_wherever_it_runs() {
     let refused = ctl.run_with_input(&send, b"nobody\n").expect_err("it does not run");
     assert_eq!(refused.code, 4, "{refused}");
     ctl.must(&["vm", "start", "e"]);
+    // Before that it clears its port.
+    cluster.console(1, "e", PATIENCE, |console| console.contains("echo ready"));
     let mut expected = Vec::new();
     for to in [2, 3] {
         // Far more than the port holds at once.
