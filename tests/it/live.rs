@@ -134,16 +134,17 @@ fn give_back(cluster: &Cluster, node: usize, vm: &str, given_mib: u64) -> Value 
 
 fn has_given(cluster: &Cluster, node: usize, vm: &str, given_mib: u64) -> Value {
     let pages = given_mib * 256;
-    let line = format!("balloon given={pages} held={}", POOL_PAGES - pages);
-    looked_after(cluster, node, vm, &line);
+    let said = format!("balloon given={pages} held={}", POOL_PAGES - pages);
+    looked_after(cluster, node, vm, "balloon given=", &said);
     cluster.ctl(1).must(&["vm", "show", vm])
 }
 
-/// Waits until the guest has looked at all of its pages twice since it said `line` last.
-fn looked_after(cluster: &Cluster, node: usize, vm: &str, line: &str) {
+/// Waits until the guest has looked at all of its pages twice since the last line with `kind` in it, which goes on as `said`.
+fn looked_after(cluster: &Cluster, node: usize, vm: &str, kind: &str, said: &str) {
     cluster.console(node, vm, PATIENCE, |console| {
         assert!(!console.contains("FAIL"), "memory was lost: {console}");
-        console.rsplit_once(line).is_some_and(|(_, after)| after.matches("round ").count() >= 2)
+        let last = console.rfind(kind).map_or("", |at| &console[at..]);
+        last.starts_with(said) && last.matches("round ").count() >= 2
     });
 }
 
@@ -163,7 +164,7 @@ fn memory_that_a_guest_gives_back_is_the_nodes_wherever_the_guest_goes() {
         ["vm", "create", "b", "--memory", "64M", "--kernel", "builtin:balloon", "--cmdline", pool.as_str()];
     ctl.must(&vm);
     ctl.must(&["vm", "start", "b"]);
-    looked_after(&cluster, 1, "b", " ready");
+    looked_after(&cluster, 1, "b", " ready", " ready");
     let used = |shown: &Value| shown["memory_used_bytes"].as_u64().expect("a figure");
     let before = used(&ctl.must(&["vm", "show", "b"]));
     let shown = give_back(&cluster, 1, "b", 3);
