@@ -16,6 +16,8 @@ pub struct Job {
     pub block: &'static str,
     /// Requests in flight.
     pub depth: u32,
+    /// What follows each write: `fsync`, `fdatasync`, or nothing.
+    pub sync: Option<&'static str>,
     /// The ratio to the raw file that is to be reached; 0 where there is none.
     pub goal: f64,
 }
@@ -38,6 +40,7 @@ impl Job {
             "--direct=1".into(),
             "--output-format=json".into(),
         ];
+        arguments.extend(self.sync.map(|call| format!("--{call}=1")));
         if let Some(seconds) = seconds {
             arguments.extend(["--time_based=1".into(), format!("--runtime={seconds}")]);
         }

@@ -21,9 +21,8 @@ type Kind = fn(&Op) -> bool;
 type Late = (ReplyTo, Result<Reply, csvfs::node::LinkError>);
 
 /// A way to the coordinator on which answers to some requests come late: the requests have arrived in time.
-#[derive(Default)]
 struct Slow {
-    link: Option<Arc<LocalLink>>,
+    link: Arc<LocalLink>,
     state: Mutex<State>,
     came: Condvar,
 }
@@ -36,7 +35,7 @@ struct State {
 
 impl Slow {
     fn on(world: &World) -> Arc<Self> {
-        Arc::new(Self { link: Some(world.link.clone()), ..Self::default() })
+        Arc::new(Self { link: world.link.clone(), state: Mutex::default(), came: Condvar::new() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -84,7 +83,7 @@ impl CoordinatorLink for SlowLink {
                 slow.came.notify_all();
             }),
         };
-        self.0.link.as_ref().expect("it was given one").send(request, done);
+        self.0.link.send(request, done);
     }
 }
 

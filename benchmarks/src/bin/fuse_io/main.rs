@@ -26,12 +26,49 @@ const FILE: &str = "512m";
 const ROUNDS: usize = 3;
 
 const WORKLOADS: &[Job] = &[
-    Job { name: "1 MiB sequential write", rw: "write", block: "1m", depth: 8, goal: 0.9 },
-    Job { name: "1 MiB sequential read", rw: "read", block: "1m", depth: 8, goal: 0.9 },
-    Job { name: "4 KiB random read, depth 1", rw: "randread", block: "4k", depth: 1, goal: 0.0 },
-    Job { name: "4 KiB random write, depth 1", rw: "randwrite", block: "4k", depth: 1, goal: 0.0 },
-    Job { name: "4 KiB random read, depth 32", rw: "randread", block: "4k", depth: 32, goal: 0.8 },
-    Job { name: "4 KiB random write, depth 32", rw: "randwrite", block: "4k", depth: 32, goal: 0.5 },
+    Job { name: "1 MiB sequential write", rw: "write", block: "1m", depth: 8, sync: None, goal: 0.9 },
+    Job { name: "1 MiB sequential read", rw: "read", block: "1m", depth: 8, sync: None, goal: 0.9 },
+    Job { name: "4 KiB random read, depth 1", rw: "randread", block: "4k", depth: 1, sync: None, goal: 0.0 },
+    Job {
+        name: "4 KiB random write, depth 1",
+        rw: "randwrite",
+        block: "4k",
+        depth: 1,
+        sync: None,
+        goal: 0.0,
+    },
+    Job {
+        name: "4 KiB random write, fdatasync after each",
+        rw: "randwrite",
+        block: "4k",
+        depth: 1,
+        sync: Some("fdatasync"),
+        goal: 0.0,
+    },
+    Job {
+        name: "4 KiB random write, fsync after each",
+        rw: "randwrite",
+        block: "4k",
+        depth: 1,
+        sync: Some("fsync"),
+        goal: 0.0,
+    },
+    Job {
+        name: "4 KiB random read, depth 32",
+        rw: "randread",
+        block: "4k",
+        depth: 32,
+        sync: None,
+        goal: 0.8,
+    },
+    Job {
+        name: "4 KiB random write, depth 32",
+        rw: "randwrite",
+        block: "4k",
+        depth: 32,
+        sync: None,
+        goal: 0.5,
+    },
 ];
 
 fn main() -> ExitCode {
