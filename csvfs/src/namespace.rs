@@ -9,7 +9,7 @@
 
 use crate::meta::{Dirent, Globals, InodeRecord, StoreError, Tables};
 use crate::node::without_set_ids;
-use crate::proto::{Create, FileKind, SetAttr, Timestamp};
+use crate::proto::{Create, FileKind, Rename, SetAttr, Timestamp};
 use crate::refusal::{OpError, errno};
 use crate::xattrs;
 
@@ -25,6 +25,8 @@ const DEPTH_MAX: usize = 1 << 20;
 /// Flags of rename(2).
 pub(crate) const RENAME_NOREPLACE: u32 = 1;
 const RENAME_EXCHANGE: u32 = 2;
+/// A whiteout takes the place of what was moved: a character device 0, 0, which hides a name of a lower layer of overlayfs.
+const RENAME_WHITEOUT: u32 = 4;
 
 /// The namespace within one transaction.
 #[derive(Debug)]
@@ -245,15 +247,13 @@ impl Names<'_, '_> {
     }
 
     /// Renames; the answer is the inode that lost its last name by being replaced.
-    pub(crate) fn rename(
-        &mut self,
-        from: (u64, &[u8]),
-        to: (u64, &[u8]),
-        flags: u32,
-    ) -> Result<Option<u64>, OpError> {
+    pub(crate) fn rename(&mut self, op: &Rename) -> Result<Option<u64>, OpError> {
+        let (from, to) = ((op.parent, &op.name[..]), (op.new_parent, &op.new_name[..]));
+        let flags = op.flags;
         check_name(from.1)?;
         check_name(to.1)?;
-        if flags & !(RENAME_NOREPLACE | RENAME_EXCHANGE) != 0 || flags == RENAME_NOREPLACE | RENAME_EXCHANGE {
+        let known = RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT;
+        if flags & !known != 0 || flags & RENAME_EXCHANGE != 0 && flags != RENAME_EXCHANGE {
             return Err(errno(libc::EINVAL, "these flags of rename are not known together"));
         }
         directory(self.tables, from.0)?;
@@ -270,8 +270,23 @@ impl Names<'_, '_> {
                 self.exchange(from, source, to, target)?;
                 Ok(None)
             }
-            target => self.replace(from, source, to, target),
+            target => {
+                let nameless = self.replace(from, source, to, target)?;
+                if flags & RENAME_WHITEOUT != 0 {
+                    self.put_whiteout(op)?;
+                }
+                Ok(nameless)
+            }
         }
+    }
+
+    /// Hides the name that was moved away.
+    fn put_whiteout(&mut self, op: &Rename) -> Result<(), OpError> {
+        let kind = FileKind::CharDevice;
+        let (parent, name) = (op.parent, op.name.clone());
+        let create =
+            Create { parent, name, kind: kind.into(), uid: op.uid, gid: op.gid, ..Create::default() };
+        self.create(&create).map(drop)
     }
 
     /// A directory must not become its own descendant.

@@ -470,7 +470,9 @@ fn changes_begun_without_waiting_end_once_and_are_known_when_they_do() {
     }
     let (gone, new) = (known(&a, name(0)), known(&a, b"new".to_vec()));
     let (renamed, was, is) = wait(|done| {
-        a.rename_then((dir, &name(0)), (dir, b"new"), 0, move |outcome| done((outcome, gone(), new())));
+        a.rename_then((dir, &name(0)), (dir, b"new"), (0, [0, 0]), move |outcome| {
+            done((outcome, gone(), new()));
+        });
     });
     renamed.expect("a rename");
     assert!(was == AtHand::Absent && matches!(is, AtHand::Is(_)), "{was:?}, {is:?}");

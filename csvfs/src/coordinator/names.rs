@@ -115,8 +115,7 @@ impl Core {
 
     pub(super) fn rename(&mut self, tables: &mut Tables<'_>, op: &Rename) -> Result<reply::Result, OpError> {
         self.room_for_metadata()?;
-        let (from, to) = ((op.parent, &op.name[..]), (op.new_parent, &op.new_name[..]));
-        let nameless = self.names(tables).rename(from, to, op.flags)?;
+        let nameless = self.names(tables).rename(op)?;
         self.orphaned(nameless);
         Ok(reply::Result::Done(Done {}))
     }

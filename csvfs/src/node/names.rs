@@ -382,7 +382,7 @@ impl Node {
         });
     }
 
-    /// Moves a name; `flags` are those of `renameat2`.
+    /// Moves a name; `flags` are those of `renameat2`. What `RENAME_WHITEOUT` leaves behind is root's.
     ///
     /// # Errors
     /// `ENOENT`, `EEXIST`, `ENOTEMPTY` and the like.
@@ -394,15 +394,15 @@ impl Node {
         new_name: &[u8],
         flags: u32,
     ) -> Result<(), FsError> {
-        wait_for(|done| self.rename_then((parent, name), (new_parent, new_name), flags, done))
+        wait_for(|done| self.rename_then((parent, name), (new_parent, new_name), (flags, [0, 0]), done))
     }
 
-    /// As [`Node::rename`], without waiting.
+    /// As [`Node::rename`], without waiting, for this user and group.
     pub fn rename_then(
         &self,
         (parent, name): (u64, &[u8]),
         (new_parent, new_name): (u64, &[u8]),
-        flags: u32,
+        (flags, [uid, gid]): (u32, [u32; 2]),
         done: impl FnOnce(Result<(), FsError>) + Send + 'static,
     ) {
         let (name, new_name) = match (checked_name(name), checked_name(new_name)) {
@@ -418,8 +418,9 @@ impl Node {
         // Two names of one inode stay as they are.
         let renames = flags & !RENAME_NOREPLACE == 0 && source.ino() != target.ino();
         let replaced = target.ino().filter(|_| renames && flags == 0 && !source.hides_another());
-        let op =
-            |parting| Op::Rename(pb::Rename { parent, name: from, new_parent, new_name: to, flags, parting });
+        let op = |parting| {
+            Op::Rename(pb::Rename { parent, name: from, new_parent, new_name: to, flags, parting, uid, gid })
+        };
         self.core.ask_parting(replaced, op, move |outcome| {
             let renamed = outcome.map(|answered| {
                 let stamp = answered.stamp();

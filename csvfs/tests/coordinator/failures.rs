@@ -75,7 +75,7 @@ fn garbage_requests_are_refused_and_do_no_harm() {
                 new_parent: ino,
                 new_name: "x".into(),
                 flags: u32::MAX,
-                parting: None,
+                ..pb::Rename::default()
             }),
             pb::request::Op::ReleaseGrant(pb::ReleaseGrant { ino, to: 77, recall_seq: 5, commit: None }),
         ] {

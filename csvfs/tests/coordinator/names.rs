@@ -7,6 +7,7 @@ use crate::world::{ROOT, World, create, make, rename, unlink};
 
 const EXCHANGE: u32 = 2;
 const NOREPLACE: u32 = 1;
+const WHITEOUT: u32 = 4;
 
 #[test]
 fn files_come_and_go() {
@@ -126,6 +127,9 @@ fn flags_of_rename_are_kept() {
         b.ino
     );
     assert_eq!(c.errno(rename((ROOT, "a"), (ROOT, "none"), EXCHANGE)), libc::ENOENT);
+    for together in [EXCHANGE | NOREPLACE, EXCHANGE | WHITEOUT, 8] {
+        assert_eq!(c.errno(rename((ROOT, "a"), (d.ino, "b"), together)), libc::EINVAL, "{together}");
+    }
     // A directory may not be exchanged with its own descendant.
     c.done(rename((ROOT, "a"), (d.ino, "inner"), 0));
     assert_eq!(c.errno(rename((d.ino, "inner"), (ROOT, "d"), EXCHANGE)), libc::EINVAL);

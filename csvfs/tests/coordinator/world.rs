@@ -71,7 +71,8 @@ impl csvfs::clock::Clock for ManualClock {
     }
 
     fn wall(&self) -> pb::Timestamp {
-        pb::Timestamp { seconds: 1_000_000, nanos: 0 }
+        let passed = self.0.load(Ordering::SeqCst) / 1000;
+        pb::Timestamp { seconds: 1_000_000 + i64::try_from(passed).expect("a short test"), nanos: 0 }
     }
 }
 
@@ -364,7 +365,7 @@ pub(crate) fn rename(from: (u64, &str), to: (u64, &str), flags: u32) -> Op {
         new_parent: to.0,
         new_name: to.1.to_owned().into(),
         flags,
-        parting: None,
+        ..pb::Rename::default()
     })
 }
 

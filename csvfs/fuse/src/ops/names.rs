@@ -63,7 +63,8 @@ impl Ops {
         flags: u32,
         reply: Reply,
     ) {
-        self.shared.node.rename_then((header.ino, name), (new_dir, new_name), flags, done_with(reply));
+        let by = [header.uid, header.gid];
+        self.shared.node.rename_then((header.ino, name), (new_dir, new_name), (flags, by), done_with(reply));
     }
 
     pub(super) fn link(&self, header: Header, old: u64, name: &[u8], reply: Reply) {

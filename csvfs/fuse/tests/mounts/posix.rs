@@ -6,6 +6,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 
 use crate::world::{World, can_mount};
@@ -151,6 +152,76 @@ fn rename_replaces_exchanges_and_respects_what_is_there() {
 }
 
 #[test]
+fn a_rename_leaves_what_hides_the_old_name_where_it_is_asked_to() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (root, elsewhere) = (world.mount(), world.mount());
+    let (a, b) = (root.join("a"), root.join("b"));
+    fs::write(&a, b"a").expect("write");
+    fs::write(&b, b"b").expect("write");
+    assert_eq!(fs::read(elsewhere.join("a")).expect("read"), b"a");
+    let hiding = RenameFlags::WHITEOUT;
+    let kept = rustix::fs::renameat_with(CWD, &a, CWD, &b, hiding | RenameFlags::NOREPLACE);
+    assert_eq!(kept, Err(rustix::io::Errno::EXIST));
+    assert!(fs::metadata(&a).expect("stat").is_file(), "nothing happened");
+    rustix::fs::renameat_with(CWD, &a, CWD, &b, hiding).expect("a rename");
+    for mount in [&root, &elsewhere] {
+        assert_eq!(fs::read(mount.join("b")).expect("read"), b"a");
+        let left = fs::symlink_metadata(mount.join("a")).expect("stat");
+        assert!(left.file_type().is_char_device());
+        assert_eq!((left.rdev(), left.mode() & 0o7777, left.nlink()), (0, 0, 1));
+        assert_eq!(names(mount), BTreeSet::from(["a".to_owned(), "b".to_owned()]));
+    }
+    fs::create_dir(root.join("d")).expect("mkdir");
+    rustix::fs::renameat_with(CWD, root.join("d"), CWD, root.join("e"), hiding).expect("of a directory");
+    assert!(fs::symlink_metadata(elsewhere.join("d")).expect("stat").file_type().is_char_device());
+    world.end();
+}
+
+/// What a container, say, does with files of its image. The mount goes with the shell.
+const OVERLAY: &str = r#"
+    cd "$1" && mkdir lower lower/folder merged
+    for name in kept removed moved folder/inside; do echo "$name" > "lower/$name"; done
+    mount -t overlay -o "lowerdir=lower,upperdir=$2/upper,workdir=$2/work" overlay merged
+    cd merged
+    rm removed
+    mv moved elsewhere
+    echo changed > kept
+    rm -r folder
+    mkdir folder
+    test "$(ls . folder | tr '\n' ' ')" = '.: elsewhere folder kept  folder: '
+    test "$(cat elsewhere)" = moved
+"#;
+
+#[test]
+fn a_volume_can_be_the_upper_layer_of_overlayfs() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (root, elsewhere) = (world.mount(), world.mount());
+    let folder = tempfile::TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
+    for layer in ["upper", "work"] {
+        fs::create_dir(root.join(layer)).expect("mkdir");
+    }
+    let mut shell = Command::new("unshare");
+    shell.args(["--mount", "sh", "-euc", OVERLAY, "sh"]).arg(folder.path()).arg(&root);
+    let output = shell.output().expect("a shell");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let upper = elsewhere.join("upper");
+    for hidden in ["removed", "moved"] {
+        let left = fs::symlink_metadata(upper.join(hidden)).expect("stat");
+        assert!(left.file_type().is_char_device() && left.rdev() == 0, "{hidden}");
+    }
+    for (name, content) in [("kept", "changed\n"), ("elsewhere", "moved\n")] {
+        assert_eq!(fs::read_to_string(upper.join(name)).expect("read"), content);
+    }
+    world.end();
+}
+
+#[test]
 fn a_file_lives_on_while_it_is_open_after_its_last_name_went() {
     if !can_mount() {
         return;
@@ -225,7 +296,7 @@ fn a_handle_of_a_file_opens_it_on_every_mount_until_it_is_removed() {
     fs::create_dir(a.join("d")).expect("mkdir");
     fs::write(a.join("d/f"), "content").expect("write");
     let opened = |how: &str| {
-        let mut program = std::process::Command::new("python3");
+        let mut program = Command::new("python3");
         let ran = program
             .arg("-c")
             .arg(BY_HANDLE)
