@@ -26,6 +26,21 @@ impl ClientId {
     }
 }
 
+impl Timestamp {
+    /// What times are compared by.
+    pub(crate) fn order(self) -> (i64, u32) {
+        (self.seconds, self.nanos)
+    }
+
+    pub(crate) fn earlier(self, other: Self) -> Self {
+        std::cmp::min_by_key(self, other, |time| time.order())
+    }
+
+    pub(crate) fn later(self, other: Self) -> Self {
+        std::cmp::max_by_key(self, other, |time| time.order())
+    }
+}
+
 impl From<Mode> for GrantMode {
     fn from(mode: Mode) -> Self {
         match mode {

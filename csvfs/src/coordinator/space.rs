@@ -160,7 +160,9 @@ impl Core {
         inode.mtime = op.mtime.unwrap_or(inode.mtime);
         inode.atime = op.atime.unwrap_or(inode.atime);
         if op.mtime.is_some() || op.size_bytes.is_some() {
-            inode.ctime = self.wall;
+            // When it was changed, not when this is told; but not in the future, where a program may have put the other time.
+            let changed = op.mtime.map_or(self.wall, |time| time.earlier(self.wall));
+            inode.ctime = inode.ctime.later(changed);
         }
         tables.put_inode(op.ino, &inode)?;
         Ok(reply::Result::Attr(inode.attr(op.ino)))

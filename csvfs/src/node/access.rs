@@ -8,7 +8,6 @@ use std::sync::Arc;
 use pb::request::Op;
 
 use super::advance::Out;
-use super::attr;
 use super::inode::{Inode, State};
 use crate::proto as pb;
 
@@ -17,17 +16,16 @@ const RENEW_SECONDS: i64 = 24 * 60 * 60;
 
 /// Whether a read at `now` is worth noting.
 fn is_due(known: &super::Attr, now: pb::Timestamp) -> bool {
-    let order = |time: pb::Timestamp| (time.seconds, time.nanos);
-    let accessed = order(known.atime);
-    accessed <= order(known.mtime)
-        || accessed <= order(known.ctime)
+    let accessed = known.atime.order();
+    accessed <= known.mtime.order()
+        || accessed <= known.ctime.order()
         || now.seconds.saturating_sub(known.atime.seconds) >= RENEW_SECONDS
 }
 
 impl Inode {
     /// A program has read the file.
     pub(super) fn accessed(&self) {
-        let now = attr::now();
+        let now = self.core.times.now();
         let mut state = self.lock();
         if let Some(known) = state.attr.as_mut().filter(|known| is_due(known, now)) {
             known.atime = now;

@@ -117,9 +117,7 @@ impl Attr {
 impl Attr {
     /// What the coordinator says, with what only this node knows: size and times of a file that it has for itself.
     pub(super) fn over(self, fresh: Self) -> Self {
-        let order = |time: &Timestamp| (time.seconds, time.nanos);
-        let ctime = std::cmp::max_by_key(self.ctime, fresh.ctime, order);
-        Self { size_bytes: self.size_bytes, mtime: self.mtime, ctime, ..fresh }
+        Self { size_bytes: self.size_bytes, mtime: self.mtime, ctime: self.ctime.later(fresh.ctime), ..fresh }
     }
 }
 
@@ -185,12 +183,6 @@ pub(crate) fn without_set_ids(mode: u32) -> u32 {
     const GROUP_EXEC: u32 = 0o010;
     let cleared = mode & !SETUID;
     if mode & GROUP_EXEC != 0 { cleared & !SETGID } else { cleared }
-}
-
-/// The wall clock, for times of files that this node changes.
-pub(super) fn now() -> Timestamp {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
-    Timestamp { seconds: now.tv_sec, nanos: u32::try_from(now.tv_nsec).unwrap_or(0) }
 }
 
 impl From<SystemTime> for Timestamp {

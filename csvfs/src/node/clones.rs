@@ -21,7 +21,7 @@ use super::inode::Inode;
 use super::io::{DataOp, What};
 use super::map::{BLOCK_BYTES, SIZE_BYTES_MAX, block_ceil, block_floor};
 use super::names::unexpected;
-use super::{Attr, Creation, File, FsError, Node, attr};
+use super::{Attr, Creation, File, FsError, Node};
 use crate::proto as pb;
 
 /// Most that one call clones: callers of the kernel hear of 32 bits.
@@ -218,7 +218,7 @@ impl Inode {
         let mut state = self.lock();
         if let Some(own) = &mut state.attr {
             own.size_bytes = own.size_bytes.max(end);
-            own.mtime = attr::now();
+            own.mtime = self.core.times.now();
         }
         state.merge_attr(fresh, asked_at, at);
     }

@@ -22,6 +22,7 @@ use super::refill::Space;
 use super::remember::Memory;
 use super::session::{Holder, Holdings, Session};
 use super::sync::FlushDone;
+use super::times::Times;
 use super::workers::Workers;
 use super::{FileKind, FsError};
 use crate::proto as pb;
@@ -45,6 +46,7 @@ pub(super) struct Core {
     flusher: Mutex<Flusher>,
     pub(super) locks: Locks,
     pub(super) memory: Memory,
+    pub(super) times: Times,
     pub(super) bad: BadRanges,
     pub(super) cache: ReadCache,
     /// Rank 3.
@@ -117,6 +119,7 @@ impl Core {
             flusher: Mutex::default(),
             locks: Locks::default(),
             memory: Memory::default(),
+            times: Times::default(),
             bad: BadRanges::default(),
             cache: ReadCache::default(),
             kernel: Mutex::default(),

@@ -15,7 +15,7 @@ use super::inode::{Inode, State, Waiter};
 use super::io::CopyRun;
 use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, SIZE_BYTES_MAX, block_ceil, block_floor, end_of};
 use super::space::EXTENTS_MAX;
-use super::{Attr, Extent, FsError, SeekFrom, SetAttr, attr, names};
+use super::{Attr, Extent, FsError, SeekFrom, SetAttr, names};
 use crate::proto as pb;
 
 /// A grant that stays until this is dropped.
@@ -49,18 +49,18 @@ impl Inode {
 
     /// Attributes now; without a message if a grant is held and no link count can have changed.
     pub(super) fn attr(self: &Arc<Self>) -> Result<Attr, FsError> {
-        if let Some(attr) = self.cached_attr(&self.lock()) {
+        if let Some(attr) = self.cached_attr(&mut self.lock()) {
             return Ok(attr);
         }
         let _hold = self.hold(Mode::ProtectedRead, false)?;
-        if let Some(attr) = self.cached_attr(&self.lock()) {
+        if let Some(attr) = self.cached_attr(&mut self.lock()) {
             return Ok(attr);
         }
         let asked_at = self.core.names_now();
         let (fresh, at) = self.ask_attr(Op::GetAttr(pb::GetAttr { ino: self.ino, cache: false }))?;
         let mut state = self.lock();
         state.merge_attr(fresh, asked_at, at);
-        Ok(state.attr.unwrap_or(fresh))
+        Ok(state.attr_to_tell().unwrap_or(fresh))
     }
 
     /// Size in bytes now.
@@ -78,23 +78,23 @@ impl Inode {
     pub(super) fn attr_at_hand(&self) -> Option<Attr> {
         let mut state = self.lock();
         state.used = true;
-        self.cached_attr(&state)
+        self.cached_attr(&mut state)
     }
 
-    fn cached_attr(&self, state: &State) -> Option<Attr> {
+    fn cached_attr(&self, state: &mut State) -> Option<Attr> {
         let unknown = self.core.unknown_changes.load(Ordering::Acquire) > 0;
         let valid = state.grant.permits(Mode::ProtectedRead)
             && state.changing == 0
             && !unknown
             && state.attr_asked_at >= self.core.names_now();
-        state.attr.filter(|_| valid)
+        state.attr_to_tell().filter(|_| valid)
     }
 
     /// What an answer at `stamp` said, with what only this node knows yet; nothing if this node has given up writing since,
     /// or is about to.
     pub(super) fn with_local_changes(&self, attr: Attr, stamp: Seq) -> Option<Attr> {
-        let state = self.lock();
-        match state.attr {
+        let mut state = self.lock();
+        match state.attr_to_tell() {
             Some(own) if state.grant.mode == Mode::Exclusive => Some(own.over(attr)),
             _ => {
                 let leaving = state.grant.release.is_some_and(|release| release.from == Mode::Exclusive);
@@ -146,7 +146,7 @@ impl Inode {
             own.size_bytes = set.size_bytes.unwrap_or(own.size_bytes);
         }
         state.merge_attr(fresh, asked_at, at);
-        Ok(state.attr.unwrap_or(fresh))
+        Ok(state.attr_to_tell().unwrap_or(fresh))
     }
 
     /// Changes the size: grows here and is committed later, or shrinks at the coordinator.
@@ -163,14 +163,15 @@ impl Inode {
             if size > state.size() {
                 state.set_size(size);
             }
-            state.touched();
+            state.touched(&self.core.times);
             return Ok(());
         }
         drop(state);
         // The coordinator cuts off what it knows of.
         self.settle()?;
         self.zero_tail(size)?;
-        let set = SetAttr { size_bytes: Some(size), mtime: Some(attr::now()), ..SetAttr::default() };
+        let set =
+            SetAttr { size_bytes: Some(size), mtime: Some(self.core.times.now()), ..SetAttr::default() };
         self.lock().pending.mtime = false;
         self.ask_set_attr(&set)?;
         let mut state = self.lock();
@@ -306,7 +307,7 @@ impl Inode {
         state.growth.keep(blocks.end);
         if !keep_size && offset + len > state.size() {
             state.set_size(offset + len);
-            state.touched();
+            state.touched(&self.core.times);
         }
         Ok(())
     }

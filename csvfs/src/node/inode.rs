@@ -32,8 +32,9 @@ use super::ranges::RangeSet;
 use super::rank::{self, Ranked};
 use super::remember::Names;
 use super::sync::{Pending, Rounds};
+use super::times::Times;
 use super::transfer::Transfer;
-use super::{Attr, FileKind, FsError, attr};
+use super::{Attr, FileKind, FsError};
 use crate::proto as pb;
 
 /// See the module.
@@ -106,6 +107,8 @@ pub(super) struct State {
     pub(super) pages: Pages,
     /// It was read, and its time of access is to say so.
     pub(super) accessed: bool,
+    /// The time of the last change of the content, as long as nobody was told of it.
+    pub(super) untold: Option<pb::Timestamp>,
     /// It is to be forgotten as soon as nobody uses it.
     pub(super) unwanted: bool,
     pub(super) pending: Pending,
@@ -157,12 +160,21 @@ impl State {
     }
 
     /// The content was changed by this node.
-    pub(super) fn touched(&mut self) {
-        self.pending.mtime = true;
-        if let Some(attr) = &mut self.attr {
-            attr.mtime = attr::now();
-            attr.ctime = attr.mtime;
+    pub(super) fn touched(&mut self, times: &Times) {
+        let Some(attr) = &mut self.attr else {
+            self.pending.mtime = true;
+            return;
+        };
+        if let Some(time) = times.of_change(attr, self.untold) {
+            (attr.mtime, attr.ctime) = (time, time);
+            (self.untold, self.pending.mtime) = (Some(time), true);
         }
+    }
+
+    /// Attributes for somebody who looks at them: a later change shows.
+    pub(super) fn attr_to_tell(&mut self) -> Option<Attr> {
+        self.untold = None;
+        self.attr
     }
 
     pub(super) fn set_size(&mut self, size: u64) {
@@ -201,7 +213,7 @@ impl State {
         }
     }
 
-    fn written(&mut self, range: &Range<u64>) {
+    fn written(&mut self, range: &Range<u64>, times: &Times) {
         let blocks = block_floor(range.start)..block_ceil(range.end);
         for fresh in self.map.written(blocks) {
             self.pending.written.add(fresh);
@@ -209,7 +221,7 @@ impl State {
         if range.end > self.size() {
             self.set_size(range.end);
         }
-        self.touched();
+        self.touched(times);
     }
 }
 
@@ -299,7 +311,8 @@ impl Inode {
                 }
                 if outcome.is_ok() {
                     state.took_copies(&self.core, &copies);
-                    if zero { state.touched() } else { state.written(&range) }
+                    let times = &self.core.times;
+                    if zero { state.touched(times) } else { state.written(&range, times) }
                 } else {
                     self.core.space.put(copies.iter().map(|copy| (copy.lun, copy.len)));
                 }

@@ -49,6 +49,7 @@ mod remember;
 mod session;
 mod space;
 mod sync;
+mod times;
 mod transfer;
 mod workers;
 mod xattrs;

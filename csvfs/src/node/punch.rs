@@ -12,10 +12,10 @@ use blockio::IoBuf;
 use lockmgr::Mode;
 use pb::request::Op;
 
+use super::FsError;
 use super::inode::Inode;
 use super::io::{DataOp, What};
 use super::map::{block_ceil, block_floor, end_of};
-use super::{FsError, attr};
 use crate::proto as pb;
 
 impl Inode {
@@ -59,7 +59,7 @@ impl Inode {
         state.map.punch(blocks);
         state.merge_attr(fresh, asked_at, at);
         if let Some(own) = &mut state.attr {
-            own.mtime = attr::now();
+            own.mtime = self.core.times.now();
         }
         Ok(())
     }

@@ -379,6 +379,7 @@ impl Core {
     /// Attributes that were true at `stamp`. Where nothing is held, an older answer that brings a grant comes too late: what
     /// this node has changed since, it would not know of.
     fn take_attr(&self, attr: Attr, asked_at: u64, stamp: Seq) {
+        self.times.heard_of(attr.ctime);
         let Some(inode) = self.peek(attr.ino) else {
             return self.memory.raise_floor(attr.ino, ((0, 0), stamp));
         };

@@ -159,7 +159,7 @@ impl State {
         core.cache.end_life(std::mem::take(&mut self.cache_life));
         self.map.clear();
         self.growth = Default::default();
-        self.attr = None;
+        (self.attr, self.untold) = (None, None);
         self.names = None;
     }
 
@@ -327,6 +327,8 @@ impl Inode {
         let to = state.grant.lowered(to);
         let exclusive = state.grant.mode == Mode::Exclusive;
         state.grant.recall = None;
+        // Who gets the grant next may look.
+        state.untold = None;
         let mut snapshot = state.snapshot(true, usize::MAX);
         state.own.clear();
         if exclusive {

@@ -38,6 +38,25 @@ fn blocks_are_fresh_until_what_was_written_is_committed() {
     assert_eq!((report.data_blocks, report.fresh_blocks), (10, 0));
 }
 
+// A commit may come long after the change: of a record of a log, for one.
+#[test]
+fn a_file_was_changed_when_its_writer_says_so_but_not_in_the_future_and_not_before_an_earlier_change() {
+    let world = World::new();
+    let c = world.client(1);
+    let ino = file_with_grant(&c, "f");
+    let at = |seconds| pb::Timestamp { seconds, nanos: 0 };
+    let made = c.getattr(ino).ctime.expect("a time").seconds;
+    let commit_at = |seconds| {
+        let commit = pb::Commit { mtime: Some(at(seconds)), ..commit(ino, &[], 1) };
+        let after = c.attr(Op::Commit(commit));
+        (after.mtime.expect("a time").seconds - made, after.ctime.expect("a time").seconds - made)
+    };
+    world.clock.advance(10_000);
+    assert_eq!(commit_at(made + 4), (4, 4));
+    assert_eq!(commit_at(made + 2), (2, 4), "not before an earlier change");
+    assert_eq!(commit_at(made + 99), (99, 10), "not in the future");
+}
+
 #[test]
 fn allocation_fills_holes_only_and_gives_room_ahead() {
     let world = World::new();
