@@ -199,3 +199,63 @@ fn a_flock_is_not_given_up_by_the_late_end_of_a_file_that_was_closed_before() {
     });
     world.end();
 }
+
+/// Takes and looks at locks of open files (`F_OFD_SETLK`, of ranges) of the same file on two mounts, and ends with an error where one does
+/// not behave like one.
+const OPEN_FILE_LOCKS: &str = r#"
+import errno, fcntl, os, struct, sys, threading
+
+FLOCK = "hhqqi4x"
+GETLK, SETLK, SETLKW = 36, 37, 38
+
+def lock(fd, command, kind, start, length):
+    asked = struct.pack(FLOCK, kind, os.SEEK_SET, start, length, 0)
+    return struct.unpack(FLOCK, fcntl.fcntl(fd, command, asked))
+
+def taken(fd, kind, start, length):
+    try:
+        lock(fd, SETLK, kind, start, length)
+        return True
+    except OSError as error:
+        assert error.errno == errno.EAGAIN, error
+        return False
+
+def opened(mount):
+    return os.open(mount + "/f", os.O_RDWR | os.O_CREAT)
+
+here, there = sys.argv[1:]
+READ, WRITE, NONE = fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK
+one, again, two = opened(here), opened(here), opened(there)
+assert taken(one, WRITE, 0, 10)
+assert not taken(again, READ, 9, 1), "another open file of the same process is another owner"
+assert not taken(two, WRITE, 5, 1), "and so is one on another mount"
+assert taken(two, WRITE, 10, 10), "what follows is free"
+kind, _, start, length, pid = lock(two, GETLK, WRITE, 0, 100)
+assert (kind, start, length, pid) == (WRITE, 0, 10, -1), "of an open file, not of a process"
+os.close(again)
+copy = os.dup(one)
+os.close(one)
+assert not taken(two, READ, 0, 1), "it is the open file's, not the descriptor's"
+waits = threading.Thread(target=lock, args=(two, SETLKW, WRITE, 0, 10))
+waits.start()
+os.close(copy)
+waits.join()
+last = opened(here)
+assert not taken(last, READ, 0, 1)
+lock(two, SETLK, NONE, 3, 4)
+assert taken(last, WRITE, 3, 4), "a hole in the middle"
+assert not taken(last, WRITE, 2, 1) and not taken(last, WRITE, 7, 1)
+"#;
+
+#[test]
+fn a_lock_of_an_open_file_is_not_its_processs_and_goes_with_its_last_descriptor() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    let mut program = Command::new("python3");
+    let ran = program.args(["-c", OPEN_FILE_LOCKS]).args([a, b]).output().expect("python3 starts");
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
+    world.end();
+}
