@@ -162,6 +162,39 @@ fn private_kib_beside_guest_ram(pid: u64) -> u64 {
     sum
 }
 
+// Invariant F8.
+#[test]
+fn a_daemon_is_not_swapped_out_and_waits_for_no_write_to_its_own_mount() {
+    // Of include/linux/sched.h: memory for this thread waits for no I/O, and is not throttled for what others have to write.
+    const MEMALLOC_NOIO: u64 = 0x0008_0000;
+    const LOCAL_THROTTLE: u64 = 0x0010_0000;
+    const SYS_RESOURCE: u64 = 1 << 24;
+    if !device_present("/dev/fuse") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    for node in cluster.info()["nodes"].as_array().expect("nodes") {
+        let pid = node["pid"].as_u64().expect("a pid");
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let number = |what: &str, radix| {
+            let line = status.lines().find(|line| line.starts_with(what)).expect(what);
+            u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), radix).unwrap()
+        };
+        assert!(number("VmLck:", 10) >= number("VmRSS:", 10), "{status}");
+        if number("CapEff:", 16) & SYS_RESOURCE == 0 {
+            // In a container, say. Its log says that the flags could not be set.
+            continue;
+        }
+        for thread in fs::read_dir(format!("/proc/{pid}/task")).unwrap() {
+            // One may end meanwhile.
+            let Ok(stat) = fs::read_to_string(thread.unwrap().path().join("stat")) else { continue };
+            let after_name = stat.rsplit_once(')').expect("a name in brackets").1;
+            let flags: u64 = after_name.split_whitespace().nth(6).unwrap().parse().unwrap();
+            assert_eq!(flags & (MEMALLOC_NOIO | LOCAL_THROTTLE), MEMALLOC_NOIO | LOCAL_THROTTLE, "{stat}");
+        }
+    }
+}
+
 #[test]
 fn an_idle_csvd_uses_less_than_64_mib() {
     if !device_present("/dev/fuse") {

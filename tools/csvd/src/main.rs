@@ -46,6 +46,9 @@ use api::Error;
 use api::config::NodeConfig;
 use clap::Parser;
 use daemon::Afterwards;
+use rustix::io::Errno;
+use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::thread::{CapabilitySet, capabilities};
 
 /// Run a node of the cluster
 #[derive(Debug, Parser)]
@@ -116,10 +119,7 @@ fn run(args: &Args) -> Result<Afterwards, Error> {
     if let Some(version) = args.protocol_max {
         wire::speak_at_most(version).map_err(|error| Error::usage(error.explain()))?;
     }
-    // Memory that this process needs must not be waited for by writes to its own mounts (F8).
-    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
-        tracing::info!(%error, "not an I/O flusher: under memory pressure mounts may be slow");
-    }
+    stay_in_memory();
     for dir in [&config.dir.join("mnt"), &config.data_dir(), &config.vm_dir()] {
         std::fs::create_dir_all(dir)
             .map_err(|error| Error::failed(format!("making {}: {error}", dir.display())))?;
@@ -138,6 +138,19 @@ fn run(args: &Args) -> Result<Afterwards, Error> {
     // A blocked disk must not keep an ended daemon alive.
     runtime.shutdown_background();
     outcome
+}
+
+/// Memory that this process needs must not be waited for by writes to its own mounts, nor be read back from where it was swapped to (F8).
+fn stay_in_memory() {
+    if let Err(error) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::info!(%error, "not an I/O flusher: under memory pressure mounts may be slow");
+    }
+    // Only with the right to lock as much as it likes: at a limit, allocations would fail. What was never used takes no memory.
+    let may = capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
+    let all = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    if let Err(error) = if may { mlockall(all) } else { Err(Errno::PERM) } {
+        tracing::info!(%error, "memory is not locked: while the machine swaps, mounts may be slow");
+    }
 }
 
 /// Tells a person, or whoever started the daemon and reads its stderr.
