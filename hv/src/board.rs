@@ -17,7 +17,6 @@ use crate::console::Console;
 use crate::devices::bus::{Bus, Other, Place, Slot};
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{COM1_LINE, SerialPort};
-use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Disk, shape_of};
 use crate::devices::virtio::mmio::{NOTIFY, Transport};
@@ -26,6 +25,7 @@ use crate::devices::virtio::queue::DrainTimeout;
 use crate::devices::virtio::request::Shape;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::worker::{Wakeup, Worker};
+use crate::devices::virtio::{self, VirtioDevice};
 use crate::kvm::{KvmError, Machine, Tried};
 use crate::memory::GuestRam;
 use crate::state::{self, SavedMachine, StateError};
@@ -65,8 +65,10 @@ impl Board {
         console: &Arc<Console>,
         disks: Vec<DiskConfig>,
         net: Option<NetConfig>,
+        devices: u32,
     ) -> Result<Self, VmError> {
-        let mut maker = Maker { machine, ram, workers: Vec::new(), others: Vec::new() };
+        let withheld = virtio::withheld(devices);
+        let mut maker = Maker { machine, ram, withheld, workers: Vec::new(), others: Vec::new() };
         let slots = maker.disks(disks)?;
         let net = net.map(|config| maker.net(config)).transpose()?;
         maker.rng()?;
@@ -148,6 +150,8 @@ impl Board {
 struct Maker<'a> {
     machine: &'a Machine,
     ram: &'a GuestRam,
+    /// Features that no driver is offered.
+    withheld: u64,
     workers: Vec<Worker>,
     others: Vec<Other>,
 }
@@ -183,7 +187,7 @@ impl Maker<'_> {
         self.machine.notify_on_write(place.start + NOTIFY, disk.wakeup().event())?;
         let served = Arc::clone(&disk);
         self.start(format!("disk{slot}"), disk.wakeup(), move || served.take_requests())?;
-        Ok(Slot { transport: Transport::new(disk.clone(), self.ram.clone()), disk })
+        Ok(Slot { transport: Transport::new(disk.clone(), self.ram.clone(), self.withheld), disk })
     }
 
     fn net(&mut self, config: NetConfig) -> Result<Arc<Net>, VmError> {
@@ -221,7 +225,7 @@ impl Maker<'_> {
         work: impl FnMut() -> Option<std::time::Duration> + Send + 'static,
     ) -> Result<(), VmError> {
         self.machine.notify_on_write(Place::of_slot(slot).start + NOTIFY, wakeup.event())?;
-        let transport = Transport::new(Arc::clone(&device), self.ram.clone());
+        let transport = Transport::new(Arc::clone(&device), self.ram.clone(), self.withheld);
         self.others.push(Other { name, slot, device, transport });
         self.start(name.to_owned(), wakeup, work)
     }

@@ -28,9 +28,12 @@ pub use board::NetConfig;
 pub use boot::{BootError, BootSource, Firmware};
 pub use console::{Console, ConsoleText};
 pub use cpu::{Cpu, CpuProblem};
+pub use devices::virtio::DEVICES_VERSION;
 pub use devices::virtio::balloon::{BalloonStatus, MemoryFigures};
 pub use devices::virtio::block::{DiskStats, SlotError};
-pub use devices::virtio::driven::{DriveError, DriverRequest, drive_disk};
+pub use devices::virtio::driven::{
+    DriveError, DriverCounts, DriverRequest, DriverSetup, Telling, drive_disk,
+};
 pub use devices::virtio::limiter::DiskLimits;
 pub use devices::virtio::queue::DrainTimeout;
 pub use dirty::CHUNK_ALIGNMENT_PAGES;

@@ -18,6 +18,7 @@ use crate::board::{Board, NetConfig};
 use crate::boot::{self, BootError, BootSource};
 use crate::console::Console;
 use crate::cpu::{Cpu, CpuProblem};
+use crate::devices::virtio::DEVICES_VERSION;
 use crate::devices::virtio::balloon::BalloonStatus;
 use crate::devices::virtio::block::{DiskStats, SlotError};
 use crate::devices::virtio::limiter::DiskLimits;
@@ -47,6 +48,8 @@ pub struct VmConfig<'a> {
     pub net: Option<NetConfig>,
     /// Console output that is kept, in bytes.
     pub console_bytes: usize,
+    /// Version of the devices that drivers find, up to [`DEVICES_VERSION`].
+    pub devices: u32,
 }
 
 /// A disk of a VM.
@@ -127,6 +130,9 @@ pub enum VmError {
     /// The number of processors is out of bounds.
     #[error("{0} processors were asked for; a VM has 1 to {CPUS_MAX}")]
     Cpus(u32),
+    /// Its devices are of a newer build.
+    #[error("the VM has devices of version {0}, this build has them up to {DEVICES_VERSION}")]
+    Devices(u32),
     /// A disk is not there.
     #[error("disk {0} has no content yet: attach it before the VM runs")]
     NotAttached(u32),
@@ -243,10 +249,13 @@ impl Vm {
         if !(1..=CPUS_MAX).contains(&config.cpus) {
             return Err(VmError::Cpus(config.cpus));
         }
+        if config.devices > DEVICES_VERSION {
+            return Err(VmError::Devices(config.devices));
+        }
         let ram = GuestRam::new(config.memory_bytes)?;
         let machine = Machine::new(ram.clone())?;
         let console = Arc::new(Console::new(config.console_bytes));
-        let board = Board::build(&machine, &ram, &console, config.disks, config.net)?;
+        let board = Board::build(&machine, &ram, &console, config.disks, config.net, config.devices)?;
         let life = Arc::new(Life { state: Mutex::new(RunState::Created), changed: Condvar::new(), console });
         let exits = Arc::new(AtomicU64::new(0));
         let (msrs, xsave_bytes) = (machine.saved_msrs()?, HostCaps::probe()?.xsave_bytes);

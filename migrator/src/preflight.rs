@@ -23,6 +23,8 @@ pub struct Needs {
     pub cpus: u32,
     /// Its disks and its saved state: (volume, path).
     pub paths: Vec<(String, String)>,
+    /// Version of the devices that its drivers found when it booted.
+    pub devices: u32,
     /// The processor that it was given when it booted.
     pub cpu: Cpu,
 }
@@ -48,6 +50,8 @@ pub struct Facts {
     pub cpu: Cpu,
     /// Whether its memory streams take pages as differences. Releases before do not say so, and do not.
     pub takes_deltas: bool,
+    /// Newest version of a VM's devices. Releases before do not say so, and have the first one.
+    pub devices: u32,
 }
 
 /// Something that stands against a move.
@@ -98,6 +102,13 @@ pub enum Problem {
         /// Newest of the target.
         max: u32,
     },
+    /// Its drivers use what the devices there do not have.
+    Devices {
+        /// Version that they found.
+        needed: u32,
+        /// Newest one there.
+        available: u32,
+    },
     /// The CPU there cannot go on with what the guest was given here.
     Cpu(CpuProblem),
 }
@@ -115,6 +126,7 @@ impl Problem {
             Self::Volume(_) => "volume",
             Self::Path { .. } => "disk",
             Self::Protocol { .. } => "version",
+            Self::Devices { .. } => "devices",
             Self::Cpu(problem) => problem.kind(),
         }
     }
@@ -144,6 +156,10 @@ impl fmt::Display for Problem {
                     "this node speaks migration version {own}, the other {min} to {max}; upgrade the older one"
                 )
             }
+            Self::Devices { needed, available } => write!(
+                f,
+                "its drivers use virtual devices of version {needed}, the node has them up to {available}; upgrade that node, or start the VM anew"
+            ),
             Self::Cpu(problem) => problem.fmt(f),
         }
     }
@@ -169,6 +185,9 @@ pub fn check(needs: &Needs, target: &Facts) -> Vec<Problem> {
         problems.push(Problem::Cpus { needed: needs.cpus, available: target.cpus });
     }
     problems.extend(path_problems(needs, target));
+    if needs.devices > target.devices {
+        problems.push(Problem::Devices { needed: needs.devices, available: target.devices });
+    }
     problems.extend(needs.cpu.problems_on(&target.cpu).into_iter().map(Problem::Cpu));
     problems
 }
@@ -215,6 +234,7 @@ mod tests {
             memory_bytes: 64 << 20,
             cpus: 1,
             paths: vec![disk()],
+            devices: 1,
             cpu: cpu(),
         }
     }
@@ -230,6 +250,7 @@ mod tests {
             version_max: PROTOCOL_VERSION,
             cpu: cpu(),
             takes_deltas: true,
+            devices: 1,
         }
     }
 
@@ -259,6 +280,16 @@ mod tests {
         let silent = Facts { paths: BTreeMap::new(), ..facts() };
         assert!(matches!(check(&needs(), &silent)[..], [Problem::Path { .. }]));
         assert_eq!(check(&Needs { to: NodeId(1), ..needs() }, &facts()), [Problem::SameNode(NodeId(1))]);
+    }
+
+    // Invariant G4
+    #[test]
+    fn a_guest_that_has_found_newer_devices_does_not_go_to_an_older_release() {
+        let older = Facts { devices: 0, ..facts() };
+        let found = check(&needs(), &older);
+        assert_eq!(found, [Problem::Devices { needed: 1, available: 0 }]);
+        assert_eq!(found[0].kind(), "devices");
+        assert_eq!(check(&Needs { devices: 0, ..needs() }, &older), [], "one that has not goes");
     }
 
     #[test]

@@ -246,6 +246,7 @@ impl From<&Facts> for pb::Facts {
             version_max: facts.version_max,
             processor: facts.cpu.encode(),
             takes_deltas: facts.takes_deltas,
+            devices: facts.devices,
         }
     }
 }
@@ -273,6 +274,7 @@ impl TryFrom<pb::Facts> for Facts {
             cpu: Cpu::decode(&facts.processor)
                 .map_err(|_| ProtocolError::Invalid("the record of its CPU"))?,
             takes_deltas: facts.takes_deltas,
+            devices: facts.devices,
         })
     }
 }
@@ -361,10 +363,14 @@ mod tests {
             version_max: 2,
             cpu: Cpu::from_leaves([((1, 0), Registers { eax: 1, ebx: 2, ecx: 3, edx: 4 })]),
             takes_deltas: true,
+            devices: 1,
         };
         // A release before says nothing of it.
-        let silent = Facts::try_from(pb::Facts { takes_deltas: false, ..(&facts).into() });
-        assert!(!silent.unwrap().takes_deltas && !pb::Facts::default().takes_deltas);
+        let silent = pb::Facts::default();
+        let silent =
+            pb::Facts { takes_deltas: silent.takes_deltas, devices: silent.devices, ..(&facts).into() };
+        let silent = Facts::try_from(silent).unwrap();
+        assert!(!silent.takes_deltas && silent.devices == 0);
         let reason = || "why".to_owned();
         let answers = [
             FromTarget::Facts(facts),

@@ -189,6 +189,25 @@ fn start_writer(host: &Host) {
     await_pass(host, 1);
 }
 
+/// A guest that boots now finds devices that a node of the release before does not have.
+fn newer_devices_stay_with_newer_nodes(hosts: &mut [Host]) {
+    let (a, c) = (hosts[0].name().to_owned(), hosts[2].name().to_owned());
+    hosts[2].ctl().must(&["vm", "start", WRITER]);
+    hosts[2].ctl().must(&["vm", "migrate", WRITER, "--to", &a]);
+    hosts[2].stop();
+    hosts[2].set_env("CSVD_PROTOCOL_MAX", "1");
+    hosts[2].start();
+    hosts[0].ctl().must(&["cluster", "wait", "--nodes", "3", "--volume", "vol1"]);
+    let refused = hosts[0].ctl().run(&["vm", "migrate", WRITER, "--to", &c]);
+    let refused = refused.expect_err("it would not understand the guest's drivers");
+    assert!(refused.code == 4 && refused.to_string().contains("virtual devices of version 1"), "{refused}");
+    hosts[0].ctl().must(&["vm", "stop", "--force", WRITER]);
+    hosts[2].stop();
+    hosts[2].set_env("CSVD_PROTOCOL_MAX", "2");
+    hosts[2].start();
+    hosts[0].ctl().must(&["cluster", "wait", "--nodes", "3", "--volume", "vol1"]);
+}
+
 /// Waits until the guest has gone over its pages so often; gives how often that is.
 fn await_pass(host: &Host, least: u64) -> u64 {
     let last = |console: &Value| {
@@ -255,6 +274,7 @@ fn a_node_of_the_release_before_takes_part_and_what_it_does_not_know_waits_for_i
     if guest {
         assert!(delta_pages(&hosts[0], &hosts[2]) > 0, "both have differences");
         hosts[0].ctl().must(&["vm", "stop", "--force", WRITER]);
+        newer_devices_stay_with_newer_nodes(&mut hosts);
     }
     hosts[0].ctl().must(&["node", "drain", "b"]);
     hosts[0].ctl().must(&["node", "resume", "b"]);

@@ -4,6 +4,9 @@
 //! `disk_io [--seconds S] [--rounds N] [--dir DIR]`: turns of S seconds, N of each side. The disk's image is written once before,
 //! so that every block has its place.
 //!
+//! Then how often driver and disk tell each other for a thousand requests, when of everything and when by the ring event index, in turn: on
+//! a machine each interrupt is one for the guest, and each notification an exit from it. There the driver is a thread of its own.
+//!
 //! Goal: at depth 32 at least 0.9 of the node library's requests per second.
 #![expect(clippy::disallowed_methods, reason = "a harness: it measures time")]
 
@@ -13,7 +16,7 @@ use std::time::{Duration, Instant};
 use benchmarks::{LocalVolume, Row, Turns, fill, median, print_heading, print_row, write_once};
 use blockio::{BlockDevice, ImageFile, IoBuf, IoError, IoOp, IoRequest};
 use csvfs::node::{Creation, ROOT_INO};
-use hv::{DriverRequest, drive_disk};
+use hv::{DriverCounts, DriverRequest, DriverSetup, Telling, drive_disk};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -56,12 +59,56 @@ impl Places {
     }
 }
 
-/// Requests per second of the disk.
-fn by_queue(disk: &Arc<dyn BlockDevice>, load: &Load, length: Duration) -> Result<f64, Failure> {
+/// What a turn of the disk came to.
+#[derive(Clone, Copy)]
+struct Turn {
+    per_second: f64,
+    interrupts: f64,
+    notifications: f64,
+}
+
+fn by_queue(
+    disk: &Arc<dyn BlockDevice>,
+    load: &Load,
+    length: Duration,
+    (telling, at_once): (Telling, bool),
+) -> Result<Turn, Failure> {
     let (start, mut places, write) = (Instant::now(), Places::new(length), load.write);
     let next = move || places.next().map(|offset| DriverRequest { write, offset });
-    let back = drive_disk(Arc::clone(disk), (load.depth, REQUEST_BYTES), next)?;
-    Ok(f64::from(u32::try_from(back)?) / start.elapsed().as_secs_f64())
+    let setup = DriverSetup { depth: load.depth, bytes: REQUEST_BYTES, telling, at_once };
+    let DriverCounts { requests, interrupts, notifications } = drive_disk(Arc::clone(disk), setup, next)?;
+    let per_second = f64::from(u32::try_from(requests)?) / start.elapsed().as_secs_f64();
+    let per_thousand =
+        |count: u64| Ok::<_, Failure>(f64::from(u32::try_from(count * 1000 / requests.max(1))?));
+    Ok(Turn {
+        per_second,
+        interrupts: per_thousand(interrupts)?,
+        notifications: per_thousand(notifications)?,
+    })
+}
+
+/// How often either side is told, and what that is worth.
+fn compare_telling(disk: &Arc<dyn BlockDevice>, turns: &Turns) -> Result<(), Failure> {
+    print_heading("driver and disk tell each other", "of everything", "by the index");
+    for load in &LOADS {
+        let mut found = [Vec::new(), Vec::new()];
+        for round in 0..turns.rounds {
+            for side in [round % 2, 1 - round % 2] {
+                let telling = [Telling::Always, Telling::ByIndex][side];
+                found[side].push(by_queue(disk, load, turns.length, (telling, false))?);
+            }
+        }
+        let middle =
+            |of: fn(&Turn) -> f64, side: usize| median(&mut found[side].iter().map(of).collect::<Vec<_>>());
+        let row = |what: &str, of: fn(&Turn) -> f64| {
+            let name = format!("{}: {what}", load.name.trim_start_matches("4 KiB random "));
+            print_row(&Row { name, base: middle(of, 0), ours: middle(of, 1), goal: 0.0 });
+        };
+        row("requests a second", |turn| turn.per_second);
+        row("interrupts for 1000", |turn| turn.interrupts);
+        row("notifications for 1000", |turn| turn.notifications);
+    }
+    Ok(())
 }
 
 /// The same of a device without a queue: each completion submits the next request.
@@ -117,21 +164,22 @@ fn main() -> Result<(), Failure> {
     write_once(&*disk, DISK_BYTES)?;
     let plain: Arc<dyn BlockDevice> = plain;
     print_heading("requests of a guest's disk per second", "node library", "disk");
-    for load in LOADS {
+    for load in &LOADS {
         let (mut base, mut ours) = (Vec::new(), Vec::new());
         for round in 0..turns.rounds {
             // Who goes first changes, so that neither gains from the other's wake.
             for by_disk in [round % 2 == 1, round % 2 == 0] {
                 if by_disk {
-                    ours.push(by_queue(&disk, &load, length)?);
+                    ours.push(by_queue(&disk, load, length, (Telling::ByIndex, true))?.per_second);
                 } else {
-                    base.push(ByHand::run(&plain, &load, length)?);
+                    base.push(ByHand::run(&plain, load, length)?);
                 }
             }
         }
         let (base, ours) = (median(&mut base), median(&mut ours));
         print_row(&Row { name: load.name.into(), base, ours, goal: load.goal });
     }
+    compare_telling(&disk, &turns)?;
     drop((disk, plain));
     volume.node.detach()?;
     Ok(())

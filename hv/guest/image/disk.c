@@ -1,4 +1,7 @@
-/* virtio-blk over virtio-mmio (version 2): one queue a disk, three descriptors a request, completion by interrupt. */
+/*
+ * virtio-blk over virtio-mmio (version 2): one queue a disk, three descriptors a request, completion by interrupt. Where the device has
+ * the ring event index, it interrupts for the last request of those in flight, and is notified when it wants to be.
+ */
 #include "guest.h"
 #include "virtio.h"
 
@@ -33,7 +36,8 @@ static void negotiate(struct disk *disk) {
     u32 offered = r[R_FEATURES];
     disk->read_only = (offered & FEATURE_READ_ONLY) != 0;
     r[R_DRIVER_FEATURES_SELECT] = 0;
-    r[R_DRIVER_FEATURES] = offered & (FEATURE_READ_ONLY | FEATURE_FLUSH);
+    r[R_DRIVER_FEATURES] = offered & (FEATURE_READ_ONLY | FEATURE_FLUSH | FEATURE_EVENT_INDEX);
+    disk->has_event_index = (offered & FEATURE_EVENT_INDEX) != 0;
     r[R_DRIVER_FEATURES_SELECT] = 1;
     r[R_DRIVER_FEATURES] = FEATURE_VERSION_1;
     r[R_STATUS] = STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_FEATURES_OK;
@@ -130,9 +134,19 @@ void disk_write(struct disk *disk, u64 sector, const void *from, u64 bytes) {
 
 void disk_flush(struct disk *disk) { submit(disk, REQUEST_FLUSH, 0, 0, 0, 0); }
 
+static void full_barrier(void) { __asm__ volatile("mfence" ::: "memory"); }
+
+/* Where the device wants to hear of requests lies behind its ring. */
+static int device_wants_to_hear(struct disk *disk) {
+    if (!disk->has_event_index) return 1;
+    u16 index = disk->avail->index, from = *(volatile u16 *)&disk->used->ring[disk->queue_size];
+    return (u16)(index - from - 1) < (u16)(index - disk->told);
+}
+
 void disk_kick(struct disk *disk) {
-    __asm__ volatile("mfence" ::: "memory");
-    disk->registers[R_NOTIFY] = 0;
+    full_barrier();
+    if (device_wants_to_hear(disk)) disk->registers[R_NOTIFY] = 0;
+    disk->told = disk->avail->index;
 }
 
 static void collect(struct disk *disk) {
@@ -148,10 +162,19 @@ static void collect(struct disk *disk) {
     }
 }
 
+/* Asks for an interrupt when all is done; what was done before the device could see that is taken at once. */
+static void ask_for_interrupt(struct disk *disk) {
+    if (!disk->has_event_index) return;
+    disk->avail->ring[disk->queue_size] = (u16)(disk->used_seen + disk->in_flight - 1);
+    full_barrier();
+    collect(disk);
+}
+
 void disk_wait(struct disk *disk) {
     for (;;) {
         interrupts_off();
         collect(disk);
+        ask_for_interrupt(disk);
         if (!disk->in_flight) break;
         sleep_until_interrupt();
     }

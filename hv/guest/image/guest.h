@@ -97,6 +97,8 @@ struct disk {
     volatile struct used_ring *used;
     struct request *requests;
     u16 used_seen;
+    u16 told;             /* the device knows of requests up to here */
+    u32 has_event_index; /* either side is told from where on it wants to hear */
     volatile u32 changed; /* a configuration interrupt came */
     u8 busy[REQUESTS_MAX];
 };

@@ -10,6 +10,7 @@
 #define STATUS_DRIVER_OK 4
 #define STATUS_FEATURES_OK 8
 #define FEATURE_VERSION_1 (1u << 0) /* bit 32, in the upper word */
+#define FEATURE_EVENT_INDEX (1u << 29)
 #define DESCRIPTOR_NEXT 1
 #define DESCRIPTOR_WRITE 2
 #define INTERRUPT_CONFIG 2u

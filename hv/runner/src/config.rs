@@ -65,6 +65,9 @@ pub struct RunnerConfig {
     pub control_socket: PathBuf,
     /// Console output that is kept, in bytes.
     pub console_log_bytes: usize,
+    /// Version of the devices that its drivers find, as `hv::DEVICES_VERSION` counts them.
+    #[serde(default)]
+    pub devices: u32,
     /// The processor that the guest gets; without one all that the host can give.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<ProcessorSpec>,
@@ -293,6 +296,7 @@ mod tests {
             cpus: 1,
             kernel: BUILTIN_SECTOR_WRITER.into(),
             initrd: None,
+            devices: 0,
             baseline: None,
             host_limit: None,
             cmdline: "seed=7".into(),

@@ -689,6 +689,7 @@ fn build(
         disks: each.collect(),
         net,
         console_bytes: config.console_log_bytes,
+        devices: config.devices,
     };
     let vm = Vm::build_with(machine, &processor).map_err(|error| not_built(&error))?;
     for disk in disks {

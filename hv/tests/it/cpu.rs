@@ -1,7 +1,7 @@
 //! The processor that a guest is given, on hosts that have more, as much, and less.
 
 use hv::cpu::Register;
-use hv::{BootSource, Cpu, CpuProblem, Firmware, Processor, Vm, VmConfig, VmError};
+use hv::{BootSource, Cpu, CpuProblem, DEVICES_VERSION, Firmware, Processor, Vm, VmConfig, VmError};
 
 use crate::support::{kvm_is_here, wait_console};
 
@@ -20,6 +20,7 @@ fn build(processor: &Processor, boot: bool) -> Result<Vm, VmError> {
         disks: vec![],
         net: None,
         console_bytes: 1 << 16,
+        devices: DEVICES_VERSION,
     };
     Vm::build_with(config, processor)
 }

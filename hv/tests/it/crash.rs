@@ -1,6 +1,6 @@
 //! Guests that end, fail or cannot go on: the VM is kept and says why. And kernels entered in 64 bits.
 
-use hv::{BootSource, Firmware, RunState, Vm, VmConfig, VmError};
+use hv::{BootSource, DEVICES_VERSION, Firmware, RunState, Vm, VmConfig, VmError};
 
 use crate::support::{Disks, kvm_is_here, text};
 
@@ -16,6 +16,7 @@ fn boot(kernel: &[u8], cmdline: &str, disks: &Disks) -> Vm {
         disks,
         net: None,
         console_bytes: 4096,
+        devices: DEVICES_VERSION,
     })
     .unwrap()
 }

@@ -1,6 +1,6 @@
 //! The dirtier: writes at its rate, and notices a page that is not as it left it.
 
-use hv::{BootSource, Firmware, RunState, Vm, VmConfig};
+use hv::{BootSource, DEVICES_VERSION, Firmware, RunState, Vm, VmConfig};
 
 use crate::support::{empty_with, kvm_is_here, text, wait_console};
 
@@ -21,6 +21,7 @@ fn dirtier(cmdline: &str) -> Vm {
         disks: vec![],
         net: None,
         console_bytes: 1 << 16,
+        devices: DEVICES_VERSION,
     })
     .unwrap()
 }

@@ -1,7 +1,7 @@
 //! The built-in guest on KVM: it boots, its disk holds what it acknowledged, it can be stopped and go on.
 
 use crate::support::{Disks, LAYOUT, kvm_is_here, text, wait_ack_beyond, wait_console, writer};
-use hv::{RunState, Vm, VmConfig, VmError};
+use hv::{DEVICES_VERSION, RunState, Vm, VmConfig, VmError};
 
 #[test]
 fn what_the_guest_acknowledged_is_on_its_disk() {
@@ -74,6 +74,14 @@ fn what_makes_no_sense_is_refused_by_state() {
     disks.attach_to(&vm);
     vm.resume().unwrap();
     assert!(matches!(vm.resume(), Err(VmError::WrongState { .. })));
-    let small = VmConfig { memory_bytes: 5, cpus: 1, boot: None, disks: vec![], net: None, console_bytes: 1 };
+    let small = VmConfig {
+        memory_bytes: 5,
+        cpus: 1,
+        boot: None,
+        disks: vec![],
+        net: None,
+        console_bytes: 1,
+        devices: DEVICES_VERSION,
+    };
     assert!(matches!(Vm::build(small), Err(VmError::Memory(_))));
 }

@@ -1,6 +1,6 @@
 //! Each role of the test guest, stopped at any instruction, saved, and gone on with in another VM: none notices.
 
-use hv::{BootSource, Firmware, Vm, VmConfig};
+use hv::{BootSource, DEVICES_VERSION, Firmware, Vm, VmConfig};
 
 use crate::support::{Disks, empty_with, kvm_is_here, text, wait_console};
 
@@ -16,6 +16,7 @@ fn boot(cpus: u32, cmdline: &str, disks: &Disks) -> Vm {
         disks,
         net: None,
         console_bytes: 1 << 18,
+        devices: DEVICES_VERSION,
     })
     .unwrap()
 }

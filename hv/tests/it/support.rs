@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use blockio::{BlockDevice, MemoryDevice};
-use hv::{BootSource, DiskConfig, Firmware, RunState, Vm, VmConfig};
+use hv::{BootSource, DEVICES_VERSION, DiskConfig, Firmware, RunState, Vm, VmConfig};
 use hv_guest::{Ack, Layout, Report};
 
 pub(crate) const RAM_BYTES: u64 = 16 << 20;
@@ -63,7 +63,15 @@ impl Disks {
 pub(crate) fn in_role(cmdline: &str, memory_bytes: u64) -> Vm {
     let boot = BootSource { kernel: hv_guest::IMAGE, initrd: None, cmdline, firmware: Firmware::CommandLine };
     let boot = Some(boot);
-    let config = VmConfig { memory_bytes, cpus: 1, boot, disks: vec![], net: None, console_bytes: 1 << 18 };
+    let config = VmConfig {
+        memory_bytes,
+        cpus: 1,
+        boot,
+        disks: vec![],
+        net: None,
+        console_bytes: 1 << 18,
+        devices: DEVICES_VERSION,
+    };
     let vm = Vm::build(config).unwrap();
     vm.resume().unwrap();
     vm
@@ -83,6 +91,7 @@ pub(crate) fn writer(disks: Vec<DiskConfig>) -> Vm {
         disks,
         net: None,
         console_bytes: 1 << 20,
+        devices: DEVICES_VERSION,
     })
     .unwrap()
 }
@@ -93,7 +102,16 @@ pub(crate) fn empty(disks: Vec<DiskConfig>) -> Vm {
 }
 
 pub(crate) fn empty_with(memory_bytes: u64, cpus: u32, disks: Vec<DiskConfig>) -> Vm {
-    Vm::build(VmConfig { memory_bytes, cpus, boot: None, disks, net: None, console_bytes: 1 << 20 }).unwrap()
+    Vm::build(VmConfig {
+        memory_bytes,
+        cpus,
+        boot: None,
+        disks,
+        net: None,
+        console_bytes: 1 << 20,
+        devices: DEVICES_VERSION,
+    })
+    .unwrap()
 }
 
 pub(crate) fn text(vm: &Vm) -> String {

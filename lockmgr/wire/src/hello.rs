@@ -20,7 +20,7 @@ pub const VERSION_MIN: u32 = 1;
 /// | version | brought |
 /// |---|---|
 /// | 1 | the first release |
-/// | 2 | the admin interface over the network; records of drains, settings and renewed certificates; pages of a live move as differences |
+/// | 2 | the admin interface over the network; records of drains, settings and renewed certificates; pages of a live move as differences; virtual devices of version 1 |
 pub const VERSION_MAX: u32 = 2;
 
 /// What this process speaks at most, when it was told to keep to an older version.

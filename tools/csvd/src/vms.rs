@@ -293,6 +293,7 @@ pub(crate) async fn start(core: &Arc<Core>, name: &str) -> Result<pb::Vm, Error>
     if record.saved.is_none() {
         // A guest that boots sees what all nodes can give; one that goes on keeps what it has seen.
         spec.baseline = processor::newest(core);
+        spec.devices = migration::devices_of_all(core);
     }
     let wanted = disks::of(core, &spec).await.map_err(during)?;
     disks::refuse_shared(core, name, &wanted, &state).await.map_err(during)?;

@@ -205,6 +205,7 @@ impl World {
             bytes_per_second: 0,
         };
         RunnerConfig {
+            devices: hv::DEVICES_VERSION,
             vm: "web".into(),
             vm_id: Uuid::from_u128(7),
             vm_epoch: 1,

@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use super::queue::{Chain, Popped, RequestQueue};
 use super::worker::Wakeup;
-use super::{DeviceInterrupt, FEATURE_INDIRECT, FEATURE_VERSION_1, VirtioDevice};
+use super::{DeviceInterrupt, FEATURES_OF_ALL, VirtioDevice};
 use crate::devices::Interrupt;
 use crate::memory::{GuestRam, PAGE_BYTES};
 use crate::state::{self, StateError};
@@ -289,11 +289,15 @@ impl VirtioDevice for Balloon {
     }
 
     fn features(&self) -> u64 {
-        FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_STATISTICS | FEATURE_DEFLATE_ON_OOM | FEATURE_REPORTING
+        FEATURES_OF_ALL | FEATURE_STATISTICS | FEATURE_DEFLATE_ON_OOM | FEATURE_REPORTING
     }
 
     fn queues(&self) -> &[RequestQueue] {
         &self.queues
+    }
+
+    fn ram(&self) -> &GuestRam {
+        &self.ram
     }
 
     fn interrupt(&self) -> &DeviceInterrupt {

@@ -25,7 +25,7 @@ use super::limiter::{DiskLimits, Limiter};
 use super::queue::{DrainTimeout, Popped, RequestQueue};
 use super::request::{self, Op, RANGES_MAX, Request, SECTOR_BYTES, Shape, Status};
 use super::worker::Wakeup;
-use super::{DeviceInterrupt, FEATURE_INDIRECT, FEATURE_VERSION_1, VirtioDevice};
+use super::{DeviceInterrupt, FEATURES_OF_ALL, VirtioDevice};
 use crate::devices::Interrupt;
 use crate::devices::virtio::flight::{Flight, Posted};
 use crate::memory::GuestRam;
@@ -383,7 +383,7 @@ impl Disk {
         }
         let (before, was_held) = (self.shape(), self.queue.is_held());
         self.set_shape(Shape { block_bytes: before.block_bytes, ..NO_MEDIUM });
-        let drained = self.queue.hold_and_drain();
+        let drained = self.queue.hold_and_drain(&self.ram);
         if drained.is_ok() {
             self.set_backend(None);
             self.occupied.store(false, Ordering::SeqCst);
@@ -562,8 +562,7 @@ impl VirtioDevice for Disk {
 
     fn features(&self) -> u64 {
         let offer = self.offer();
-        let mut features =
-            FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_SEG_MAX | FEATURE_BLOCK_SIZE | FEATURE_FLUSH;
+        let mut features = FEATURES_OF_ALL | FEATURE_SEG_MAX | FEATURE_BLOCK_SIZE | FEATURE_FLUSH;
         if offer.read_only {
             features |= FEATURE_READ_ONLY;
         } else {
@@ -577,6 +576,10 @@ impl VirtioDevice for Disk {
 
     fn queues(&self) -> &[RequestQueue] {
         std::slice::from_ref(&self.queue)
+    }
+
+    fn ram(&self) -> &GuestRam {
+        &self.ram
     }
 
     fn interrupt(&self) -> &DeviceInterrupt {

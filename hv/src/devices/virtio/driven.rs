@@ -5,9 +5,10 @@
 //!     ^                                                                                       |
 //!     '---- used ring <----------------- interrupt <------------------- completion <----------'
 //! ```
-//! The driver acts inside of the interrupt, as a processor would that takes no time.
+//! The driver acts inside of the interrupt, as a processor would that takes no time, or on a thread that the interrupt wakes. How often
+//! either side is told is counted: on a machine each interrupt is one for the guest, and each notification an exit from it.
 
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use blockio::BlockDevice;
@@ -24,6 +25,9 @@ use crate::state::{self, StateError};
 const DESCRIPTORS: u64 = 0x1000;
 const AVAILABLE: u64 = 0x2000;
 const USED: u64 = 0x3000;
+/// Behind the rings: where the driver wants to hear of completions, and the disk of requests.
+const USED_EVENT: u64 = AVAILABLE + 4 + QUEUE_SIZE_MAX as u64 * 2;
+const AVAILABLE_EVENT: u64 = USED + 4 + QUEUE_SIZE_MAX as u64 * 8;
 /// Headers of the requests, and behind them one status byte for each.
 const HEADERS: u64 = 0x4000;
 const HEADER_BYTES: u64 = 16;
@@ -45,6 +49,41 @@ pub struct DriverRequest {
     pub write: bool,
     /// Where on the disk, in bytes: a multiple of 512.
     pub offset: u64,
+}
+
+/// How a driver uses its queue.
+#[derive(Clone, Copy, Debug)]
+pub struct DriverSetup {
+    /// Requests at a time.
+    pub depth: u16,
+    /// Bytes of each.
+    pub bytes: u32,
+    /// When either side is told.
+    pub telling: Telling,
+    /// Whether the driver acts inside of the interrupt; else on a thread of its own.
+    pub at_once: bool,
+}
+
+/// When the driver and its disk tell each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Telling {
+    /// Of everything.
+    Always,
+    /// Unless the other one says by a flag that it does not want to hear.
+    ByFlags,
+    /// When the place is reached from which on the other one wants to hear: the ring event index.
+    ByIndex,
+}
+
+/// What a drive came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DriverCounts {
+    /// Requests that came back.
+    pub requests: u64,
+    /// How often the driver was told.
+    pub interrupts: u64,
+    /// How often the disk was told.
+    pub notifications: u64,
 }
 
 /// Why a disk could not be driven.
@@ -72,33 +111,42 @@ pub enum DriveError {
     Failed(u64),
 }
 
-/// Drives a disk on `backend` with requests of `bytes`: `depth` at first, and the one that `next` gives for each that comes back,
-/// until it gives none. Returns when all are back, with their number.
+/// Drives a disk on `backend`: with as many requests as the setup says at first, and the one that `next` gives for each that comes
+/// back, until it gives none. Returns when all are back.
 ///
 /// # Errors
 /// When the disk cannot be driven like that, or some request has failed.
 pub fn drive_disk(
     backend: Arc<dyn BlockDevice>,
-    (depth, bytes): (u16, u32),
+    setup: DriverSetup,
     next: impl FnMut() -> Option<DriverRequest> + Send + 'static,
-) -> Result<u64, DriveError> {
+) -> Result<DriverCounts, DriveError> {
+    let DriverSetup { depth, bytes, telling, at_once } = setup;
     if depth == 0 || depth > QUEUE_SIZE_MAX / PARTS || !u64::from(bytes).is_multiple_of(SECTOR_BYTES) {
         return Err(DriveError::Size { depth, bytes });
     }
     let stride = u64::from(bytes).next_multiple_of(PAGE_BYTES);
     let ram = GuestRam::new((DATA + u64::from(depth) * stride).max(RAM_MIN))?;
-    let driver = Arc::new(Driver::new(ram.clone(), (bytes, stride), Box::new(next)));
+    let processor = if at_once { None } else { Some(Arc::new(Wakeup::new()?)) };
+    let driver = Arc::new(Driver::new(ram.clone(), setup, stride, (Box::new(next), processor.clone())));
     let shape = shape_of(&backend.geometry(), false);
     let disk = Disk::new(0, String::new(), shape, ram.clone(), Arc::clone(&driver) as Arc<dyn Interrupt>)?;
     disk.attach(backend)?;
     // The driver takes all of them, and flushes among them: else each write would be a forced one.
     disk.activate(disk.features());
     disk.queue.restore(&queue(), &ram)?;
+    disk.queue.use_event_index(telling == Telling::ByIndex);
     disk.release();
     let disk = Arc::new(disk);
     let wakeup = disk.wakeup();
     drop(driver.wakeup.set(Arc::clone(&wakeup)));
     let _worker = Worker::spawn("driven-disk".into(), wakeup, move || disk.take_requests())?;
+    let acts = Arc::clone(&driver);
+    let work = move || {
+        acts.act();
+        None
+    };
+    let _processor = processor.map(|told| Worker::spawn("driver".into(), told, work)).transpose()?;
     driver.begin(depth);
     driver.wait()
 }
@@ -121,11 +169,14 @@ type Next = Box<dyn FnMut() -> Option<DriverRequest> + Send>;
 /// The driver's side.
 struct Driver {
     ram: GuestRam,
-    bytes: u32,
+    setup: DriverSetup,
     /// From one request's data to the next.
     stride: u64,
     /// The disk's thread, once there is one.
     wakeup: OnceLock<Arc<Wakeup>>,
+    /// The driver's thread, if it has one.
+    processor: Option<Arc<Wakeup>>,
+    interrupts: AtomicU64,
     /// Protects the driver's places in the rings. Below the queue's lock.
     state: Mutex<State>,
     all_back: Condvar,
@@ -138,7 +189,7 @@ struct State {
     posted: u16,
     seen: u16,
     in_flight: u16,
-    back: u64,
+    counts: DriverCounts,
     failed: u64,
 }
 
@@ -149,10 +200,17 @@ impl std::fmt::Debug for Driver {
 }
 
 impl Driver {
-    fn new(ram: GuestRam, (bytes, stride): (u32, u64), next: Next) -> Self {
-        let state = State { next, writes: Vec::new(), posted: 0, seen: 0, in_flight: 0, back: 0, failed: 0 };
+    fn new(
+        ram: GuestRam,
+        setup: DriverSetup,
+        stride: u64,
+        (next, processor): (Next, Option<Arc<Wakeup>>),
+    ) -> Self {
+        let (writes, counts) = (Vec::new(), DriverCounts::default());
+        let state = State { next, writes, posted: 0, seen: 0, in_flight: 0, counts, failed: 0 };
         let (wakeup, all_back) = (OnceLock::new(), Condvar::new());
-        Self { ram, bytes, stride, wakeup, state: Mutex::new(state), all_back }
+        let (state, interrupts) = (Mutex::new(state), AtomicU64::new(0));
+        Self { ram, setup, stride, wakeup, processor, interrupts, state, all_back }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -171,7 +229,7 @@ impl Driver {
         for slot in 0..depth {
             let (head, at) = (slot * PARTS, u64::from(slot));
             self.describe(head, HEADERS + at * HEADER_BYTES, 16, NEXT);
-            self.describe(head + 1, DATA + at * self.stride, self.bytes, NEXT);
+            self.describe(head + 1, DATA + at * self.stride, self.setup.bytes, NEXT);
             self.describe(head + 2, STATUSES + at, 1, DEVICE_WRITES);
             state.writes.push(true);
             if let Some(request) = (state.next)() {
@@ -179,16 +237,19 @@ impl Driver {
                 state.in_flight += 1;
             }
         }
+        let tells = self.is_to_tell(&mut state, 0);
         drop(state);
-        self.wake();
+        if tells {
+            self.wake();
+        }
     }
 
-    /// Waits until nothing is in flight; gives how many came back.
-    fn wait(&self) -> Result<u64, DriveError> {
+    /// Waits until nothing is in flight.
+    fn wait(&self) -> Result<DriverCounts, DriveError> {
         let waited = self.all_back.wait_while(self.lock(), |state| state.in_flight > 0);
         let state = waited.unwrap_or_else(PoisonError::into_inner);
         match state.failed {
-            0 => Ok(state.back),
+            0 => Ok(DriverCounts { interrupts: self.interrupts.load(Ordering::SeqCst), ..state.counts }),
             failed => Err(DriveError::Failed(failed)),
         }
     }
@@ -208,7 +269,7 @@ impl Driver {
         let (head, at) = (slot * PARTS, u64::from(slot));
         if std::mem::replace(&mut state.writes[usize::from(slot)], request.write) != request.write {
             let flags = if request.write { NEXT } else { NEXT | DEVICE_WRITES };
-            self.describe(head + 1, DATA + at * self.stride, self.bytes, flags);
+            self.describe(head + 1, DATA + at * self.stride, self.setup.bytes, flags);
         }
         let [kind, sector] = [u64::from(request.write), request.offset / SECTOR_BYTES].map(u64::to_le_bytes);
         self.put(HEADERS + at * HEADER_BYTES, [kind, sector].as_flattened());
@@ -228,36 +289,84 @@ impl Driver {
         self.put(DESCRIPTORS + u64::from(number) * 16, &fields);
     }
 
-    /// Takes what has come back, and posts what comes next.
+    /// Takes what has come back, and posts what comes next; true when the disk is to be told.
     fn look(&self, state: &mut State) -> bool {
-        let mut posts = false;
-        while u16::from_le_bytes(self.get(USED + 2)) != state.seen {
+        let before = state.posted;
+        self.want_interrupts(state, false);
+        loop {
+            while self.used_index() != state.seen {
+                self.take_back(state);
+            }
+            self.want_interrupts(state, true);
+            // What has come back before the disk could see that is not told of.
             fence(Ordering::SeqCst);
-            let entry: [u8; 8] = self.get(USED + 4 + u64::from(state.seen % QUEUE_SIZE_MAX) * 8);
-            let [low, high, ..] = entry;
-            let slot = u16::from_le_bytes([low, high]) / PARTS;
-            state.seen = state.seen.wrapping_add(1);
-            state.back += 1;
-            state.failed += u64::from(self.get::<1>(STATUSES + u64::from(slot)) != [0]);
-            match (state.next)() {
-                Some(request) => {
-                    self.post(state, slot, request);
-                    posts = true;
-                }
-                None => state.in_flight -= 1,
+            if self.used_index() == state.seen {
+                return self.is_to_tell(state, before);
             }
         }
-        posts
+    }
+
+    fn want_interrupts(&self, state: &State, wanted: bool) {
+        match self.setup.telling {
+            Telling::ByFlags => self.put(AVAILABLE, &u16::from(!wanted).to_le_bytes()),
+            Telling::ByIndex if wanted => self.put(USED_EVENT, &state.seen.to_le_bytes()),
+            // Behind the place where it wanted to hear a driver hears of nothing, until it names the next one.
+            Telling::ByIndex | Telling::Always => {}
+        }
+    }
+
+    fn used_index(&self) -> u16 {
+        u16::from_le_bytes(self.get(USED + 2))
+    }
+
+    fn take_back(&self, state: &mut State) {
+        fence(Ordering::SeqCst);
+        let entry: [u8; 8] = self.get(USED + 4 + u64::from(state.seen % QUEUE_SIZE_MAX) * 8);
+        let [low, high, ..] = entry;
+        let slot = u16::from_le_bytes([low, high]) / PARTS;
+        state.seen = state.seen.wrapping_add(1);
+        state.counts.requests += 1;
+        state.failed += u64::from(self.get::<1>(STATUSES + u64::from(slot)) != [0]);
+        match (state.next)() {
+            Some(request) => self.post(state, slot, request),
+            None => state.in_flight -= 1,
+        }
+    }
+
+    /// Whether the disk wants to hear of what was posted since.
+    fn is_to_tell(&self, state: &mut State, before: u16) -> bool {
+        // The index before the look at where the disk wants to hear.
+        fence(Ordering::SeqCst);
+        let posted = state.posted.wrapping_sub(before);
+        let place = |at| u16::from_le_bytes(self.get(at));
+        let wanted = match self.setup.telling {
+            Telling::Always => true,
+            Telling::ByFlags => place(USED) == 0,
+            Telling::ByIndex => state.posted.wrapping_sub(place(AVAILABLE_EVENT)).wrapping_sub(1) < posted,
+        };
+        let tells = posted > 0 && wanted;
+        state.counts.notifications += u64::from(tells);
+        tells
     }
 }
 
 impl Interrupt for Driver {
     fn trigger(&self) {
+        self.interrupts.fetch_add(1, Ordering::SeqCst);
+        match &self.processor {
+            Some(processor) => processor.wake(),
+            None => self.act(),
+        }
+    }
+}
+
+impl Driver {
+    fn act(&self) {
         let mut state = self.lock();
-        let posts = self.look(&mut state);
+        let tells = self.look(&mut state);
         let over = state.in_flight == 0;
         drop(state);
-        if posts {
+        if tells {
             self.wake();
         }
         if over {
@@ -270,7 +379,29 @@ impl Interrupt for Driver {
 mod tests {
     use blockio::MemoryDevice;
 
+    use super::Telling::{ByFlags, ByIndex};
     use super::*;
+
+    fn setup(depth: u16, bytes: u32, telling: Telling) -> DriverSetup {
+        DriverSetup { depth, bytes, telling, at_once: true }
+    }
+
+    // A wake-up that is lost on either side would leave requests where they are, for ever.
+    #[test]
+    fn a_driver_that_is_told_only_when_it_asks_gets_everything_back_on_many_rounds_of_the_rings() {
+        let depths = [1, 2, 7, 32].into_iter().flat_map(|depth| [(depth, true), (depth, false)]);
+        for ((depth, at_once), telling) in depths.flat_map(|it| [(it, ByFlags), (it, ByIndex)]) {
+            let device: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::new(1 << 20));
+            let mut places = 0..20_000_u64;
+            let next =
+                move || places.next().map(|place| DriverRequest { write: false, offset: place % 256 * 4096 });
+            let counts = drive_disk(device, DriverSetup { at_once, ..setup(depth, 4096, telling) }, next);
+            let counts = counts.expect("driven");
+            let whose = format!("{telling:?} at depth {depth}, at once: {at_once}");
+            assert_eq!(counts.requests, 20_000, "{whose}");
+            assert!(counts.interrupts <= 20_000, "{whose}: {counts:?}");
+        }
+    }
 
     #[test]
     fn a_driver_without_a_processor_reads_and_writes_what_it_is_told() {
@@ -279,8 +410,12 @@ mod tests {
         let mut places = 0..64_u64;
         let next =
             move || places.next().map(|place| DriverRequest { write: place % 2 == 0, offset: place * 4096 });
-        let back = drive_disk(Arc::clone(&device) as Arc<dyn BlockDevice>, (8, 4096), next).expect("driven");
-        assert_eq!(back, 64);
+        let backend = Arc::clone(&device) as Arc<dyn BlockDevice>;
+        let counts = drive_disk(backend, setup(8, 4096, Telling::Always), next).expect("driven");
+        assert_eq!(
+            counts,
+            DriverCounts { requests: 64, interrupts: 64, notifications: counts.notifications }
+        );
         for place in 0..64 {
             let mut block = [1; 4096];
             device.read_at(place * 4096, &mut block).expect("a read");
@@ -294,10 +429,10 @@ mod tests {
         let device: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::new(1 << 20));
         let mut times = 0..3;
         let beyond = move || times.next().map(|_| DriverRequest { write: false, offset: 1 << 20 });
-        let outcome = drive_disk(Arc::clone(&device), (2, 4096), beyond);
+        let outcome = drive_disk(Arc::clone(&device), setup(2, 4096, ByIndex), beyond);
         assert!(matches!(outcome, Err(DriveError::Failed(3))), "{outcome:?}");
         for (depth, bytes) in [(0, 4096), (100, 4096), (1, 1000)] {
-            let refused = drive_disk(Arc::clone(&device), (depth, bytes), || None);
+            let refused = drive_disk(Arc::clone(&device), setup(depth, bytes, Telling::Always), || None);
             assert!(matches!(refused, Err(DriveError::Size { .. })), "{refused:?}");
         }
     }

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_queue::QueueT;
 
 use super::queue::{QUEUE_SIZE_MAX, RequestQueue};
-use super::{FEATURE_VERSION_1, VirtioDevice};
+use super::{FEATURE_EVENT_INDEX, FEATURE_VERSION_1, VirtioDevice};
 use crate::memory::GuestRam;
 use crate::state::{self, StateError};
 
@@ -50,13 +50,15 @@ struct Registers {
 pub(crate) struct Transport {
     device: Arc<dyn VirtioDevice>,
     ram: GuestRam,
+    /// Features of the device that are not offered. A driver that comes with its state may have accepted them elsewhere.
+    withheld: u64,
     /// Protects the registers. The device's own locks are taken under it, never the other way round.
     registers: Mutex<Registers>,
 }
 
 impl Transport {
-    pub(crate) fn new(device: Arc<dyn VirtioDevice>, ram: GuestRam) -> Self {
-        Self { device, ram, registers: Mutex::default() }
+    pub(crate) fn new(device: Arc<dyn VirtioDevice>, ram: GuestRam, withheld: u64) -> Self {
+        Self { device, ram, withheld, registers: Mutex::default() }
     }
 
     /// The guest reads `into.len()` bytes.
@@ -79,7 +81,7 @@ impl Transport {
             0x04 => VERSION,
             0x08 => self.device.kind(),
             0x0c => VENDOR,
-            0x10 => half_of(self.device.features(), registers.features_select),
+            0x10 => half_of(self.offered(), registers.features_select),
             0x34 => queue.map_or(0, |_| QUEUE_SIZE_MAX.into()),
             0x44 => queue.is_some_and(RequestQueue::is_ready).into(),
             0x60 => self.device.interrupt().reasons(),
@@ -139,7 +141,7 @@ impl Transport {
         }
         let new = value & STATUS_KNOWN & !registers.status;
         registers.status |= new;
-        if new & STATUS_FEATURES_OK != 0 && !self.features_fit(registers.driver_features) {
+        if new & STATUS_FEATURES_OK != 0 && !fit(registers.driver_features, self.offered()) {
             registers.status &= !STATUS_FEATURES_OK;
         }
         if new & STATUS_DRIVER_OK != 0 {
@@ -159,7 +161,14 @@ impl Transport {
             self.device.interrupt().config_changed();
             return;
         }
-        self.device.activate(registers.driver_features);
+        self.activate(registers.driver_features);
+    }
+
+    /// How the rings are used is known before the device looks at them.
+    fn activate(&self, accepted: u64) {
+        let by_index = accepted & FEATURE_EVENT_INDEX != 0;
+        self.device.queues().iter().for_each(|queue| queue.use_event_index(by_index));
+        self.device.activate(accepted);
     }
 
     /// The first queue is there, and each that is lies where memory is.
@@ -169,8 +178,8 @@ impl Transport {
             && queues.iter().filter(|queue| queue.is_ready()).all(|queue| queue.is_valid(&self.ram))
     }
 
-    fn features_fit(&self, accepted: u64) -> bool {
-        accepted & !self.device.features() == 0 && accepted & FEATURE_VERSION_1 != 0
+    fn offered(&self) -> u64 {
+        self.device.features() & !self.withheld
     }
 
     pub(crate) fn save(&self) -> state::Transport {
@@ -191,7 +200,7 @@ impl Transport {
         if saved.status & !(STATUS_KNOWN | STATUS_NEEDS_RESET) != 0 {
             return Err(StateError::Invalid("a device status has unknown bits"));
         }
-        if saved.status & STATUS_FEATURES_OK != 0 && !self.features_fit(saved.driver_features) {
+        if saved.status & STATUS_FEATURES_OK != 0 && !fit(saved.driver_features, self.device.features()) {
             return Err(StateError::Invalid("a driver uses features that this device does not have"));
         }
         let running = saved.status & STATUS_DRIVER_OK != 0 && saved.status & STATUS_NEEDS_RESET == 0;
@@ -208,7 +217,7 @@ impl Transport {
         self.device.interrupt().restore_generation(saved.config_generation);
         self.device.interrupt().restore(saved.interrupt_status);
         if running {
-            self.device.activate(saved.driver_features);
+            self.activate(saved.driver_features);
         }
         Ok(())
     }
@@ -232,6 +241,10 @@ impl Registers {
             _ => {}
         }
     }
+}
+
+fn fit(accepted: u64, features: u64) -> bool {
+    accepted & !features == 0 && accepted & FEATURE_VERSION_1 != 0
 }
 
 fn half_of(features: u64, select: u32) -> u32 {

@@ -23,13 +23,33 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::devices::Interrupt;
+use crate::memory::GuestRam;
 use crate::state::{self, StateError};
 use queue::{DrainTimeout, RequestQueue};
+
+/// What drivers find, by version of the devices. A guest that boots is offered what all nodes of its cluster have, and finds the
+/// same wherever it goes; the version is in the VM's configuration as long as it runs.
+///
+/// | version | brought |
+/// |---|---|
+/// | 0 | the first release |
+/// | 1 | the ring event index |
+pub const DEVICES_VERSION: u32 = 1;
 
 /// `VIRTIO_F_VERSION_1`: the driver speaks the standard, not a draft of it.
 pub(crate) const FEATURE_VERSION_1: u64 = 1 << 32;
 /// `VIRTIO_F_INDIRECT_DESC`: chains may lie in a table of their own.
 pub(crate) const FEATURE_INDIRECT: u64 = 1 << 28;
+
+/// `VIRTIO_F_EVENT_IDX`: each side says by a place in a ring from where on it wants to hear of the other.
+pub(crate) const FEATURE_EVENT_INDEX: u64 = 1 << 29;
+/// What every device has.
+pub(crate) const FEATURES_OF_ALL: u64 = FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_EVENT_INDEX;
+
+/// Features that this build has and devices of an older version do not offer.
+pub(crate) fn withheld(version: u32) -> u64 {
+    if version < 1 { FEATURE_EVENT_INDEX } else { 0 }
+}
 
 const STATUS_USED: u32 = 1;
 const STATUS_CONFIG: u32 = 2;
@@ -38,10 +58,12 @@ const STATUS_CONFIG: u32 = 2;
 pub(crate) trait VirtioDevice: Send + Sync {
     /// The standard's number of the kind of device.
     fn kind(&self) -> u32;
-    /// Features that a driver may accept.
+    /// Features that it has. A driver is offered them by its transport.
     fn features(&self) -> u64;
     /// The queues, by number.
     fn queues(&self) -> &[RequestQueue];
+    /// Where the rings are.
+    fn ram(&self) -> &GuestRam;
     /// The interrupt and its reasons.
     fn interrupt(&self) -> &DeviceInterrupt;
     /// Reads configuration space; zeros beyond its end.
@@ -72,7 +94,7 @@ pub(crate) trait VirtioDevice: Send + Sync {
     /// driver sees a device that failed.
     fn reset(&self) {
         for queue in self.queues() {
-            if let Err(error) = queue.hold_and_drain() {
+            if let Err(error) = queue.hold_and_drain(self.ram()) {
                 tracing::error!(kind = self.kind(), %error, "reset of a device refused");
                 return;
             }
@@ -88,7 +110,7 @@ pub(crate) trait VirtioDevice: Send + Sync {
 
     /// Stops taking requests and waits for those in flight.
     fn hold_and_drain(&self) -> Result<(), DrainTimeout> {
-        self.queues().iter().try_for_each(RequestQueue::hold_and_drain)
+        self.queues().iter().try_for_each(|queue| queue.hold_and_drain(self.ram()))
     }
 
     /// Goes on, with a look at the queues: a notification may have been consumed without being served.

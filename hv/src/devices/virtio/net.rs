@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use super::queue::{Chain, Popped, RequestQueue};
 use super::worker::Wakeup;
-use super::{DeviceInterrupt, FEATURE_INDIRECT, FEATURE_VERSION_1, VirtioDevice};
+use super::{DeviceInterrupt, FEATURES_OF_ALL, VirtioDevice};
 use crate::devices::Interrupt;
 use crate::memory::GuestRam;
 
@@ -221,16 +221,15 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        FEATURE_VERSION_1
-            | FEATURE_INDIRECT
-            | FEATURE_MAC
-            | FEATURE_STATUS
-            | FEATURE_CONTROL
-            | FEATURE_ANNOUNCE
+        FEATURES_OF_ALL | FEATURE_MAC | FEATURE_STATUS | FEATURE_CONTROL | FEATURE_ANNOUNCE
     }
 
     fn queues(&self) -> &[RequestQueue] {
         &self.queues
+    }
+
+    fn ram(&self) -> &GuestRam {
+        &self.ram
     }
 
     fn interrupt(&self) -> &DeviceInterrupt {

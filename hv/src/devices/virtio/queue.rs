@@ -3,17 +3,29 @@
 //! The guest owns the rings and may write anything into them. A chain that makes no sense is given back untouched; an
 //! available index that makes no sense breaks the queue until the driver resets the device.
 //!
-//! **Invariant:** what was popped is completed exactly once, and while the queue is held nothing new is popped, so
-//! `in_flight == 0` under a hold means that no device thread touches guest RAM (H3).
+//! ```text
+//!   driver: post, "do you want to hear?" --notify--> pop ... pop, none: "I want to hear of the next", look once more
+//!   driver: "I want to hear", look once more <--interrupt-- complete, "do you want to hear?"
+//! ```
+//! Each side says when it wants to hear of the other [VIRTIO 1.2] 2.7.7, 2.7.10: with the event index from which place in the ring on,
+//! without it by a flag. Who says so looks once more afterwards, and who asks has shown its work before, so of two at the same moment one
+//! sees the other. A driver is asked for nothing while requests are being taken: whoever leaves off before [`Popped::Empty`] comes back by
+//! itself.
+//!
+//! **Invariants:** what was popped is completed exactly once, and while the queue is held nothing new is popped and nothing is said, so
+//! `in_flight == 0` under a hold means that no device thread touches guest RAM (H3). After [`Popped::Empty`] the driver notifies of
+//! its next request, unless the queue is held, and then it is looked at when it is released. No driver is asked to be silent by a saved
+//! state, for builds that do not know of it go on from there too. After a restore the first completion interrupts, whatever was said.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::DeviceInterrupt;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, RamMap};
 use crate::state::{self, StateError};
 
 /// Most descriptors of a queue.
@@ -22,6 +34,8 @@ pub(crate) const QUEUE_SIZE_MAX: u16 = 128;
 const PARTS_MAX: usize = 128;
 /// Requests in a row that must have been alone before the driver is taken to go on like that.
 const ALONE_MIN: u32 = 8;
+/// In the available ring's flags: the driver does not want to hear of completions.
+const NO_INTERRUPT: u16 = 1;
 /// How long a drain waits for one round before it says so.
 const DRAIN_ROUND: Duration = Duration::from_secs(1);
 /// Rounds before a drain gives up.
@@ -67,6 +81,8 @@ pub(crate) struct RequestQueue {
     idle: Condvar,
 }
 
+type Found<'a> = DescriptorChain<&'a RamMap>;
+
 #[derive(Debug)]
 struct Inner {
     queue: Queue,
@@ -77,62 +93,67 @@ struct Inner {
     stalled: u16,
     /// Requests in a row that were completed with no other one in flight or posted.
     alone: u32,
+    /// By its flag the driver is asked not to notify. Without the event index only.
+    hushed: bool,
+    /// The next completion interrupts: what the driver wanted to hear of before, nobody knows any more.
+    must_tell: bool,
+}
+
+impl Inner {
+    fn new(queue: Queue) -> Self {
+        let (held, broken, hushed, must_tell) = (true, false, false, false);
+        Self { queue, held, broken, in_flight: 0, stalled: 0, alone: 0, hushed, must_tell }
+    }
 }
 
 impl RequestQueue {
     /// An unconfigured queue, held.
     pub(crate) fn new() -> Self {
         let queue = Queue::new(QUEUE_SIZE_MAX).expect("the size is a power of two");
-        Self {
-            inner: Mutex::new(Inner { queue, held: true, broken: false, in_flight: 0, stalled: 0, alone: 0 }),
-            idle: Condvar::new(),
-        }
+        Self { inner: Mutex::new(Inner::new(queue)), idle: Condvar::new() }
     }
 
-    /// Takes the next request, unless the queue is held.
+    /// Takes the next request, unless the queue is held. When there is none, the driver notifies of the next one.
     pub(crate) fn pop(&self, ram: &GuestRam) -> Popped {
         let mut inner = self.lock();
         if inner.held || inner.broken || !inner.queue.ready() {
             return Popped::Empty;
         }
         let full = inner.in_flight >= inner.queue.size();
-        let chain = match inner.queue.iter(ram.map()) {
-            Ok(mut available) => available.next(),
-            Err(_) => return inner.fall(),
-        };
-        match chain {
-            None => Popped::Empty,
+        match inner.next(ram).and_then(|next| inner.ask_for_notifications(ram, next)) {
+            Err(_) => inner.fall(),
+            Ok(None) => Popped::Empty,
             // More requests than descriptors: some head is used twice.
-            Some(_) if full => inner.fall(),
-            Some(chain) => {
+            Ok(Some(_)) if full => inner.fall(),
+            Ok(Some(chain)) => {
                 inner.in_flight += 1;
                 Popped::Chain(Chain { head: chain.head_index(), parts: parts_of(chain) })
             }
         }
     }
 
-    /// The next request, which stays where the driver has posted it.
+    /// The next request, which stays where the driver has posted it. When there is none, the driver notifies of the next one.
     pub(crate) fn peek(&self, ram: &GuestRam) -> Option<Chain> {
         let mut inner = self.lock();
         if inner.held || inner.broken || !inner.queue.ready() {
             return None;
         }
-        let chain = inner.queue.iter(ram.map()).ok()?.next()?;
+        let chain = inner.next(ram).and_then(|next| inner.ask_for_notifications(ram, next)).ok()??;
         inner.queue.go_to_previous_position();
         Some(Chain { head: chain.head_index(), parts: parts_of(chain) })
     }
 
-    /// Gives a request back to the driver and tells it.
+    /// Gives a request back to the driver, and tells it unless it does not want to hear of it.
     pub(crate) fn complete(&self, ram: &GuestRam, head: u16, written: u32, interrupt: &DeviceInterrupt) {
         let mut inner = self.lock();
         // Before the driver hears of it, and posts the next one.
         inner.alone = if inner.is_alone(ram) { inner.alone.saturating_add(1) } else { 0 };
-        if inner.queue.add_used(ram.map(), head, written).is_err() {
-            inner.broken = true;
-        }
+        let tell = inner.give_back(ram, head, written);
         drop(inner);
         // Interrupt before the count: a drained queue has nothing left to say. Not under the lock, which who takes requests wants.
-        interrupt.used();
+        if tell {
+            interrupt.used();
+        }
         let mut inner = self.lock();
         inner.in_flight -= 1;
         if inner.in_flight == 0 {
@@ -158,9 +179,10 @@ impl RequestQueue {
     }
 
     /// Stops taking requests, and waits until those in flight are completed.
-    pub(crate) fn hold_and_drain(&self) -> Result<(), DrainTimeout> {
+    pub(crate) fn hold_and_drain(&self, ram: &GuestRam) -> Result<(), DrainTimeout> {
         let mut inner = self.lock();
         inner.held = true;
+        inner.unhush(ram);
         for round in 1..=DRAIN_ROUNDS_MAX {
             let waits = |inner: &mut Inner| inner.in_flight > inner.stalled;
             let waited = self.idle.wait_timeout_while(inner, DRAIN_ROUND, waits);
@@ -192,7 +214,12 @@ impl RequestQueue {
         let mut inner = self.lock();
         assert_eq!(inner.in_flight, 0, "a queue is drained before it is reset");
         inner.queue.reset();
-        inner.broken = false;
+        (inner.broken, inner.hushed, inner.must_tell) = (false, false, false);
+    }
+
+    /// The driver has accepted its device, and says by places in the rings (`true`) or by flags what it wants to hear of.
+    pub(crate) fn use_event_index(&self, accepted: bool) {
+        self.lock().queue.set_event_idx(accepted);
     }
 
     /// Changes the configuration; ignored once the queue is ready, as the standard asks of drivers.
@@ -240,6 +267,7 @@ impl RequestQueue {
             max_size: QUEUE_SIZE_MAX,
             next_avail,
             next_used,
+            // Follows from the features that the driver has accepted, which come later.
             event_idx_enabled: false,
             size: state::half(saved.size)?,
             ready: saved.ready,
@@ -257,7 +285,7 @@ impl RequestQueue {
         }
         let mut inner = self.lock();
         inner.queue = queue;
-        inner.broken = false;
+        (inner.broken, inner.hushed, inner.must_tell) = (false, false, true);
         Ok(())
     }
 
@@ -273,13 +301,60 @@ impl Inner {
         self.in_flight == 1 && posted.is_ok_and(|posted| posted.0 == self.queue.next_avail())
     }
 
+    fn next<'a>(&mut self, ram: &'a GuestRam) -> Result<Option<Found<'a>>, virtio_queue::Error> {
+        Ok(self.queue.iter(ram.map())?.next())
+    }
+
+    /// While there are requests none is to be notified of. When there are no more, the next one is; and it may have been posted before
+    /// the driver could see that.
+    fn ask_for_notifications<'a>(
+        &mut self,
+        ram: &'a GuestRam,
+        next: Option<Found<'a>>,
+    ) -> Result<Option<Found<'a>>, virtio_queue::Error> {
+        if next.is_some() {
+            if !self.hushed {
+                self.queue.disable_notification(ram.map())?;
+                self.hushed = true;
+            }
+            return Ok(next);
+        }
+        self.hushed = false;
+        if self.queue.enable_notification(ram.map())? { self.next(ram) } else { Ok(None) }
+    }
+
+    /// The driver notifies again. What it has posted meanwhile is found by the look that follows a release.
+    fn unhush(&mut self, ram: &GuestRam) {
+        if std::mem::take(&mut self.hushed) {
+            // A ring that cannot be written to is found by that look too.
+            drop(self.queue.enable_notification(ram.map()));
+        }
+    }
+
+    /// Shows the driver that a request is done; true when it is to be told.
+    fn give_back(&mut self, ram: &GuestRam, head: u16, written: u32) -> bool {
+        if self.queue.add_used(ram.map(), head, written).is_err() {
+            self.broken = true;
+            return true;
+        }
+        // Also without the event index: it is what keeps the look at the flags behind the write of the used ring.
+        let reached = self.queue.needs_notification(ram.map()).unwrap_or(true);
+        let wanted = if self.queue.event_idx_enabled() { reached } else { self.wants_interrupts(ram) };
+        std::mem::take(&mut self.must_tell) || wanted
+    }
+
+    fn wants_interrupts(&self, ram: &GuestRam) -> bool {
+        let flags = ram.map().load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
+        flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT == 0)
+    }
+
     fn fall(&mut self) -> Popped {
         self.broken = true;
         Popped::Broken
     }
 }
 
-fn parts_of(chain: virtio_queue::DescriptorChain<&crate::memory::RamMap>) -> Vec<Part> {
+fn parts_of(chain: Found<'_>) -> Vec<Part> {
     let mut parts = Vec::new();
     let mut complete = false;
     for descriptor in chain.take(PARTS_MAX) {

@@ -8,7 +8,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::queue::{Chain, Popped, RequestQueue};
 use super::worker::Wakeup;
-use super::{DeviceInterrupt, FEATURE_INDIRECT, FEATURE_VERSION_1, VirtioDevice};
+use super::{DeviceInterrupt, FEATURES_OF_ALL, VirtioDevice};
 use crate::devices::Interrupt;
 use crate::memory::GuestRam;
 
@@ -81,10 +81,13 @@ impl VirtioDevice for Rng {
         KIND
     }
     fn features(&self) -> u64 {
-        FEATURE_VERSION_1 | FEATURE_INDIRECT
+        FEATURES_OF_ALL
     }
     fn queues(&self) -> &[RequestQueue] {
         std::slice::from_ref(&self.queue)
+    }
+    fn ram(&self) -> &GuestRam {
+        &self.ram
     }
     fn interrupt(&self) -> &DeviceInterrupt {
         &self.interrupt

@@ -375,6 +375,7 @@ fn config(
         // Not the VM's name: a process that has given the VM away may still be ending when the next one comes.
         control_socket: core.config.vm_dir().join(format!("{serial}.sock")),
         console_log_bytes: CONSOLE_BYTES,
+        devices: spec.devices,
         baseline: super::processor::baseline(&state, spec.baseline)?.map(|cpu| (&cpu).into()),
         host_limit: core.vms.processors.limit().map(|cpu| (&cpu).into()),
         incoming: content == Content::Streamed,

@@ -41,7 +41,7 @@ impl Guest {
         }
         let balloon = Arc::new(Balloon::new(ram.clone(), Arc::new(Line::default())).unwrap());
         balloon.release();
-        let transport = Transport::new(balloon.clone() as Arc<dyn VirtioDevice>, ram.clone());
+        let transport = Transport::new(balloon.clone() as Arc<dyn VirtioDevice>, ram.clone(), 0);
         Self { ram, balloon, transport, posted: [0; 5] }
     }
 

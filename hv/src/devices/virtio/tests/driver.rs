@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use blockio::{BlockDevice, Geometry, IoRequest, MemoryDevice};
 
 use crate::devices::Interrupt;
-use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::{Disk, shape_of};
 use crate::devices::virtio::mmio::Transport;
+use crate::devices::virtio::{DEVICES_VERSION, VirtioDevice, withheld};
 use crate::memory::GuestRam;
 
 pub(super) const RAM_BYTES: u64 = 4 << 20;
@@ -25,12 +25,19 @@ pub(super) const WRITE: u16 = 2;
 pub(super) const INDIRECT: u16 = 4;
 pub(super) const VERSION_1: u64 = 1 << 32;
 pub(super) const FLUSH: u64 = 1 << 9;
+pub(super) const EVENT_INDEX: u64 = 1 << 29;
 
 /// Address, length, flags, next.
 pub(super) type Descriptor = (u64, u32, u16, u16);
 
 #[derive(Debug, Default)]
 pub(super) struct Line(AtomicU32);
+
+impl Line {
+    pub(super) fn count(&self) -> u32 {
+        self.0.load(Ordering::SeqCst)
+    }
+}
 
 impl Interrupt for Line {
     fn trigger(&self) {
@@ -76,6 +83,11 @@ impl Driver {
     }
 
     pub(super) fn new(backend: Arc<dyn BlockDevice>, read_only: bool) -> Self {
+        Self::offered(backend, read_only, DEVICES_VERSION)
+    }
+
+    /// On devices of that version.
+    pub(super) fn offered(backend: Arc<dyn BlockDevice>, read_only: bool, version: u32) -> Self {
         let ram = GuestRam::new(RAM_BYTES).unwrap();
         let line = Arc::new(Line::default());
         let shape = shape_of(&backend.geometry(), read_only);
@@ -84,7 +96,7 @@ impl Driver {
         disk.release();
         let disk = Arc::new(disk);
         let device: Arc<dyn VirtioDevice> = disk.clone();
-        Self { transport: Transport::new(device, ram.clone()), ram, disk, line, posted: 0 }
+        Self { transport: Transport::new(device, ram.clone(), withheld(version)), ram, disk, line, posted: 0 }
     }
 
     pub(super) fn start(&mut self, features: u64) {
@@ -123,7 +135,7 @@ impl Driver {
     }
 
     pub(super) fn interrupts(&self) -> u32 {
-        self.line.0.load(Ordering::SeqCst)
+        self.line.count()
     }
 
     pub(super) fn describe(&self, table: u64, descriptors: &[Descriptor]) {
@@ -146,11 +158,16 @@ impl Driver {
 
     /// Makes a chain available and lets the device look.
     pub(super) fn post(&mut self, head: u16) {
+        self.make_available(head);
+        self.disk.take_requests();
+    }
+
+    /// Makes a chain available; the device does not hear of it.
+    pub(super) fn make_available(&mut self, head: u16) {
         let slot = u64::from(self.posted % QUEUE_SIZE);
         self.ram.write(AVAIL + 4 + slot * 2, &head.to_le_bytes()).unwrap();
         self.posted = self.posted.wrapping_add(1);
         self.ram.write(AVAIL + 2, &self.posted.to_le_bytes()).unwrap();
-        self.disk.take_requests();
     }
 
     /// Posts and waits; gives the length in the used ring.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::devices::virtio::VirtioDevice;
 
 use super::driver::{
-    AVAIL, DATA, DESCRIPTORS, Descriptor, Driver, FLUSH, HEADER, INDIRECT, NEXT, QUEUE_SIZE, RAM_BYTES,
-    STATUS, Stuck, VERSION_1, WRITE,
+    AVAIL, DATA, DESCRIPTORS, Descriptor, Driver, EVENT_INDEX, FLUSH, HEADER, INDIRECT, NEXT, QUEUE_SIZE,
+    RAM_BYTES, STATUS, Stuck, USED, VERSION_1, WRITE,
 };
 
 const NEEDS_RESET: u32 = 64;
@@ -116,6 +116,11 @@ fn a_head_that_is_posted_again_and_again_is_bounded() {
 
 #[test]
 fn rings_full_of_noise_do_no_harm() {
+    noise_in_rings(VERSION_1 | FLUSH);
+    noise_in_rings(VERSION_1 | FLUSH | EVENT_INDEX);
+}
+
+fn noise_in_rings(features: u64) {
     let mut noise = 0x2545_f491_4f6c_dd1d_u64;
     let mut random = move || {
         noise ^= noise << 13;
@@ -124,7 +129,12 @@ fn rings_full_of_noise_do_no_harm() {
         noise
     };
     let (mut driver, _device) = Driver::on_memory();
+    driver.start(features);
     for round in 0..300 {
+        // Whatever it says about what it wants to hear of, and about what the device wants.
+        for at in [AVAIL, AVAIL + 4 + u64::from(QUEUE_SIZE) * 2, USED, USED + 4 + u64::from(QUEUE_SIZE) * 8] {
+            driver.ram.write(at, &random().to_le_bytes()[..2]).unwrap();
+        }
         for at in (DESCRIPTORS..DESCRIPTORS + 256).step_by(16) {
             // Mostly inside RAM, of small lengths and with sensible flags, so that many get far.
             let (a, b) = (random(), random());
@@ -139,7 +149,7 @@ fn rings_full_of_noise_do_no_harm() {
         driver.disk.hold_and_drain().unwrap();
         driver.disk.release();
         if round % 50 == 49 {
-            driver.start(VERSION_1 | FLUSH);
+            driver.start(features);
             assert_eq!(driver.request(0, 0, 512, true), (0, 513), "round {round}");
         }
     }

@@ -2,6 +2,7 @@
 
 mod balloon;
 mod driver;
+mod events;
 mod hostile;
 mod rate;
 mod requests;

@@ -12,8 +12,8 @@ use proptest::prelude::*;
 use crate::devices::virtio::VirtioDevice;
 
 use super::driver::{
-    AVAIL, DATA, DESCRIPTORS, DISK_BYTES, Driver, FLUSH, HEADER, NEXT, QUEUE_SIZE, RAM_BYTES, STATUS,
-    VERSION_1, WRITE,
+    AVAIL, DATA, DESCRIPTORS, DISK_BYTES, Driver, EVENT_INDEX, FLUSH, HEADER, NEXT, QUEUE_SIZE, RAM_BYTES,
+    STATUS, VERSION_1, WRITE,
 };
 
 const STEPS_MAX: usize = 40;
@@ -100,7 +100,9 @@ fn guest(data: &[u8]) -> usize {
         broken: AtomicBool::new(false),
         requests: AtomicUsize::new(0),
     });
-    let mut driver = Driver::started(disk.clone(), read_only);
+    let mut driver = Driver::new(disk.clone(), read_only);
+    let by_index = if feed.byte().is_multiple_of(2) { EVENT_INDEX } else { 0 };
+    driver.start(VERSION_1 | FLUSH | by_index);
     for _ in 0..STEPS_MAX {
         if feed.0.is_empty() {
             break;

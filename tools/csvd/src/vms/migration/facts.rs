@@ -15,6 +15,19 @@ use crate::vms::processor;
 /// From this version of the protocol between nodes on, memory streams have pages as differences.
 const DELTAS_SINCE: u32 = 2;
 
+/// From this version of the protocol between nodes on, drivers of a VM may find more than the first release's devices offer.
+const DEVICES_SINCE: u32 = 2;
+
+/// Version of the devices that drivers can find here.
+fn devices() -> u32 {
+    if wire::spoken_max() >= DEVICES_SINCE { hv::DEVICES_VERSION } else { 0 }
+}
+
+/// Version of the devices that drivers of a VM which boots now find: it can go to every node that can be reached (G4).
+pub(crate) fn devices_of_all(core: &Core) -> u32 {
+    if core.all_speak(DEVICES_SINCE, "newer devices").is_ok() { devices() } else { 0 }
+}
+
 /// Whether this node sends and takes pages as differences: one that keeps to an older version does as its release did.
 pub(super) fn has_deltas() -> bool {
     wire::spoken_max() >= DELTAS_SINCE
@@ -30,6 +43,7 @@ pub(super) fn needs(core: &Core, spec: &pb::VmSpec, to: NodeId) -> Result<Needs,
         cpus: spec.cpus,
         paths: paths(spec),
         // Without a baseline it was given all that this node has.
+        devices: spec.devices,
         cpu: given.or_else(|| core.vms.processors.here()).unwrap_or_default(),
     })
 }
@@ -63,6 +77,7 @@ pub(super) async fn gather(core: &Arc<Core>, paths: Vec<(String, String)>) -> Fa
         version_max: PROTOCOL_VERSION,
         cpu: core.vms.processors.here().unwrap_or_default(),
         takes_deltas: has_deltas(),
+        devices: devices(),
     }
 }
 
