@@ -17,6 +17,7 @@ use crate::console::Console;
 use crate::devices::bus::{Bus, Other, Place, Slot};
 use crate::devices::rtc::Rtc;
 use crate::devices::serial::{COM1_LINE, SerialPort};
+use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Disk, shape_of};
 use crate::devices::virtio::mmio::{NOTIFY, Transport};
@@ -25,7 +26,6 @@ use crate::devices::virtio::queue::DrainTimeout;
 use crate::devices::virtio::request::Shape;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::worker::{Wakeup, Worker};
-use crate::devices::virtio::{self, VirtioDevice};
 use crate::kvm::{KvmError, Machine, Tried};
 use crate::memory::GuestRam;
 use crate::state::{self, SavedMachine, StateError};
@@ -45,6 +45,8 @@ pub struct NetConfig {
     pub tap: File,
     /// Address of the card, the same wherever the VM runs.
     pub mac: [u8; 6],
+    /// Tells the tap what is taken from it, in flags of `TUNSETOFFLOAD`; nothing where the tap cannot be told. Called by the card's thread.
+    pub offload: Option<fn(&File, u32) -> std::io::Result<()>>,
 }
 
 /// All devices, and the threads of those that have one.
@@ -67,8 +69,7 @@ impl Board {
         net: Option<NetConfig>,
         devices: u32,
     ) -> Result<Self, VmError> {
-        let withheld = virtio::withheld(devices);
-        let mut maker = Maker { machine, ram, withheld, workers: Vec::new(), others: Vec::new() };
+        let mut maker = Maker { machine, ram, devices, workers: Vec::new(), others: Vec::new() };
         let slots = maker.disks(disks)?;
         let net = net.map(|config| maker.net(config)).transpose()?;
         maker.rng()?;
@@ -150,8 +151,8 @@ impl Board {
 struct Maker<'a> {
     machine: &'a Machine,
     ram: &'a GuestRam,
-    /// Features that no driver is offered.
-    withheld: u64,
+    /// Version of the devices.
+    devices: u32,
     workers: Vec<Worker>,
     others: Vec<Other>,
 }
@@ -187,15 +188,13 @@ impl Maker<'_> {
         self.machine.notify_on_write(place.start + NOTIFY, disk.wakeup().event())?;
         let served = Arc::clone(&disk);
         self.start(format!("disk{slot}"), disk.wakeup(), move || served.take_requests())?;
-        Ok(Slot { transport: Transport::new(disk.clone(), self.ram.clone(), self.withheld), disk })
+        Ok(Slot { transport: Transport::new(disk.clone(), self.ram.clone(), self.devices), disk })
     }
 
     fn net(&mut self, config: NetConfig) -> Result<Arc<Net>, VmError> {
         let place = Place::of_slot(NET_SLOT);
         let line = self.machine.line(place.line)?;
-        let net = Arc::new(
-            Net::new(config.tap, config.mac, self.ram.clone(), line).tried("making a network card")?,
-        );
+        let net = Arc::new(Net::new(config, self.ram.clone(), line).tried("making a network card")?);
         let served = Arc::clone(&net);
         self.other(NET, NET_SLOT, net.clone(), net.wakeup(), move || served.serve())?;
         Ok(net)
@@ -225,7 +224,7 @@ impl Maker<'_> {
         work: impl FnMut() -> Option<std::time::Duration> + Send + 'static,
     ) -> Result<(), VmError> {
         self.machine.notify_on_write(Place::of_slot(slot).start + NOTIFY, wakeup.event())?;
-        let transport = Transport::new(Arc::clone(&device), self.ram.clone(), self.withheld);
+        let transport = Transport::new(Arc::clone(&device), self.ram.clone(), self.devices);
         self.others.push(Other { name, slot, device, transport });
         self.start(name.to_owned(), wakeup, work)
     }

@@ -34,7 +34,9 @@ pub use devices::virtio::block::{DiskStats, SlotError};
 pub use devices::virtio::driven::{
     DriveError, DriverCounts, DriverRequest, DriverSetup, Telling, drive_disk,
 };
+pub use devices::virtio::driven_net::{NetCounts, NetTask, drive_net};
 pub use devices::virtio::limiter::DiskLimits;
+pub use devices::virtio::offload::OFFLOADS_ALL;
 pub use devices::virtio::queue::DrainTimeout;
 pub use dirty::CHUNK_ALIGNMENT_PAGES;
 pub use kvm::{HostCaps, KvmError, calls, keep_kvm_open};

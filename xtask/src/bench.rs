@@ -11,6 +11,7 @@ pub(crate) fn run(options: &[String]) -> Result<(), Failure> {
     let known = [
         "node_io",
         "disk_io",
+        "net_io",
         "mount_io",
         "fuse_io",
         "fuse_meta",

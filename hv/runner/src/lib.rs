@@ -34,6 +34,7 @@ pub use lun::{LunQuestion, OpenLun, answer_lun_question};
 pub use path::PathOrder;
 pub use runner::{Ended, Runner};
 pub use sandbox::FORBIDDEN_CALL;
+pub use tap::card;
 
 /// Confines the first thread, once everything is started: it waits from then on.
 ///

@@ -69,6 +69,8 @@ fn make(call: &str) {
         }
         "a request of faults" => number(libc::SYS_ioctl, &[u64::MAX, hv::fault_calls()[0], 0]),
         "a request to a terminal" => number(libc::SYS_ioctl, &[0, libc::TIOCSTI, 0]),
+        "a word to a tap" => number(libc::SYS_ioctl, &[u64::MAX, libc::TUNSETOFFLOAD, 0]),
+        "a change of a tap" => number(libc::SYS_ioctl, &[u64::MAX, libc::TUNSETIFF, 0]),
         "memory to execute" => {
             let (use_of, how) = (libc::PROT_READ | libc::PROT_EXEC, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
             let numbers = [use_of, how].map(|flags| u64::from(flags.cast_unsigned()));
@@ -149,6 +151,8 @@ const CALLS: &[(&str, &[Kind])] = &[
     ("a request to KVM", &[Kind::Vcpu]),
     ("a request to a machine", &[Kind::Control]),
     ("a request of faults", &[Kind::Memory]),
+    ("a word to a tap", &[Kind::Device]),
+    ("a change of a tap", &[]),
     ("a call of a ring", &[Kind::Ring]),
     ("a ring", &[]),
     ("a socket", &[Kind::Ways, Kind::Network, Kind::Link]),

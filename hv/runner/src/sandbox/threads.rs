@@ -3,7 +3,8 @@
 //! | kinds | beside memory, locks, clocks, signals and open descriptors |
 //! |---|---|
 //! | a virtual processor | KVM's requests of a processor |
-//! | devices, completions, frames, waits | reads and writes on what is open, messages |
+//! | completions, frames, waits | reads and writes on what is open, messages |
+//! | devices | the same, and telling a tap what its guest takes |
 //! | a ring of a disk | the same, and entering the ring, which was restricted when it was made |
 //! | the ways to a LUN | opening files, sockets |
 //! | control | KVM's requests of a machine |
@@ -159,6 +160,9 @@ const BLKSSZGET: u32 = 0x1268;
 const FIONBIO: u32 = 0x5421;
 const FIONREAD: u32 = 0x541b;
 
+/// `linux/if_tun.h`.
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+
 /// What a kind needs beside [`EVERY`].
 struct Needs {
     calls: Vec<&'static [c_long]>,
@@ -170,7 +174,9 @@ fn needs(kind: Kind) -> Needs {
     let mut needs = Needs { calls: vec![OPEN_FILES], requests: vec![BLKDISCARD], files: false };
     match kind {
         Kind::Vcpu => needs = Needs { calls: Vec::new(), requests: hv::calls::VCPU.to_vec(), files: false },
-        Kind::Device | Kind::Calls | Kind::Tasks | Kind::Frames | Kind::Images | Kind::Watch => {}
+        // A network card's tells the tap what its guest takes.
+        Kind::Device => needs.requests.push(TUNSETOFFLOAD),
+        Kind::Calls | Kind::Tasks | Kind::Frames | Kind::Images | Kind::Watch => {}
         Kind::Memory => needs.requests.extend(fault_requests()),
         Kind::Ring => needs.calls.push(&[libc::SYS_io_uring_enter]),
         Kind::Ways | Kind::Network => {

@@ -57,7 +57,9 @@ pub(crate) struct Transport {
 }
 
 impl Transport {
-    pub(crate) fn new(device: Arc<dyn VirtioDevice>, ram: GuestRam, withheld: u64) -> Self {
+    /// Of a device as that version of the devices offers it.
+    pub(crate) fn new(device: Arc<dyn VirtioDevice>, ram: GuestRam, version: u32) -> Self {
+        let withheld = if version < 1 { device.later_features() } else { 0 };
         Self { device, ram, withheld, registers: Mutex::default() }
     }
 

@@ -8,10 +8,12 @@
 pub(crate) mod balloon;
 pub(crate) mod block;
 pub(crate) mod driven;
+pub(crate) mod driven_net;
 mod flight;
 pub(crate) mod limiter;
 pub(crate) mod mmio;
 pub(crate) mod net;
+pub(crate) mod offload;
 pub(crate) mod queue;
 pub(crate) mod request;
 pub(crate) mod rng;
@@ -33,7 +35,7 @@ use queue::{DrainTimeout, RequestQueue};
 /// | version | brought |
 /// |---|---|
 /// | 0 | the first release |
-/// | 1 | the ring event index |
+/// | 1 | the ring event index; what a network card leaves to its host, and its host to it |
 pub const DEVICES_VERSION: u32 = 1;
 
 /// `VIRTIO_F_VERSION_1`: the driver speaks the standard, not a draft of it.
@@ -46,11 +48,6 @@ pub(crate) const FEATURE_EVENT_INDEX: u64 = 1 << 29;
 /// What every device has.
 pub(crate) const FEATURES_OF_ALL: u64 = FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_EVENT_INDEX;
 
-/// Features that this build has and devices of an older version do not offer.
-pub(crate) fn withheld(version: u32) -> u64 {
-    if version < 1 { FEATURE_EVENT_INDEX } else { 0 }
-}
-
 const STATUS_USED: u32 = 1;
 const STATUS_CONFIG: u32 = 2;
 
@@ -60,6 +57,10 @@ pub(crate) trait VirtioDevice: Send + Sync {
     fn kind(&self) -> u32;
     /// Features that it has. A driver is offered them by its transport.
     fn features(&self) -> u64;
+    /// Those that came with a version of the devices after the first.
+    fn later_features(&self) -> u64 {
+        FEATURE_EVENT_INDEX
+    }
     /// The queues, by number.
     fn queues(&self) -> &[RequestQueue];
     /// Where the rings are.

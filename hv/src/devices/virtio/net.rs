@@ -1,22 +1,27 @@
-//! virtio-net on a tap: no offloads, one pair of queues, and a control queue for announcements.
+//! virtio-net on a tap: one pair of queues, and a control queue for announcements.
 //!
 //! ```text
-//!   guest TX queue --> drop the guest's header, put an empty one --> tap --> bridge of the host
-//!   guest RX queue <-- one packet, one chain; what does not fit is dropped <-- tap
+//!   guest TX queue --> check the guest's header (offload.rs) --> tap --> bridge of the host
+//!   guest RX queue <-- one packet in one chain, or in several where the driver takes that <-- tap
 //!   arrival elsewhere: RARP in the guest's name at once (switches learn), then the guest is asked to announce itself
 //! ```
-//! **Invariant:** a packet is held here only while the guest has posted no buffer for it; at most one is.
+//! What the tap may leave to the guest is told to it by the card's thread, before it reads the next packet: the vCPU that accepts or resets may
+//! not, and the tap of another node knows nothing of it.
+//!
+//! **Invariants:** a packet is held here only while the guest has posted no room for it; at most one is. It is seen whole or not at all.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::offload::{self, FEATURE_MERGE, HEADER_BUFFERS, HEADER_BYTES};
 use super::queue::{Chain, Popped, RequestQueue};
 use super::worker::Wakeup;
-use super::{DeviceInterrupt, FEATURES_OF_ALL, VirtioDevice};
+use super::{DeviceInterrupt, FEATURE_EVENT_INDEX, FEATURES_OF_ALL, VirtioDevice};
+use crate::board::NetConfig;
 use crate::devices::Interrupt;
 use crate::memory::GuestRam;
 
@@ -30,11 +35,10 @@ const ANNOUNCE: u16 = 2;
 const CLASS_ANNOUNCE: u8 = 3;
 const CONTROL_OK: u8 = 0;
 const CONTROL_ERROR: u8 = 1;
-/// Before each packet, on both sides. Empty but for the number of buffers of a received one.
-pub(crate) const HEADER_BYTES: usize = 12;
-const HEADER_BUFFERS: usize = 10;
-/// The longest packet without offloads is far shorter; a tap may be set to more.
-const PACKET_BYTES_MAX: usize = HEADER_BYTES + 65_536;
+/// A stream that nobody has cut yet, with the header of its frame, and tags.
+const PACKET_BYTES_MAX: usize = HEADER_BYTES + 65_536 + 64;
+/// The tap has not been told yet.
+const UNTOLD: u32 = u32::MAX;
 /// Packets of one direction before the other has its turn.
 const TURN: usize = 64;
 
@@ -43,6 +47,9 @@ const TURN: usize = 64;
 pub(crate) struct Net {
     mac: [u8; 6],
     tap: File,
+    offload: Option<fn(&File, u32) -> io::Result<()>>,
+    /// What the tap was told last.
+    told: AtomicU32,
     /// RX, TX, control.
     queues: [RequestQueue; 3],
     interrupt: DeviceInterrupt,
@@ -60,14 +67,26 @@ struct Packet {
     len: usize,
 }
 
+/// What has become of a packet.
+enum Delivery {
+    /// The guest has it, or nobody.
+    Gone,
+    /// There is no room for it yet.
+    Waits,
+    Broken,
+}
+
 impl Net {
-    /// `tap` does not block, and has packets with headers of [`HEADER_BYTES`].
-    pub(crate) fn new(tap: File, mac: [u8; 6], ram: GuestRam, line: Arc<dyn Interrupt>) -> io::Result<Self> {
+    /// The tap does not block, and has packets with headers of [`HEADER_BYTES`].
+    pub(crate) fn new(config: NetConfig, ram: GuestRam, line: Arc<dyn Interrupt>) -> io::Result<Self> {
+        let NetConfig { tap, mac, offload } = config;
         let wakeup = Wakeup::new()?;
         wakeup.listen(tap.as_raw_fd())?;
         Ok(Self {
             mac,
             tap,
+            offload,
+            told: AtomicU32::new(UNTOLD),
             queues: std::array::from_fn(|_| RequestQueue::new()),
             interrupt: DeviceInterrupt::new(line),
             wakeup: Arc::new(wakeup),
@@ -78,12 +97,18 @@ impl Net {
         })
     }
 
+    #[cfg(test)]
+    pub(super) fn tap(&self) -> &File {
+        &self.tap
+    }
+
     pub(crate) fn wakeup(&self) -> Arc<Wakeup> {
         Arc::clone(&self.wakeup)
     }
 
     /// One turn for each direction. Body of the device's thread.
     pub(crate) fn serve(&self) -> Option<Duration> {
+        self.tell_tap();
         let received = self.receive();
         let sent = self.turn(1, |chain| self.send(chain));
         let controlled = self.turn(2, |chain| self.control(chain));
@@ -100,30 +125,101 @@ impl Net {
         }
     }
 
+    fn has(&self, feature: u64) -> bool {
+        self.features.load(Ordering::Relaxed) & feature != 0
+    }
+
+    fn tell_tap(&self) {
+        let Some(offload) = self.offload else { return };
+        let takes = offload::taken_by(self.features.load(Ordering::Relaxed));
+        // A tap may still belong to another process while the card is held.
+        if self.queues[0].is_held() || self.told.swap(takes, Ordering::Relaxed) == takes {
+            return;
+        }
+        if let Err(error) = offload(&self.tap, takes) {
+            tracing::warn!(takes, %error, "a tap does not take what its guest can do; packets may be lost");
+        }
+    }
+
     fn receive(&self) -> bool {
+        if self.queues[0].is_held() {
+            return false;
+        }
         let mut packet = self.waiting();
         for _ in 0..TURN {
             if packet.len == 0 {
                 let Ok(len) = (&self.tap).read(&mut packet.bytes) else { return false };
-                packet.len = len;
+                packet.len = len.max(HEADER_BYTES);
             }
-            match self.queues[0].pop(&self.ram) {
-                Popped::Empty => return false,
-                Popped::Broken => {
+            match self.deliver(&mut packet) {
+                Delivery::Gone => packet.len = 0,
+                Delivery::Waits => return false,
+                Delivery::Broken => {
                     self.interrupt.config_changed();
                     return false;
-                }
-                Popped::Chain(chain) => {
-                    let len = std::mem::take(&mut packet.len);
-                    let header = packet.bytes.get_mut(..HEADER_BYTES).expect("room for any packet");
-                    header.fill(0);
-                    header[HEADER_BUFFERS] = 1;
-                    let written = self.scatter(&chain, &packet.bytes[..len.max(HEADER_BYTES)]);
-                    self.queues[0].complete(&self.ram, chain.head, written, &self.interrupt);
                 }
             }
         }
         true
+    }
+
+    /// Gives a packet to the guest, all of it or nothing.
+    fn deliver(&self, packet: &mut Packet) -> Delivery {
+        let header = packet.bytes.first_chunk().expect("room for any packet");
+        let Some(mut header) = offload::to_guest(header, self.features.load(Ordering::Relaxed)) else {
+            return Delivery::Gone;
+        };
+        let chains = match self.take_room(packet.len) {
+            Ok(chains) => chains,
+            Err(delivery) => return delivery,
+        };
+        let buffers = u16::try_from(chains.len()).expect("no more than a queue has");
+        header[HEADER_BUFFERS..].copy_from_slice(&buffers.to_le_bytes());
+        // The tap's own header is needed no more.
+        packet.bytes[..HEADER_BYTES].copy_from_slice(&header);
+        let done = self.scatter_over(&chains, &packet.bytes[..packet.len]);
+        self.queues[0].complete_all(&self.ram, &done, &self.interrupt);
+        Delivery::Gone
+    }
+
+    /// Buffers for so many bytes: one, or as many as it takes where the driver puts them together. What does not fit into one is lost.
+    fn take_room(&self, bytes: usize) -> Result<Vec<Chain>, Delivery> {
+        let (queue, mut chains, mut room) = (&self.queues[0], Vec::new(), 0);
+        while room < bytes {
+            match queue.pop(&self.ram) {
+                Popped::Chain(chain) => {
+                    room += room_of(&chain);
+                    chains.push(chain);
+                }
+                Popped::Empty => {
+                    // All that the driver can ever post is not enough: waiting for more would be for ever.
+                    let never = chains.len() >= queue.size();
+                    queue.put_back(chains.len());
+                    return Err(if never { Delivery::Gone } else { Delivery::Waits });
+                }
+                Popped::Broken => {
+                    queue.put_back(chains.len());
+                    return Err(Delivery::Broken);
+                }
+            }
+            if !self.has(FEATURE_MERGE) {
+                break;
+            }
+        }
+        Ok(chains)
+    }
+
+    /// Writes the packet over its buffers; heads, and how much each of them has got.
+    fn scatter_over(&self, chains: &[Chain], packet: &[u8]) -> Vec<(u16, u32)> {
+        let whole = chains.iter().map(room_of).sum::<usize>() >= packet.len();
+        let mut rest = if whole { packet } else { &[] };
+        let mut done = Vec::with_capacity(chains.len());
+        for chain in chains {
+            let (now, later) = rest.split_at(rest.len().min(room_of(chain)));
+            done.push((chain.head, self.scatter(chain, now)));
+            rest = later;
+        }
+        done
     }
 
     /// Takes up to a turn's chains from a queue; true when there may be more.
@@ -146,9 +242,12 @@ impl Net {
 
     fn send(&self, chain: &Chain) -> u32 {
         let Some(mut packet) = self.gather(chain, PACKET_BYTES_MAX) else { return 0 };
-        if packet.len() > HEADER_BYTES {
-            // The guest has no offload that a header could ask for; whatever it wrote there reaches nobody.
-            packet[..HEADER_BYTES].fill(0);
+        let features = self.features.load(Ordering::Relaxed);
+        if let Some((header, frame)) = packet.split_first_chunk_mut::<HEADER_BYTES>()
+            && !frame.is_empty()
+            && let Some(checked) = offload::to_tap(header, frame.len(), features)
+        {
+            *header = checked;
             // A full tap loses packets, as a wire does.
             let _ = (&self.tap).write(&packet);
         }
@@ -182,8 +281,7 @@ impl Net {
 
     /// Writes all or, where it does not fit, nothing; gives the number of bytes.
     fn scatter(&self, chain: &Chain, bytes: &[u8]) -> u32 {
-        let room: usize = chain.parts.iter().filter(|part| part.writable).map(|part| part.len as usize).sum();
-        if room < bytes.len() {
+        if room_of(chain) < bytes.len() {
             return 0;
         }
         let mut rest = bytes;
@@ -200,6 +298,10 @@ impl Net {
     fn waiting(&self) -> MutexGuard<'_, Packet> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn room_of(chain: &Chain) -> usize {
+    chain.parts.iter().filter(|part| part.writable).map(|part| part.len as usize).sum()
 }
 
 /// A reverse address request in the guest's name: every switch on its way learns where the address is.
@@ -221,7 +323,12 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        FEATURES_OF_ALL | FEATURE_MAC | FEATURE_STATUS | FEATURE_CONTROL | FEATURE_ANNOUNCE
+        let own = FEATURE_MAC | FEATURE_STATUS | FEATURE_CONTROL | FEATURE_ANNOUNCE;
+        FEATURES_OF_ALL | own | if self.offload.is_some() { offload::FEATURES } else { 0 }
+    }
+
+    fn later_features(&self) -> u64 {
+        FEATURE_EVENT_INDEX | offload::FEATURES
     }
 
     fn queues(&self) -> &[RequestQueue] {
@@ -252,6 +359,14 @@ impl VirtioDevice for Net {
 
     fn notify(&self) {
         self.wakeup.wake();
+    }
+
+    fn release(&self) {
+        // While the card was held, another process may have told the tap otherwise: the target of a move that came to nothing.
+        self.told.store(UNTOLD, Ordering::Relaxed);
+        self.queues.iter().for_each(RequestQueue::release);
+        self.interrupt.raise_again();
+        self.notify();
     }
 
     fn identity(&self) -> Vec<u8> {

@@ -17,7 +17,7 @@
 //! its next request, unless the queue is held, and then it is looked at when it is released. No driver is asked to be silent by a saved
 //! state, for builds that do not know of it go on from there too. After a restore the first completion interrupts, whatever was said.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -145,20 +145,35 @@ impl RequestQueue {
 
     /// Gives a request back to the driver, and tells it unless it does not want to hear of it.
     pub(crate) fn complete(&self, ram: &GuestRam, head: u16, written: u32, interrupt: &DeviceInterrupt) {
+        self.complete_all(ram, &[(head, written)], interrupt);
+    }
+
+    /// The same for several at once, heads and lengths: the driver sees all of them or none, and hears of them once.
+    pub(crate) fn complete_all(&self, ram: &GuestRam, done: &[(u16, u32)], interrupt: &DeviceInterrupt) {
         let mut inner = self.lock();
         // Before the driver hears of it, and posts the next one.
         inner.alone = if inner.is_alone(ram) { inner.alone.saturating_add(1) } else { 0 };
-        let tell = inner.give_back(ram, head, written);
+        let tell = inner.give_back(ram, done);
         drop(inner);
         // Interrupt before the count: a drained queue has nothing left to say. Not under the lock, which who takes requests wants.
         if tell {
             interrupt.used();
         }
+        self.lock().end(done.len(), &self.idle);
+    }
+
+    /// The requests that were taken last, so many of them, stay where the driver has posted them.
+    pub(crate) fn put_back(&self, count: usize) {
         let mut inner = self.lock();
-        inner.in_flight -= 1;
-        if inner.in_flight == 0 {
-            self.idle.notify_all();
+        for _ in 0..count {
+            inner.queue.go_to_previous_position();
         }
+        inner.end(count, &self.idle);
+    }
+
+    /// How many requests a driver can have posted at a time.
+    pub(crate) fn size(&self) -> usize {
+        self.lock().queue.size().into()
     }
 
     /// Whether the driver waits for each request before it posts the next.
@@ -331,21 +346,51 @@ impl Inner {
         }
     }
 
-    /// Shows the driver that a request is done; true when it is to be told.
-    fn give_back(&mut self, ram: &GuestRam, head: u16, written: u32) -> bool {
-        if self.queue.add_used(ram.map(), head, written).is_err() {
+    /// So many requests are no longer under way.
+    fn end(&mut self, count: usize, idle: &Condvar) {
+        let ended = u16::try_from(count).expect("no more than were taken");
+        self.in_flight = self.in_flight.checked_sub(ended).expect("they were taken");
+        if self.in_flight == 0 {
+            idle.notify_all();
+        }
+    }
+
+    /// Shows the driver that requests are done; true when it is to be told.
+    fn give_back(&mut self, ram: &GuestRam, done: &[(u16, u32)]) -> bool {
+        let before = self.queue.next_used();
+        if self.show(ram, done).is_none() {
             self.broken = true;
             return true;
         }
-        // Also without the event index: it is what keeps the look at the flags behind the write of the used ring.
-        let reached = self.queue.needs_notification(ram.map()).unwrap_or(true);
-        let wanted = if self.queue.event_idx_enabled() { reached } else { self.wants_interrupts(ram) };
+        let wanted = self.wants_interrupts(ram, before);
         std::mem::take(&mut self.must_tell) || wanted
     }
 
-    fn wants_interrupts(&self, ram: &GuestRam) -> bool {
-        let flags = ram.map().load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed);
-        flags.is_ok_and(|flags| u16::from_le(flags) & NO_INTERRUPT == 0)
+    /// The index that goes on with the last one shows all of them.
+    fn show(&mut self, ram: &GuestRam, done: &[(u16, u32)]) -> Option<()> {
+        let ((head, written), others) = done.split_last()?;
+        for (head, written) in others {
+            let at = 4 + u64::from(self.queue.next_used() % self.queue.size()) * 8;
+            let entry = [u32::from(*head), *written].map(u32::to_le_bytes);
+            ram.write(self.queue.used_ring().checked_add(at)?, entry.as_flattened()).ok()?;
+            self.queue.set_next_used(self.queue.next_used().wrapping_add(1));
+        }
+        self.queue.add_used(ram.map(), *head, *written).ok()
+    }
+
+    /// Whether the driver wants to hear of what it was shown since the index was `before`.
+    fn wants_interrupts(&self, ram: &GuestRam, before: u16) -> bool {
+        // The used ring before the look at what the driver wants.
+        fence(Ordering::SeqCst);
+        let by_index = self.queue.event_idx_enabled();
+        let behind = if by_index { 4 + u64::from(self.queue.size()) * 2 } else { 0 };
+        let at = GuestAddress(self.queue.avail_ring().wrapping_add(behind));
+        let Ok(said) = ram.map().load(at, Ordering::Relaxed).map(u16::from_le) else { return true };
+        if !by_index {
+            return said & NO_INTERRUPT == 0;
+        }
+        let now = self.queue.next_used();
+        now.wrapping_sub(said).wrapping_sub(1) < now.wrapping_sub(before)
     }
 
     fn fall(&mut self) -> Popped {

@@ -8,7 +8,7 @@ use blockio::{BlockDevice, Geometry, IoRequest, MemoryDevice};
 use crate::devices::Interrupt;
 use crate::devices::virtio::block::{Disk, shape_of};
 use crate::devices::virtio::mmio::Transport;
-use crate::devices::virtio::{DEVICES_VERSION, VirtioDevice, withheld};
+use crate::devices::virtio::{DEVICES_VERSION, VirtioDevice};
 use crate::memory::GuestRam;
 
 pub(super) const RAM_BYTES: u64 = 4 << 20;
@@ -96,7 +96,7 @@ impl Driver {
         disk.release();
         let disk = Arc::new(disk);
         let device: Arc<dyn VirtioDevice> = disk.clone();
-        Self { transport: Transport::new(device, ram.clone(), withheld(version)), ram, disk, line, posted: 0 }
+        Self { transport: Transport::new(device, ram.clone(), version), ram, disk, line, posted: 0 }
     }
 
     pub(super) fn start(&mut self, features: u64) {

@@ -4,6 +4,7 @@ mod balloon;
 mod driver;
 mod events;
 mod hostile;
+mod net;
 mod rate;
 mod requests;
 mod targets;
