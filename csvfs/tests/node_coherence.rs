@@ -69,6 +69,35 @@ fn attributes_agree_on_all_nodes_without_an_open() {
 }
 
 #[test]
+fn who_makes_a_hole_or_a_clone_sees_the_time_of_it_that_all_others_see() {
+    let world = World::new();
+    let (a, b) = (world.node(1), world.node(2));
+    let (file, source) = (create(&a, "f"), create(&a, "source"));
+    for file in [&file, &source] {
+        write(file, 0, &[7; 40_960]).expect("a write");
+        fsync(file).expect("an fsync");
+    }
+    let agree = |what: &str| {
+        let own = a.getattr(file.ino()).expect("attributes");
+        let others = b.getattr(file.ino()).expect("attributes");
+        assert_eq!(
+            (own.mtime, own.ctime),
+            (others.mtime, others.ctime),
+            "{what}, as told by the node that did it"
+        );
+        let own = a.getattr(file.ino()).expect("attributes");
+        assert_eq!((own.mtime, own.ctime), (others.mtime, others.ctime), "{what}, asked again");
+    };
+    file.punch(4096, 8192).expect("a hole");
+    agree("a hole");
+    write(&file, 20_000, &[8; 100]).expect("a write in place");
+    file.punch(4096, 20_480).expect("a hole after a write that nobody was told of");
+    agree("a hole after a write");
+    source.clone_range(&file, 0, 0, 40_960).expect("a clone");
+    agree("a clone");
+}
+
+#[test]
 fn a_truncated_file_shows_zeros_where_it_grows_again() {
     let world = World::new();
     let (a, b) = (world.node(1), world.node(2));

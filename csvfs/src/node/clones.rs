@@ -218,8 +218,8 @@ impl Inode {
         let mut state = self.lock();
         if let Some(own) = &mut state.attr {
             own.size_bytes = own.size_bytes.max(end);
-            own.mtime = self.core.times.now();
         }
+        state.touched_there(&fresh);
         state.merge_attr(fresh, asked_at, at);
     }
 }

@@ -177,6 +177,15 @@ impl State {
         self.attr
     }
 
+    /// The coordinator has changed the content, of a file that this node is alone with: its time counts, for all nodes, and
+    /// replaces what was to be told of earlier changes.
+    pub(super) fn touched_there(&mut self, fresh: &Attr) {
+        self.pending.mtime = false;
+        if let Some(own) = &mut self.attr {
+            own.mtime = fresh.mtime;
+        }
+    }
+
     pub(super) fn set_size(&mut self, size: u64) {
         if let Some(attr) = &mut self.attr {
             attr.size_bytes = size;

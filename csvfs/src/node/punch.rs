@@ -57,10 +57,8 @@ impl Inode {
         let mut state = self.lock();
         state.let_go(&self.core, blocks.start..blocks.end.min(state.map.end()).max(blocks.start));
         state.map.punch(blocks);
+        state.touched_there(&fresh);
         state.merge_attr(fresh, asked_at, at);
-        if let Some(own) = &mut state.attr {
-            own.mtime = self.core.times.now();
-        }
         Ok(())
     }
 
