@@ -324,7 +324,7 @@ impl Inode {
         Ok(())
     }
 
-    /// `SEEK_DATA` and `SEEK_HOLE`.
+    /// `SEEK_DATA` and `SEEK_HOLE`. What a program may have stored in a mapping is data, also where the file has no space yet.
     pub(super) fn seek(self: &Arc<Self>, from: SeekFrom) -> Result<u64, FsError> {
         let (SeekFrom::Hole(start) | SeekFrom::Data(start)) = from;
         let want_data = matches!(from, SeekFrom::Data(_));
@@ -338,12 +338,19 @@ impl Inode {
                 return if want_data || start >= size { Err(nothing()) } else { Ok(size) };
             }
             let part = state.map.part(at, size);
+            let end = part.start + part.len;
+            let stored = state.pages.changed_in(at..end);
             drop(state);
             match part.place {
                 Place::Unknown => drop(self.learn_from(at)?),
                 Place::Data(_) | Place::Shared(_) if want_data => return Ok(at),
-                Place::Hole | Place::Fresh(_) if !want_data => return Ok(at),
-                _ => at = part.start + part.len,
+                Place::Data(_) | Place::Shared(_) => at = end,
+                Place::Hole | Place::Fresh(_) => match stored {
+                    Some(stored) if want_data => return Ok(stored.start),
+                    Some(stored) if stored.start == at => at = stored.end,
+                    None if want_data => at = end,
+                    _ => return Ok(at),
+                },
             }
         }
     }

@@ -70,6 +70,18 @@ impl Pages {
         self.dropping || self.clearing || some
     }
 
+    /// The first part of `range` where a program may have stored something that nobody has written yet.
+    pub(super) fn changed_in(&self, range: Range<u64>) -> Option<Range<u64>> {
+        if self.mappers == 0 {
+            return None;
+        }
+        if self.dropping || self.clearing {
+            // They are no longer in `read`, and may be on their way.
+            return Some(range);
+        }
+        self.read.parts_in(&range).into_iter().next()
+    }
+
     /// What the kernel is to be told now to give up, for a write to `range`.
     pub(super) fn begin_clear(&mut self, range: Range<u64>) -> Option<Range<u64>> {
         if self.dropping || self.clearing {
@@ -223,6 +235,25 @@ mod tests {
         assert!(pages.must_go());
         pages.cleared();
         assert!(!pages.must_go());
+    }
+
+    #[test]
+    fn what_may_have_been_stored_is_told_until_it_is_written_back_and_only_where_somebody_may_store() {
+        let mut pages = Pages::default();
+        pages.read(8192..16384);
+        assert_eq!(pages.changed_in(0..65536), None, "nobody may store");
+        pages.mappers = 1;
+        assert_eq!(pages.changed_in(0..65536), Some(8192..16384));
+        assert_eq!(pages.changed_in(12288..65536), Some(12288..16384));
+        assert_eq!(pages.changed_in(16384..65536), None);
+        assert!(pages.begin_clear(8192..12288).is_some());
+        assert_eq!(pages.changed_in(4096..12288), Some(4096..12288), "it is not written yet");
+        pages.cleared();
+        assert_eq!(pages.changed_in(4096..12288), None);
+        assert!(pages.begin_drop());
+        assert_eq!(pages.changed_in(4096..65536), Some(4096..65536), "nor are all others");
+        pages.dropped();
+        assert_eq!(pages.changed_in(4096..65536), None);
     }
 
     #[test]

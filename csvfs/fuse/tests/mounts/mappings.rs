@@ -6,6 +6,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
+use rustix::fs::{SeekFrom, seek};
+
 use crate::world::{World, can_mount};
 
 /// A program that maps a file and stores and loads bytes as it is told; it never flushes.
@@ -128,6 +130,28 @@ fn two_nodes_that_store_in_mappings_of_one_file_lose_nothing() {
     let content = fs::read(mounts[1].join("f")).expect("read");
     let stored = (0..100_usize).map(|round| round * 97 % 9000).collect::<std::collections::BTreeSet<_>>();
     assert_eq!(content.iter().filter(|byte| **byte != 0).count(), stored.len());
+    world.end();
+}
+
+// Who copies a file leaves out what is no data. To open it would have the kernel write back what was stored.
+#[test]
+fn what_is_stored_in_a_mapping_over_a_hole_is_data_at_once_on_every_node() {
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    File::create_new(a.join("f")).and_then(|file| file.set_len(1 << 20)).expect("a file of one hole");
+    let mut mapping = Mapping::of(&a.join("f"));
+    let files = [&a, &a, &b].map(|mount| File::open(mount.join("f")).expect("open"));
+    mapping.store(300_000, 7);
+    for file in files {
+        let data = seek(&file, SeekFrom::Data(0)).expect("there is data");
+        assert!(data <= 300_000, "what is stored at 300000 is data, not first what is at {data}");
+        let hole = seek(&file, SeekFrom::Hole(data)).expect("the end of the data");
+        assert!(hole > 300_000, "what is stored at 300000 is data, and none from {hole} on");
+    }
+    mapping.end();
     world.end();
 }
 
