@@ -1,8 +1,9 @@
 //! Who is told, and when: interrupts and notifications that nobody wants to hear of are left out, and none that somebody waits for.
 //!
-//! [VIRTIO 1.2] 2.7.7 and 2.7.10. That no wake-up is lost between two threads is tried in `driven.rs`.
+//! [VIRTIO 1.2] 2.7.7 and 2.7.10. Two threads on all of a disk's way are tried in `driven.rs`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use blockio::MemoryDevice;
 use proptest::prelude::*;
@@ -274,6 +275,51 @@ fn older_devices_do_not_offer_the_index_and_go_on_with_a_driver_that_has_it() {
     fresh.disk.restore(&driver.disk.save()).unwrap();
     fresh.transport.restore(&driver.transport.save()).unwrap();
     assert_eq!(fresh.transport.save(), driver.transport.save());
+}
+
+/// Times that a thread lets others run before it takes what it waits for to be lost.
+const PATIENCE: u32 = 20_000_000;
+
+fn comes(mut there: impl FnMut() -> bool) -> bool {
+    (0..PATIENCE).any(|_| {
+        there() || {
+            std::thread::yield_now();
+            false
+        }
+    })
+}
+
+// A driver posts its next request at the very moment when its device finds nothing more and says that it wants to hear of the next one.
+#[test]
+fn a_request_that_is_posted_while_the_device_says_what_it_wants_is_not_overlooked() {
+    const REQUESTS: u16 = 60_000;
+    for by_index in [BY_FLAGS, BY_INDEX] {
+        let (ring, notified) = (&Ring::restored(by_index, 0), &AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut done = 0;
+                while done < REQUESTS {
+                    while ring.pop() {
+                        ring.queue.complete(&ring.ram, 0, 0, &ring.interrupt);
+                        done += 1;
+                    }
+                    if done < REQUESTS && !comes(|| notified.swap(false, Ordering::SeqCst)) {
+                        return;
+                    }
+                }
+            });
+            for posted in 1..=REQUESTS {
+                ring.put(AVAIL + 2, posted);
+                fence(Ordering::SeqCst);
+                let from = if by_index { ring.get(AVAIL_EVENT) } else { ring.get(USED) };
+                if from == if by_index { posted - 1 } else { 0 } {
+                    notified.store(true, Ordering::SeqCst);
+                }
+                let done = comes(|| ring.get(USED + 2) == posted);
+                assert!(done, "request {posted} was overlooked, by index: {by_index}");
+            }
+        });
+    }
 }
 
 /// The standard's own words on whether a step of the used index is told of.
