@@ -162,6 +162,19 @@ fn private_kib_beside_guest_ram(pid: u64) -> u64 {
     sum
 }
 
+/// The nodes' daemons: number of the process, and what `/proc` says of its status.
+fn daemons(cluster: &Cluster) -> Vec<(u64, String)> {
+    let nodes = cluster.info()["nodes"].as_array().expect("nodes").iter();
+    let pids = nodes.map(|node| node["pid"].as_u64().expect("a pid"));
+    pids.map(|pid| (pid, fs::read_to_string(format!("/proc/{pid}/status")).unwrap())).collect()
+}
+
+/// What follows a word at the start of a line.
+fn word_of<'a>(status: &'a str, what: &str) -> &'a str {
+    let line = status.lines().find(|line| line.starts_with(what)).expect(what);
+    line.split_whitespace().nth(1).expect("a value")
+}
+
 // Invariant F8.
 #[test]
 fn a_daemon_is_not_swapped_out_and_waits_for_no_write_to_its_own_mount() {
@@ -173,13 +186,8 @@ fn a_daemon_is_not_swapped_out_and_waits_for_no_write_to_its_own_mount() {
         return;
     }
     let cluster = Cluster::start("1G");
-    for node in cluster.info()["nodes"].as_array().expect("nodes") {
-        let pid = node["pid"].as_u64().expect("a pid");
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let number = |what: &str, radix| {
-            let line = status.lines().find(|line| line.starts_with(what)).expect(what);
-            u64::from_str_radix(line.split_whitespace().nth(1).unwrap(), radix).unwrap()
-        };
+    for (pid, status) in daemons(&cluster) {
+        let number = |what, radix| u64::from_str_radix(word_of(&status, what), radix).unwrap();
         assert!(number("VmLck:", 10) >= number("VmRSS:", 10), "{status}");
         if number("CapEff:", 16) & SYS_RESOURCE == 0 {
             // In a container, say. Its log says that the flags could not be set.
@@ -201,11 +209,8 @@ fn an_idle_csvd_uses_less_than_64_mib() {
         return;
     }
     let cluster = Cluster::start("1G");
-    for node in cluster.info()["nodes"].as_array().expect("nodes") {
-        let pid = node["pid"].as_u64().expect("a pid");
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
-        let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    for (pid, status) in daemons(&cluster) {
+        let kib: u64 = word_of(&status, "VmRSS:").parse().unwrap();
         assert!(kib < 64 * 1024, "csvd {pid} uses {kib} KiB");
     }
 }
