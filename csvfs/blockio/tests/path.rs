@@ -267,6 +267,58 @@ fn a_flush_that_the_device_itself_fails_is_told_and_stays_failed() {
     assert_eq!(world.detours.load(Ordering::Relaxed), 0, "no way was lost");
 }
 
+/// The same with a device that remembers nothing when it is opened anew, as those of the system do.
+struct Anew {
+    world: Arc<World>,
+    opened: Mutex<Vec<Arc<FaultDevice<Arc<MemoryDevice>>>>>,
+}
+
+impl Ways for Anew {
+    fn direct(&self) -> Result<Arc<dyn BlockDevice>, IoError> {
+        let device = Arc::new(FaultDevice::new(Arc::clone(&self.world.lun)));
+        let way = proven(CutDevice::new(Arc::clone(&device), self.world.near_cut.clone()))?;
+        self.opened.lock().expect("no panic").push(device);
+        Ok(way)
+    }
+    fn detour(&self) -> Result<Box<dyn Detour>, IoError> {
+        self.world.detour()
+    }
+    fn changed(&self, status: &PathStatus) {
+        self.world.changed(status);
+    }
+}
+
+// All paths are lost at once, as when the array has no power: the system fails what was in flight, flushes too.
+#[test]
+fn a_flush_that_failed_with_the_way_is_done_again_when_the_way_is_back() {
+    let (world, told) = World::new();
+    let ways = Arc::new(Anew { world: world.clone(), opened: Mutex::default() });
+    let device = Arc::new(PathDevice::open(ways.clone()).expect("the direct way works"));
+    until(&told, Route::Direct);
+    let first = ways.opened.lock().expect("no panic").remove(0);
+    first.fail(OpKind::Flush, 1, libc::EIO);
+    first.hold(Some(OpKind::Flush));
+    let (tell, flushed) = channel();
+    let done = Box::new(move |outcome| drop(tell.send(outcome)));
+    device.submit(IoRequest { op: IoOp::Flush, done });
+    first.wait_held(1);
+    world.near_cut.set(true);
+    world.far_cut.set(true);
+    first.release();
+    loop {
+        let status = told.recv().expect("the device lives");
+        if status.reason.contains("no way through a peer") {
+            break;
+        }
+    }
+    assert!(flushed.try_recv().is_err(), "it waits for a way");
+    world.near_cut.set(false);
+    flushed.recv().expect("told").expect("done again");
+    device.write_at(0, &[1; 512]).expect("nothing remembers the loss");
+    device.flush().expect("a flush");
+    assert_eq!(world.lun.to_bytes()[0], 1);
+}
+
 #[test]
 fn a_bad_sector_is_told_in_the_end() {
     let (world, told) = World::new();

@@ -127,7 +127,9 @@ impl Steering {
         if !self.settle() {
             return;
         }
-        let was_direct = self.direct.take();
+        let mut was_direct = self.direct.take();
+        let on_detour = was_direct.is_none();
+        let mut proven = true;
         if !self.rest() {
             return;
         }
@@ -136,16 +138,15 @@ impl Steering {
                 return;
             }
             let by_hand = self.shared.lock().by_hand;
-            let direct = if by_hand && was_direct.is_none() {
-                Err(IoError::Closed)
-            } else {
-                self.shared.ways.direct()
-            };
+            let direct = if by_hand && on_detour { Err(IoError::Closed) } else { self.shared.ways.direct() };
             let why = match direct {
-                // The way works: the error was the device's own, and what it remembers of it stays remembered (D6).
-                Ok(direct) => return self.open_direct(was_direct.unwrap_or(direct), true),
+                // The way works: the error was the device's own, and what it remembers of it stays remembered (D6). But not once the
+                // way was seen to be lost: what has failed, has failed with it.
+                Ok(direct) => return self.open_direct(was_direct.unwrap_or(direct), proven),
                 Err(why) => why,
             };
+            was_direct = None;
+            proven = on_detour;
             match self.shared.ways.detour() {
                 Ok(detour) => {
                     let reason = if by_hand {
@@ -258,8 +259,8 @@ impl Steering {
         self.open(&device, Route::Detour, format!("through {via}: {reason}"), by_hand, false);
     }
 
-    /// Opens a way and sends what was held. Over a way that was just proven to work, what cannot be blamed on the way any
-    /// more is told instead.
+    /// Opens a way and sends what was held. Over a way that was just proven to work, and has not been seen lost since, what cannot be
+    /// blamed on the way any more is told instead.
     fn open(&self, device: &Arc<dyn BlockDevice>, route: Route, reason: String, by_hand: bool, proven: bool) {
         let status = PathStatus { route, reason, by_hand };
         let held: Vec<Held> = {
