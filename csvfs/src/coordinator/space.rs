@@ -160,9 +160,9 @@ impl Core {
         inode.mtime = op.mtime.unwrap_or(inode.mtime);
         inode.atime = op.atime.unwrap_or(inode.atime);
         if op.mtime.is_some() || op.size_bytes.is_some() {
-            // When it was changed, not when this is told; but not in the future, where a program may have put the other time.
-            let changed = op.mtime.map_or(self.wall, |time| time.earlier(self.wall));
-            inode.ctime = inode.ctime.later(changed);
+            // When it was changed, not when this is told; but not in the future, where a program may have put the other time. A change
+            // that brings no time was one of the same moment as the last that did.
+            inode.ctime = inode.ctime.later(inode.mtime.earlier(self.wall));
         }
         tables.put_inode(op.ino, &inode)?;
         Ok(reply::Result::Attr(inode.attr(op.ino)))

@@ -55,6 +55,14 @@ fn a_file_was_changed_when_its_writer_says_so_but_not_in_the_future_and_not_befo
     assert_eq!(commit_at(made + 4), (4, 4));
     assert_eq!(commit_at(made + 2), (2, 4), "not before an earlier change");
     assert_eq!(commit_at(made + 99), (99, 10), "not in the future");
+    world.clock.advance(10_000);
+    assert_eq!(commit_at(made + 12), (12, 12));
+    let longer = c.attr(Op::Commit(commit(ino, &[], 2)));
+    assert_eq!(
+        (longer.mtime, longer.ctime),
+        (Some(at(made + 12)), Some(at(made + 12))),
+        "of the same moment"
+    );
 }
 
 #[test]
