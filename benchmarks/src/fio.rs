@@ -23,6 +23,18 @@ pub struct Job {
 }
 
 impl Job {
+    /// A job of unforced requests, as many at a time as `depth`.
+    #[must_use]
+    pub const fn of(
+        name: &'static str,
+        rw: &'static str,
+        block: &'static str,
+        depth: u32,
+        goal: f64,
+    ) -> Self {
+        Self { name, rw, block, depth, sync: None, goal }
+    }
+
     /// Runs for so many seconds, or over the whole file of so many bytes once, and gives MB/s.
     ///
     /// # Panics

@@ -17,24 +17,10 @@ const ROUNDS: usize = 3;
 const SECONDS: Option<&str> = Some("5");
 
 const WORKLOADS: &[Job] = &[
-    Job { name: "1 MiB sequential write", rw: "write", block: "1m", depth: 8, sync: None, goal: 0.8 },
-    Job { name: "1 MiB sequential read", rw: "read", block: "1m", depth: 8, sync: None, goal: 0.8 },
-    Job {
-        name: "4 KiB random read, depth 32",
-        rw: "randread",
-        block: "4k",
-        depth: 32,
-        sync: None,
-        goal: 0.5,
-    },
-    Job {
-        name: "4 KiB random write, depth 32",
-        rw: "randwrite",
-        block: "4k",
-        depth: 32,
-        sync: None,
-        goal: 0.3,
-    },
+    Job::of("1 MiB sequential write", "write", "1m", 8, 0.8),
+    Job::of("1 MiB sequential read", "read", "1m", 8, 0.8),
+    Job::of("4 KiB random read, depth 32", "randread", "4k", 32, 0.5),
+    Job::of("4 KiB random write, depth 32", "randwrite", "4k", 32, 0.3),
 ];
 
 fn main() {

@@ -26,49 +26,17 @@ const FILE: &str = "512m";
 const ROUNDS: usize = 3;
 
 const WORKLOADS: &[Job] = &[
-    Job { name: "1 MiB sequential write", rw: "write", block: "1m", depth: 8, sync: None, goal: 0.9 },
-    Job { name: "1 MiB sequential read", rw: "read", block: "1m", depth: 8, sync: None, goal: 0.9 },
-    Job { name: "4 KiB random read, depth 1", rw: "randread", block: "4k", depth: 1, sync: None, goal: 0.0 },
+    Job::of("1 MiB sequential write", "write", "1m", 8, 0.9),
+    Job::of("1 MiB sequential read", "read", "1m", 8, 0.9),
+    Job::of("4 KiB random read, depth 1", "randread", "4k", 1, 0.0),
+    Job::of("4 KiB random write, depth 1", "randwrite", "4k", 1, 0.0),
     Job {
-        name: "4 KiB random write, depth 1",
-        rw: "randwrite",
-        block: "4k",
-        depth: 1,
-        sync: None,
-        goal: 0.0,
-    },
-    Job {
-        name: "4 KiB random write, fdatasync after each",
-        rw: "randwrite",
-        block: "4k",
-        depth: 1,
         sync: Some("fdatasync"),
-        goal: 0.0,
+        ..Job::of("4 KiB random write, fdatasync after each", "randwrite", "4k", 1, 0.0)
     },
-    Job {
-        name: "4 KiB random write, fsync after each",
-        rw: "randwrite",
-        block: "4k",
-        depth: 1,
-        sync: Some("fsync"),
-        goal: 0.0,
-    },
-    Job {
-        name: "4 KiB random read, depth 32",
-        rw: "randread",
-        block: "4k",
-        depth: 32,
-        sync: None,
-        goal: 0.8,
-    },
-    Job {
-        name: "4 KiB random write, depth 32",
-        rw: "randwrite",
-        block: "4k",
-        depth: 32,
-        sync: None,
-        goal: 0.5,
-    },
+    Job { sync: Some("fsync"), ..Job::of("4 KiB random write, fsync after each", "randwrite", "4k", 1, 0.0) },
+    Job::of("4 KiB random read, depth 32", "randread", "4k", 32, 0.8),
+    Job::of("4 KiB random write, depth 32", "randwrite", "4k", 32, 0.5),
 ];
 
 fn main() -> ExitCode {
