@@ -185,11 +185,25 @@ pub fn check(needs: &Needs, target: &Facts) -> Vec<Problem> {
         problems.push(Problem::Cpus { needed: needs.cpus, available: target.cpus });
     }
     problems.extend(path_problems(needs, target));
-    if needs.devices > target.devices {
-        problems.push(Problem::Devices { needed: needs.devices, available: target.devices });
-    }
-    problems.extend(needs.cpu.problems_on(&target.cpu).into_iter().map(Problem::Cpu));
+    problems.extend(given_problems(needs.devices, Some(&needs.cpu), target));
     problems
+}
+
+/// What stands against going on with a guest that was given these devices and this processor, if that is known.
+#[must_use]
+pub fn check_guest(devices: u32, cpu: Option<&Cpu>, node: &Facts) -> Vec<Problem> {
+    match &node.kvm_problem {
+        // What it would give otherwise is not known either.
+        Some(problem) => vec![Problem::Kvm(problem.clone())],
+        None => given_problems(devices, cpu, node),
+    }
+}
+
+fn given_problems(devices: u32, cpu: Option<&Cpu>, node: &Facts) -> Vec<Problem> {
+    let newer =
+        (devices > node.devices).then_some(Problem::Devices { needed: devices, available: node.devices });
+    let lacking = cpu.map(|cpu| cpu.problems_on(&node.cpu)).unwrap_or_default();
+    newer.into_iter().chain(lacking.into_iter().map(Problem::Cpu)).collect()
 }
 
 fn path_problems(needs: &Needs, target: &Facts) -> Vec<Problem> {
@@ -290,6 +304,17 @@ mod tests {
         assert_eq!(found, [Problem::Devices { needed: 1, available: 0 }]);
         assert_eq!(found[0].kind(), "devices");
         assert_eq!(check(&Needs { devices: 0, ..needs() }, &older), [], "one that has not goes");
+    }
+
+    #[test]
+    fn a_saved_guest_goes_on_only_where_there_is_what_it_was_given() {
+        let lacking = Facts { devices: 0, cpu: cpu().without((1, 0), Register::Ecx, 0x80), ..facts() };
+        let kinds = |problems: Vec<Problem>| problems.iter().map(Problem::kind).collect::<Vec<_>>();
+        assert_eq!(kinds(check_guest(1, Some(&cpu()), &facts())), [""; 0]);
+        assert_eq!(kinds(check_guest(1, Some(&cpu()), &lacking)), ["devices", "cpu_features"]);
+        assert_eq!(kinds(check_guest(0, None, &lacking)), [""; 0], "loading tells what is not known");
+        let without_kvm = Facts { kvm_problem: Some("no such device".to_owned()), ..lacking };
+        assert_eq!(kinds(check_guest(1, Some(&cpu()), &without_kvm)), ["kvm"]);
     }
 
     #[test]

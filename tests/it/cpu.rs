@@ -69,6 +69,48 @@ fn a_guest_goes_only_where_the_processor_has_what_it_was_given_and_a_new_one_goe
     }
 }
 
+// Invariant H6: what a preflight goes by is what the guest has, also when that comes from a time before the VM's last boot.
+#[test]
+fn a_vm_that_returns_to_a_checkpoint_has_the_baseline_of_then_and_returns_only_where_the_processor_has_it() {
+    if !device_present("/dev/fuse") || !device_present("/dev/kvm") {
+        return;
+    }
+    let cluster = Cluster::start("1G");
+    let ctl = cluster.ctl(3);
+    (1..=3).for_each(|node| cpu(&cluster, node, None));
+    start_vm(&cluster, "back");
+    let first = baseline(&cluster, "back");
+    ctl.must(&["vm", "checkpoint", "create", "back", "then"]);
+    cpu(&cluster, 2, Some(FEATURE));
+    ctl.must(&["vm", "stop", "--force", "back"]);
+    cluster.ctl(2).must(&["vm", "start", "back"]);
+    let second = baseline(&cluster, "back");
+    assert!(second > first, "it was booted on what all three have");
+
+    for dry_run in [&["--dry-run"][..], &[]] {
+        let before = ctl.must(&["vm", "show", "back"]);
+        let restore = [&["vm", "checkpoint", "restore", "back", "then"], dry_run].concat();
+        let refused = ctl.run(&restore).expect_err("node 2 lacks what that memory was given");
+        assert!(refused.code == 4 && refused.message().contains("CPUID 0x1.0"), "{refused}");
+        assert!(
+            refused.message().contains(&cluster.name(2)) && refused.hint().contains("migrate"),
+            "{refused}"
+        );
+        let after = ctl.must(&["vm", "show", "back"]);
+        for same in ["state", "owner", "epoch", "pid", "spec"] {
+            assert_eq!(after[same], before[same], "{same}");
+        }
+    }
+
+    ctl.must(&["vm", "migrate", "back", "--to", &cluster.name(1)]);
+    ctl.must(&["vm", "checkpoint", "restore", "back", "then"]);
+    assert_eq!(baseline(&cluster, "back"), first, "what its memory was given");
+    let asked = ctl.run(&["vm", "check-migrate", "back", "--to", &cluster.name(2)]);
+    assert_eq!(asked.expect_err("node 2 lacks a feature of it").code, 4);
+    ctl.must(&["vm", "migrate", "back", "--to", &cluster.name(3)]);
+    ctl.must(&["vm", "stop", "--force", "back"]);
+}
+
 // Invariant H6
 #[test]
 fn a_target_that_turns_out_to_be_weaker_after_the_preflight_refuses_and_the_vm_runs_on() {

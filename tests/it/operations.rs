@@ -201,11 +201,33 @@ fn newer_devices_stay_with_newer_nodes(hosts: &mut [Host]) {
     let refused = hosts[0].ctl().run(&["vm", "migrate", WRITER, "--to", &c]);
     let refused = refused.expect_err("it would not understand the guest's drivers");
     assert!(refused.code == 4 && refused.to_string().contains("virtual devices of version 1"), "{refused}");
+    a_checkpoint_with_newer_devices_stays_with_newer_nodes(hosts);
     hosts[0].ctl().must(&["vm", "stop", "--force", WRITER]);
     hosts[2].stop();
     hosts[2].set_env("CSVD_PROTOCOL_MAX", "2");
     hosts[2].start();
     hosts[0].ctl().must(&["cluster", "wait", "--nodes", "3", "--volume", "vol1"]);
+}
+
+/// The same of a guest that comes from a checkpoint, after its VM was booted with older devices.
+fn a_checkpoint_with_newer_devices_stays_with_newer_nodes(hosts: &[Host]) {
+    let (ctl, a, c) = (hosts[0].ctl(), hosts[0].name(), hosts[2].name());
+    let devices = || ctl.must(&["vm", "show", WRITER])["spec"]["devices"].as_u64();
+    ctl.must(&["vm", "checkpoint", "create", WRITER, "newer"]);
+    ctl.must(&["vm", "stop", "--force", WRITER]);
+    ctl.must(&["vm", "start", WRITER]);
+    assert_eq!(devices(), Some(0), "what all nodes have");
+    ctl.must(&["vm", "migrate", WRITER, "--to", c]);
+    let restore = ["vm", "checkpoint", "restore", WRITER, "newer"];
+    let refused = ctl.run(&restore).expect_err("it does not have that guest's devices");
+    assert!(refused.code == 4 && refused.message().contains("virtual devices of version 1"), "{refused}");
+    ctl.must(&["vm", "migrate", WRITER, "--to", a]);
+    ctl.must(&restore);
+    assert_eq!(devices(), Some(1), "what its drivers have found");
+    let refused = ctl.run(&["vm", "migrate", WRITER, "--to", c]).expect_err("as before the checkpoint");
+    assert!(refused.code == 4 && refused.to_string().contains("virtual devices of version 1"), "{refused}");
+    await_pass(&hosts[0], 1);
+    ctl.must(&["vm", "checkpoint", "delete", WRITER, "newer"]);
 }
 
 /// Waits until the guest has gone over its pages so often; gives how often that is.

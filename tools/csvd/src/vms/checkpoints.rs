@@ -14,6 +14,7 @@
 //! only with new children over exactly these images.
 
 mod create;
+mod given;
 mod images;
 mod restore;
 mod tidy;

@@ -32,7 +32,7 @@ use crate::core::Core;
 use crate::view;
 
 pub(crate) use arrival::streamed;
-pub(crate) use facts::devices_of_all;
+pub(crate) use facts::{devices_of_all, refuse_guest};
 pub(crate) use progress::Progress;
 pub(crate) use rehearsal::Rehearsal;
 pub(crate) use source::{migrate, problems};

@@ -13,7 +13,7 @@ use prost::Message;
 use uuid::Uuid;
 
 use super::images::{self, Forks};
-use super::{check_new, unix_ms};
+use super::{check_new, given, unix_ms};
 use crate::core::Core;
 use crate::view;
 use crate::vms::migration::{remove_state, saved_name};
@@ -103,13 +103,17 @@ async fn write(
     state: &str,
 ) -> Result<(), Error> {
     let mut next = spec.clone();
-    next.checkpoints.push(pb::VmCheckpoint {
-        name: name.to_owned(),
-        created_ms: unix_ms(),
-        disks: spec.disks.clone(),
-        state: state.to_owned(),
-        after: spec.checkpoint.clone(),
-    });
+    next.checkpoints.push(given::keep(
+        pb::VmCheckpoint {
+            name: name.to_owned(),
+            created_ms: unix_ms(),
+            disks: spec.disks.clone(),
+            state: state.to_owned(),
+            after: spec.checkpoint.clone(),
+            ..pb::VmCheckpoint::default()
+        },
+        spec,
+    ));
     name.clone_into(&mut next.checkpoint);
     next.disks = forks.disks();
     let written = settle(core, record, |record| record.spec = next.encode_to_vec().into()).await;

@@ -1,7 +1,7 @@
 //! Returning to a checkpoint: what the VM has done since is given up.
 //!
 //! **Invariant:** the memory of a checkpoint meets new, empty children over the images that were closed with it, and the record
-//! names both in one change.
+//! names both, and what the guest was given when it booted, in one change.
 
 use std::sync::Arc;
 
@@ -9,10 +9,10 @@ use api::{Error, pb};
 use lockmgr::cluster::{VmRecord, VmState};
 use prost::Message;
 
-use super::{find, images};
+use super::{find, given, images};
 use crate::core::Core;
 use crate::view;
-use crate::vms::migration::{parse_saved, remove_state};
+use crate::vms::migration::{parse_saved, refuse_guest, remove_state};
 use crate::vms::{self, settle, spec_of};
 
 pub(super) async fn restore(
@@ -23,7 +23,9 @@ pub(super) async fn restore(
 ) -> Result<(), Error> {
     let state = core.cluster.read().await.map_err(|error| crate::core::refused(&error))?;
     let record = view::vm(&state, name)?;
-    find(&spec_of(record)?, checkpoint)?;
+    let old = spec_of(record)?;
+    // Before anything is given up for it.
+    back_at(core, &old, find(&old, checkpoint)?).await?;
     if dry_run {
         return Ok(());
     }
@@ -56,9 +58,9 @@ async fn go_back(core: &Arc<Core>, name: &str, checkpoint: &str) -> Result<bool,
     }
     let old = spec_of(record)?;
     let wanted = find(&old, checkpoint)?.clone();
+    let back = back_at(core, &old, &wanted).await?;
     let forks = images::fork(core, &wanted.disks, checkpoint).await?;
-    let mut next = pb::VmSpec { disks: forks.disks(), ..old.clone() };
-    wanted.name.clone_into(&mut next.checkpoint);
+    let next = pb::VmSpec { disks: forks.disks(), checkpoint: wanted.name.clone(), ..back };
     let runs = !wanted.state.is_empty();
     let written = settle(core, record, |record| {
         record.spec = next.encode_to_vec().into();
@@ -74,6 +76,15 @@ async fn go_back(core: &Arc<Core>, name: &str, checkpoint: &str) -> Result<bool,
     }
     give_up(core, record, &old, &next).await;
     Ok(runs)
+}
+
+/// The VM with what the guest of the checkpoint was given; refused where this node cannot go on with such a guest.
+async fn back_at(core: &Arc<Core>, old: &pb::VmSpec, wanted: &pb::VmCheckpoint) -> Result<pb::VmSpec, Error> {
+    let back = given::put_back(old.clone(), wanted);
+    if !wanted.state.is_empty() {
+        refuse_guest(core, &back).await?;
+    }
+    Ok(back)
 }
 
 /// What only the state that was given up needed: the images that the VM wrote last, and a saved memory.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use api::{Error, pb};
 use lockmgr::NodeId;
 use migrator::PROTOCOL_VERSION;
-use migrator::preflight::{Facts, Needs};
+use migrator::preflight::{self, Facts, Needs};
 
 use crate::core::Core;
 use crate::vms::processor;
@@ -46,6 +46,22 @@ pub(super) fn needs(core: &Core, spec: &pb::VmSpec, to: NodeId) -> Result<Needs,
         devices: spec.devices,
         cpu: given.or_else(|| core.vms.processors.here()).unwrap_or_default(),
     })
+}
+
+/// Refuses to go on here with a guest that was given what this node does not have.
+pub(crate) async fn refuse_guest(core: &Arc<Core>, spec: &pb::VmSpec) -> Result<(), Error> {
+    // Without a baseline it is not known what it was given, before its state is loaded.
+    let given = processor::baseline(&core.state(), spec.baseline)?;
+    let here = gather(core, Vec::new()).await;
+    let problems = preflight::check_guest(spec.devices, given.as_ref(), &here);
+    if problems.is_empty() {
+        return Ok(());
+    }
+    let problems: Vec<_> = problems.iter().map(ToString::to_string).collect();
+    let node = &core.config.name;
+    Err(Error::conflict(format!("node {node} cannot go on with that guest: {}", problems.join("; "))).hint(
+        "move the VM to a node that has this (`csvctl vm migrate`), or start it there if it is stopped, and try again",
+    ))
 }
 
 /// The files that a VM needs.
