@@ -279,3 +279,19 @@ fn attributes_never_go_back_while_a_file_grows() {
     }
     looker.join().expect("no panic");
 }
+
+// A node that sets attributes without holding anything of the file hears of no later change: what it was told then is over.
+#[test]
+fn what_a_node_was_told_when_it_held_nothing_is_not_what_it_goes_by_later() {
+    let world = World::new();
+    let (a, b) = (world.node(1), world.node(2));
+    let on_a = create(&a, "f");
+    let on_b = open(&b, "f");
+    for round in 0..20_u64 {
+        assert_eq!(append(&on_b, &[1; 100]).expect("an append"), round * 300);
+        let mode = SetAttr { mode: Some(0o600), ..SetAttr::default() };
+        assert_eq!(a.setattr(on_a.ino(), &mode).expect("a change").size_bytes, round * 300 + 100);
+        assert_eq!(append(&on_b, &[2; 100]).expect("an append"), round * 300 + 100);
+        assert_eq!(append(&on_a, &[3; 100]).expect("an append"), round * 300 + 200);
+    }
+}

@@ -308,7 +308,7 @@ impl Inode {
                 let from_nothing = state.grant.mode == Mode::Null;
                 if state.grant.granted(mode, at) {
                     if from_nothing {
-                        state.since = stamp;
+                        state.holds_since(stamp);
                     }
                     state.merge_attr(attr, asked_at, stamp);
                 }

@@ -141,9 +141,14 @@ impl Inode {
         let asked_at = self.core.names_now();
         let (fresh, at) = self.ask_attr(Op::SetAttr(names::set_attr_request(self.ino, set)))?;
         let mut state = self.lock();
-        if let Some(own) = &mut state.attr {
-            own.mtime = set.mtime.unwrap_or(own.mtime);
-            own.size_bytes = set.size_bytes.unwrap_or(own.size_bytes);
+        match (state.grant.mode, &mut state.attr) {
+            // Others change the file as they like, and nobody tells.
+            (Mode::Null, _) => return Ok(fresh),
+            (Mode::Exclusive, Some(own)) => {
+                own.mtime = set.mtime.unwrap_or(own.mtime);
+                own.size_bytes = set.size_bytes.unwrap_or(own.size_bytes);
+            }
+            _ => {}
         }
         state.merge_attr(fresh, asked_at, at);
         Ok(state.attr_to_tell().unwrap_or(fresh))

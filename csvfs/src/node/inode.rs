@@ -136,9 +136,16 @@ impl State {
         self.grant.permits(mode) && !self.frozen && !self.freeze_wanted && !self.leaving
     }
 
-    /// Takes over attributes from the coordinator. Who has EX decides about size and times itself: an answer may have been
+    /// A grant has come where none was, with an answer at `stamp`: what was known before may not be true.
+    pub(super) fn holds_since(&mut self, stamp: Seq) {
+        self.since = stamp;
+        self.attr = None;
+    }
+
+    /// Takes over attributes from the coordinator, under a grant. Who has EX decides about size and times itself: an answer may have been
     /// given before a commit that is known by now.
     pub(super) fn merge_attr(&mut self, fresh: Attr, asked_at: u64, at: Seq) {
+        debug_assert!(self.grant.mode != Mode::Null, "nobody tells when they change");
         if at.1 != 0 && at < self.attr_at {
             // Better than nothing, for the size that a writer goes by; not to be told.
             if self.attr.is_none() {

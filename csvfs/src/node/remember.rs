@@ -406,7 +406,7 @@ impl Core {
         let from_nothing = state.grant.mode == Mode::Null;
         let wanted = !state.leaving && self.session.is_current(answered);
         if wanted && state.grant.lent(held.mode().into(), (answered.term, held.seq), stamp) && from_nothing {
-            state.since = stamp;
+            state.holds_since(stamp);
         }
         drop(state);
         pin
