@@ -85,6 +85,14 @@ impl Timing {
         (self.lease_ms - drift(self.lease_ms)).saturating_sub(self.margin_ms)
     }
 
+    /// How long after it sent the last renewal a holder tells from memory what it holds. Whoever saw that renewal suspects it
+    /// `suspect_after_ms` later, and may then have it fenced, long before its lease is over; the rest is for an answer that a program
+    /// takes up late.
+    #[must_use]
+    pub const fn unsuspected_ms(&self) -> u64 {
+        self.suspect_after_ms - self.suspect_after_ms / 8
+    }
+
     /// How long after they saw the last renewal the others wait when nothing but time can fence:
     /// `L * (1 + rho) + max_io + margin` (B2). `advertised_lease_ms` is the *owner's* lease, from its heartbeat.
     #[must_use]

@@ -14,6 +14,7 @@
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::queue::Workers;
 use crate::{BlockDevice, Completion, Geometry, IoError, IoRequest, Reservations};
@@ -33,6 +34,11 @@ pub enum Permission {
 pub trait WriteRight: Send + Sync {
     /// The answer of this moment. Called for each request, so it must be quick and must not block.
     fn check(&self) -> Permission;
+
+    /// How long it stays granted, if nothing revokes it. Zero when it is not granted, or nobody can say.
+    fn lasts(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// A device behind a gate.

@@ -13,6 +13,7 @@ use zerocopy::FromZeros;
 
 use crate::attr::to_kernel;
 use crate::handles::{Ahead, OpenDirectory};
+use crate::known::Known;
 use crate::wire::abi;
 use crate::wire::listing::Listing;
 
@@ -21,12 +22,12 @@ const PAGE_ENTRIES: u32 = 256;
 /// Offsets for `.` and `..`, before those of real entries.
 const DOTS: u64 = 2;
 
-/// Fills `listing` with what comes after `offset`; with all attributes if `plus`.
+/// Fills `listing` with what comes after `offset`; with all attributes where `plus` notes which inodes are named so.
 pub(crate) fn fill(
     ino: u64,
     offset: u64,
     open: &OpenDirectory,
-    plus: bool,
+    plus: Option<&Known>,
     listing: &mut Listing,
 ) -> Result<(), FsError> {
     let mut ahead = open.ahead.lock().unwrap_or_else(PoisonError::into_inner);
@@ -34,8 +35,7 @@ pub(crate) fn fill(
     if offset < DOTS || ahead.after != after || (ahead.entries.is_empty() && !ahead.end) {
         *ahead = next_page(&open.directory, after)?;
     }
-    let mut dot =
-        |ino, offset, name: &[u8]| listing.add(&directory_attr(ino), plus.then_some(0), offset, name);
+    let mut dot = |ino, offset, name: &[u8]| listing.add(&directory_attr(ino), plus.map(|_| 0), offset, name);
     if (offset < 1 && !dot(ino, 1, b".")) || (offset < 2 && !dot(ahead.parent, 2, b"..")) {
         return Ok(());
     }
@@ -59,9 +59,14 @@ fn directory_attr(ino: u64) -> abi::Attr {
     abi::Attr { ino, mode: libc::S_IFDIR, ..abi::Attr::new_zeroed() }
 }
 
-fn add(entry: &DirEntry, plus: bool, listing: &mut Listing) -> bool {
-    let generation = plus.then_some(entry.attr.generation);
-    listing.add(&to_kernel(&entry.attr), generation, entry.cookie.saturating_add(DOTS), &entry.name)
+fn add(entry: &DirEntry, plus: Option<&Known>, listing: &mut Listing) -> bool {
+    let generation = plus.map(|_| entry.attr.generation);
+    let fits =
+        listing.add(&to_kernel(&entry.attr), generation, entry.cookie.saturating_add(DOTS), &entry.name);
+    if let Some(known) = plus.filter(|_| fits) {
+        known.named(entry.attr.ino);
+    }
+    fits
 }
 
 fn next_page(directory: &Directory, after: u64) -> Result<Ahead, FsError> {

@@ -22,6 +22,7 @@ mod data;
 mod directory;
 mod handles;
 mod interrupts;
+mod known;
 mod lockers;
 mod mount;
 mod ops;

@@ -18,6 +18,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags};
 
+use crate::known::Known;
 use crate::ops::Ops;
 use crate::wire::channel::Channel;
 use crate::wire::notify::Notifier;
@@ -105,13 +106,14 @@ pub fn mount(
         |source: io::Error| MountError::Mount { mountpoint: mountpoint.clone(), hint: hint(&source), source };
     let channel = Channel::open().map_err(refused)?;
     attach(&channel, &mountpoint, options).map_err(refused)?;
-    let notifier = channel.try_clone().and_then(Notifier::start).map_err(refused)?;
+    let known = Arc::new(Known::default());
+    let notifier = Notifier::start(&channel, Arc::clone(&known)).map_err(refused)?;
     let maps = node.set_kernel(Arc::new(notifier));
     let notes_access = !options.read_only;
     let (tell, ended) = mpsc::sync_channel(1);
     let (name, at) = (format!("fuse:{}", options.volume), mountpoint.clone());
     let serve = move || {
-        if let Err(error) = session::serve(channel, Ops::new(node, maps, notes_access), READERS) {
+        if let Err(error) = session::serve(channel, Ops::new(node, known, maps, notes_access), READERS) {
             tracing::warn!(mountpoint = %at.display(), %error, "the mount ended");
         }
         // Nobody listens when the mount was left to end by itself.

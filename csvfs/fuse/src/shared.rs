@@ -2,14 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use csvfs::node::{Attr, File, FsError, Node, SetAttr};
 
+use crate::attr::to_kernel;
 use crate::buffers::Buffers;
 use crate::handles::{Handles, OpenDirectory, OpenFile};
 use crate::interrupts::Interrupts;
+use crate::known::Known;
 use crate::lockers::Lockers;
 use crate::ops::appends;
+use crate::wire::reply::Reply;
 
 /// The node and what is open on the mount.
 pub(crate) struct Shared {
@@ -20,23 +24,57 @@ pub(crate) struct Shared {
     /// Mappings of files may be shared.
     pub(crate) maps: bool,
     notes_access: bool,
+    /// What answers have named to the kernel.
+    pub(crate) known: Arc<Known>,
+    /// Attributes may be promised to it.
+    pub(crate) promises: AtomicBool,
     /// Calls that wait for locks.
     pub(crate) interrupts: Interrupts,
     pub(crate) lockers: Lockers,
 }
 
 impl Shared {
-    pub(crate) fn new(node: Arc<Node>, maps: bool, notes_access: bool) -> Self {
+    pub(crate) fn new(node: Arc<Node>, known: Arc<Known>, maps: bool, notes_access: bool) -> Self {
         Self {
             node,
             maps,
             notes_access,
+            known,
+            promises: AtomicBool::new(false),
             files: Handles::default(),
             directories: Handles::default(),
             buffers: Arc::default(),
             interrupts: Interrupts::default(),
             lockers: Lockers::default(),
         }
+    }
+
+    /// Attributes that are known without a message, and how long the kernel may use them.
+    pub(crate) fn attr_at_hand(&self, ino: u64) -> Option<(Attr, Duration)> {
+        if self.promises.load(Ordering::Relaxed) {
+            return self.node.promise(ino);
+        }
+        self.node.attr_at_hand(ino).map(|attr| (attr, Duration::ZERO))
+    }
+
+    /// What `attr` says, with a promise if it can be given.
+    pub(crate) fn to_keep(&self, attr: Attr) -> (Attr, Duration) {
+        let promised = self.promises.load(Ordering::Relaxed).then(|| self.node.promise(attr.ino)).flatten();
+        promised.filter(|(now, _)| now.nlink > 0).unwrap_or((attr, Duration::ZERO))
+    }
+
+    /// Answers with a name that was found and what it stands for.
+    pub(crate) fn found(&self, attr: Attr, reply: Reply) {
+        // First: whoever takes a promise back is to know that an answer may be on its way.
+        self.known.named(attr.ino);
+        let (attr, keep) = self.to_keep(attr);
+        reply.entry(&to_kernel(&attr), attr.generation, keep);
+    }
+
+    /// The same of one that was made. The kernel takes that answer for newer than whatever it was told before it takes it up.
+    pub(crate) fn made(&self, attr: &Attr, reply: Reply) {
+        self.known.named(attr.ino);
+        reply.entry(&to_kernel(attr), attr.generation, Duration::ZERO);
     }
 
     /// Whether [`Shared::opened`] may have to wait: for a file that may be mapped and written to.

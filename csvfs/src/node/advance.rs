@@ -49,6 +49,8 @@ pub(super) struct Out {
     pub(super) drop_pages: bool,
     /// It is to give up those in this range.
     pub(super) clear_pages: Option<Range<u64>>,
+    /// It is to forget the attributes.
+    pub(super) forget_attr: bool,
 }
 
 impl Out {
@@ -84,6 +86,9 @@ impl Out {
         }
         if let Some(range) = self.clear_pages {
             inode.core.clear_pages(inode, range);
+        }
+        if self.forget_attr {
+            inode.core.forget_attr(inode);
         }
         if self.remember {
             inode.core.remember(inode);
@@ -157,6 +162,9 @@ impl Inode {
         if state.leaving {
             state.fail_all(&FsError::Detached, out);
         }
+        if state.promise.is_outdated() {
+            state.take_back(out);
+        }
         let mut needs = Needs::default();
         self.resume_stalled(state, &mut needs, out);
         self.admit_waiting(state, &mut needs, out);
@@ -222,6 +230,8 @@ impl Inode {
             };
             if !state.grant.permits(mode) {
                 needs.grant(mode);
+            } else if mode == Mode::Exclusive {
+                state.take_back(out);
             }
             match waiter {
                 Waiter::Data(op) if state.admits_op(&op) => {

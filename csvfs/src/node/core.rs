@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use blockio::{BlockDevice, IoError, IoOp, IoRequest};
+use blockio::{BlockDevice, IoError, IoOp, IoRequest, Permission, WriteRight};
 use lockmgr::{ClientId, Mode, VolumeId};
 use pb::request::Op;
 
@@ -16,7 +16,8 @@ use super::grants::Seq;
 use super::inode::Inode;
 use super::locks::Locks;
 use super::log::Log;
-use super::pages::KernelPages;
+use super::pages::KernelCache;
+use super::promise::Parted;
 use super::rank::{self, Ranked};
 use super::refill::Space;
 use super::remember::Memory;
@@ -46,11 +47,14 @@ pub(super) struct Core {
     flusher: Mutex<Flusher>,
     pub(super) locks: Locks,
     pub(super) memory: Memory,
+    pub(super) parted: Parted,
     pub(super) times: Times,
     pub(super) bad: BadRanges,
     pub(super) cache: ReadCache,
+    /// Who knows whether this node's lease is over: then nothing is told from memory.
+    right: OnceLock<Arc<dyn WriteRight>>,
     /// Rank 3.
-    kernel: Mutex<Option<Arc<dyn KernelPages>>>,
+    kernel: Mutex<Option<Arc<dyn KernelCache>>>,
     /// Changes under way that may concern inodes that are not known.
     pub(super) unknown_changes: AtomicUsize,
     stopped: OnceLock<String>,
@@ -119,9 +123,11 @@ impl Core {
             flusher: Mutex::default(),
             locks: Locks::default(),
             memory: Memory::default(),
+            parted: Parted::default(),
             times: Times::default(),
             bad: BadRanges::default(),
             cache: ReadCache::default(),
+            right: OnceLock::new(),
             kernel: Mutex::default(),
             unknown_changes: AtomicUsize::new(0),
             stopped: OnceLock::new(),
@@ -144,7 +150,7 @@ impl Core {
     }
 
     /// The place for who keeps pages of files.
-    pub(super) fn kernel(&self) -> Ranked<MutexGuard<'_, Option<Arc<dyn KernelPages>>>> {
+    pub(super) fn kernel(&self) -> Ranked<MutexGuard<'_, Option<Arc<dyn KernelCache>>>> {
         Ranked::take(rank::MEMORY, || self.kernel.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -234,6 +240,24 @@ impl Core {
 
     pub(super) fn names_changed(&self) {
         self.names.fetch_add(1, Ordering::AcqRel);
+        let promised: Vec<_> =
+            self.files().values().filter(|inode| inode.lock().promise.outdate()).cloned().collect();
+        promised.iter().for_each(Inode::kick);
+    }
+
+    /// `false` when it is known already.
+    pub(super) fn set_right(&self, right: Arc<dyn WriteRight>) -> bool {
+        self.right.set(right).is_ok()
+    }
+
+    /// Whether something may be told from memory: what this node holds is given to nobody before its lease is over (B3).
+    pub(super) fn may_tell(&self) -> bool {
+        self.right.get().is_none_or(|right| right.check() == Permission::Granted)
+    }
+
+    /// For how long that stays so at least.
+    pub(super) fn tells_for(&self) -> Duration {
+        self.right.get().map_or(Duration::MAX, |right| right.lasts())
     }
 
     /// Why nothing is written any more.

@@ -60,7 +60,13 @@ impl Inode {
         let (fresh, at) = self.ask_attr(Op::GetAttr(pb::GetAttr { ino: self.ino, cache: false }))?;
         let mut state = self.lock();
         state.merge_attr(fresh, asked_at, at);
-        Ok(state.attr_to_tell().unwrap_or(fresh))
+        let told = state.attr_to_tell().unwrap_or(fresh);
+        let outdated = state.promise.is_outdated();
+        drop(state);
+        if outdated {
+            self.kick();
+        }
+        Ok(told)
     }
 
     /// Size in bytes now.
@@ -81,11 +87,12 @@ impl Inode {
         self.cached_attr(&mut state)
     }
 
-    fn cached_attr(&self, state: &mut State) -> Option<Attr> {
+    pub(super) fn cached_attr(&self, state: &mut State) -> Option<Attr> {
         let unknown = self.core.unknown_changes.load(Ordering::Acquire) > 0;
         let valid = state.grant.permits(Mode::ProtectedRead)
             && state.changing == 0
             && !unknown
+            && self.core.may_tell()
             && state.attr_asked_at >= self.core.names_now();
         state.attr_to_tell().filter(|_| valid)
     }

@@ -28,6 +28,7 @@ use super::growth::Growth;
 use super::io::{CopyRun, DataOp, Done, Effect, Plan, What, Writes};
 use super::map::{ExtentMap, Place, block_ceil, block_floor};
 use super::pages::Pages;
+use super::promise::Promise;
 use super::ranges::RangeSet;
 use super::rank::{self, Ranked};
 use super::remember::Names;
@@ -105,6 +106,8 @@ pub(super) struct State {
     pub(super) cache_life: u64,
     /// Pages in the kernel's memory.
     pub(super) pages: Pages,
+    /// Attributes in the kernel's memory.
+    pub(super) promise: Promise,
     /// It was read, and its time of access is to say so.
     pub(super) accessed: bool,
     /// The time of the last change of the content, as long as nobody was told of it.
@@ -132,7 +135,13 @@ impl State {
         if self.appends == 0 { self.size() } else { self.append_end.max(self.size()) }
     }
 
+    /// Whether something that needs `mode` may start. What may change attributes waits until the kernel tells none.
     pub(super) fn admits(&self, mode: Mode) -> bool {
+        self.admits_page(mode) && (mode != Mode::Exclusive || !self.promise.is_out())
+    }
+
+    /// The same of a page, which the kernel may wait for before it forgets anything.
+    pub(super) fn admits_page(&self, mode: Mode) -> bool {
         self.grant.permits(mode) && !self.frozen && !self.freeze_wanted && !self.leaving
     }
 
@@ -161,6 +170,9 @@ impl State {
         if self.grant.mode == Mode::Exclusive && merged.allocated_bytes == 0 && self.pending.is_empty() {
             // Nothing to ask for: a new file is one hole.
             self.map.know_all();
+        }
+        if self.attr != Some(merged) {
+            self.promise.outdate();
         }
         self.attr = Some(merged);
         self.attr_asked_at = asked_at;

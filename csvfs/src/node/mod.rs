@@ -41,6 +41,7 @@ mod names;
 mod pages;
 mod parting;
 mod pool;
+mod promise;
 mod punch;
 mod ranges;
 mod rank;
@@ -78,7 +79,7 @@ pub use file::{Extent, ExtentState, File, SeekFrom};
 pub use link::{CoordinatorLink, LinkError, ReplyTo};
 pub use locks::{Lock, LockInTheWay};
 pub use names::{AtHand, Created, NAME_BYTES_MAX, ROOT_INO};
-pub use pages::{KernelPages, Mapper};
+pub use pages::{KernelCache, Mapper};
 pub use xattrs::XattrFlags;
 
 /// How long the first attach waits for a coordinator.
@@ -308,8 +309,20 @@ impl Node {
         Ok(self.with_local_changes(attr, answered.stamp()))
     }
 
-    /// Names the kernel that keeps pages of files; `false` when there is one already.
-    pub fn set_kernel(&self, kernel: Arc<dyn KernelPages>) -> bool {
+    /// As [`Node::attr_at_hand`], for the kernel that this node was given, and how long it may tell them without asking: until it is
+    /// asked to forget them, or that time is over. Zero: not at all. Never blocks.
+    #[must_use]
+    pub fn promise(&self, ino: u64) -> Option<(Attr, Duration)> {
+        self.core.peek(ino)?.promise()
+    }
+
+    /// Names who knows whether this node's lease is over: nothing is told from memory then. `false` when somebody is known already.
+    pub fn set_right(&self, right: Arc<dyn WriteRight>) -> bool {
+        self.core.set_right(right)
+    }
+
+    /// Names the kernel that keeps pages and attributes of files; `false` when there is one already.
+    pub fn set_kernel(&self, kernel: Arc<dyn KernelCache>) -> bool {
         let mut place = self.core.kernel();
         let free = place.is_none();
         if free {
@@ -318,7 +331,7 @@ impl Node {
         free
     }
 
-    /// That kernel keeps no pages any more.
+    /// That kernel keeps nothing any more.
     pub fn unset_kernel(&self) {
         let gone = self.core.kernel().take();
         drop(gone);

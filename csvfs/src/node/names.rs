@@ -290,18 +290,20 @@ impl Node {
 
     fn create_named(&self, request: pb::Create, done: impl FnOnce(Result<Made, FsError>) + Send + 'static) {
         let (parent, name) = (request.parent, request.name.clone());
-        let changing = self.core.changing([parent], false);
         let core = self.core.clone();
-        self.core.ask_then(Op::Create(request), move |outcome| {
-            let made = outcome.and_then(|answered| {
-                let (attr, stamp) = (attr_of(&answered)?, answered.stamp());
-                core.changed_unseen(&answered);
-                core.changed_here(parent, &[&name], stamp);
-                core.learn_name(parent, &name, attr.ino, stamp);
-                Ok(Made { attr, stamp, attempt: answered.attempt })
+        self.core.changing_then([parent], false, move |changing| {
+            let asking = core.clone();
+            asking.ask_then(Op::Create(request), move |outcome| {
+                let made = outcome.and_then(|answered| {
+                    let (attr, stamp) = (attr_of(&answered)?, answered.stamp());
+                    core.changed_unseen(&answered);
+                    core.changed_here(parent, &[&name], stamp);
+                    core.learn_name(parent, &name, attr.ino, stamp);
+                    Ok(Made { attr, stamp, attempt: answered.attempt })
+                });
+                drop(changing);
+                done(made);
             });
-            drop(changing);
-            done(made);
         });
     }
 
@@ -368,17 +370,20 @@ impl Node {
             Err(error) => return done(Err(error)),
         };
         let target = self.core.remembered_name(parent, &name);
-        let changing = self.core.changing(target.ino().into_iter().chain([parent]), target.hides_another());
+        let inos = target.ino().into_iter().chain([parent]);
         let core = self.core.clone();
-        let removed = name.clone();
-        let op = |parting| Op::Unlink(pb::Unlink { parent, name: removed, directory, parting });
-        self.core.ask_parting(target.ino(), op, move |outcome| {
-            let removed = outcome.map(|answered| {
-                core.changed_unseen(&answered);
-                core.changed_here(parent, &[&name], answered.stamp());
+        self.core.changing_then(inos, target.hides_another(), move |changing| {
+            let (asking, removed) = (core.clone(), name.clone());
+            let op = |parting| Op::Unlink(pb::Unlink { parent, name: removed, directory, parting });
+            asking.ask_parting(target.ino(), op, move |outcome| {
+                let removed = outcome.map(|answered| {
+                    core.changed_unseen(&answered);
+                    core.has_parted(answered.known.first());
+                    core.changed_here(parent, &[&name], answered.stamp());
+                });
+                drop(changing);
+                done(removed);
             });
-            drop(changing);
-            done(removed);
         });
     }
 
@@ -412,28 +417,35 @@ impl Node {
         let source = self.core.remembered_name(parent, &name);
         let target = self.core.remembered_name(new_parent, &new_name);
         let inos = source.ino().into_iter().chain(target.ino()).chain([parent, new_parent]);
-        let changing = self.core.changing(inos, source.hides_another() || target.hides_another());
+        let others = source.hides_another() || target.hides_another();
         let (from, to) = (name.clone(), new_name.clone());
         let core = self.core.clone();
         // Two names of one inode stay as they are.
         let renames = flags & !RENAME_NOREPLACE == 0 && source.ino() != target.ino();
         let replaced = target.ino().filter(|_| renames && flags == 0 && !source.hides_another());
-        let op = |parting| {
+        let op = move |parting| {
             Op::Rename(pb::Rename { parent, name: from, new_parent, new_name: to, flags, parting, uid, gid })
         };
-        self.core.ask_parting(replaced, op, move |outcome| {
-            let renamed = outcome.map(|answered| {
-                let stamp = answered.stamp();
-                core.changed_unseen(&answered);
-                core.changed_here(parent, &[&name], stamp);
-                core.changed_here(new_parent, &[&new_name], stamp);
-                match source.ino().filter(|_| renames) {
-                    Some(ino) => core.learn_name(new_parent, &new_name, ino, stamp),
-                    None => [parent, new_parent].into_iter().for_each(|dir| core.names_missing(dir)),
-                }
+        self.core.changing_then(inos, others, move |changing| {
+            let asking = core.clone();
+            asking.ask_parting(replaced, op, move |outcome| {
+                let renamed = outcome.map(|answered| {
+                    let stamp = answered.stamp();
+                    core.changed_unseen(&answered);
+                    // The moved one, the replaced one if it has other names, both directories.
+                    core.has_parted(answered.known.get(1).filter(|_| answered.known.len() > 3));
+                    core.changed_here(parent, &[&name], stamp);
+                    core.changed_here(new_parent, &[&new_name], stamp);
+                    // Another node may have put another file there before the coordinator came to it, which tells the moved one first.
+                    let moved = answered.known.first().map(|attr| attr.ino);
+                    match source.ino().filter(|ino| renames && moved == Some(*ino)) {
+                        Some(ino) => core.learn_name(new_parent, &new_name, ino, stamp),
+                        None => [parent, new_parent].into_iter().for_each(|dir| core.names_missing(dir)),
+                    }
+                });
+                drop(changing);
+                done(renamed);
             });
-            drop(changing);
-            done(renamed);
         });
     }
 

@@ -29,11 +29,15 @@ const RANGES_MAX: usize = 4096;
 /// All of a file.
 const WHOLE: Range<u64> = 0..u64::MAX;
 
-/// The kernel, as far as it keeps pages.
-pub trait KernelPages: Send + Sync {
+/// The kernel, as far as it keeps pages and attributes of files.
+pub trait KernelCache: Send + Sync {
     /// Has it write back and give up the pages of a file in `range`, in bytes, on a thread of its own (F1); `then` is called
     /// when it has, and does not block. Never blocks itself. A range that ends at `u64::MAX` has no end.
     fn give_up(&self, ino: u64, range: Range<u64>, then: Box<dyn FnOnce() + Send>);
+
+    /// Has it forget the attributes of an inode that it was promised, also those in answers on their way, on a thread that waits for no
+    /// page (F2); `then` is called when it has, and does not block. Never blocks itself.
+    fn forget_attributes(&self, ino: u64, then: Box<dyn FnOnce() + Send>);
 }
 
 /// What is known of the kernel's pages of a file.
@@ -123,7 +127,7 @@ impl State {
             let enough = if looks { Mode::ProtectedRead } else { mode };
             return self.grant.mode.covers(enough) && !self.frozen;
         }
-        self.admits(mode)
+        if op.page { self.admits_page(mode) } else { self.admits(mode) }
     }
 
     /// A request starts.

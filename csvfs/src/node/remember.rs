@@ -257,7 +257,7 @@ impl State {
     }
 
     /// Nothing is buffered or allocated ahead.
-    fn is_clean(&self) -> bool {
+    pub(super) fn is_clean(&self) -> bool {
         let ahead = self.growth.trim_from(self.size(), self.map.end()).is_some();
         !ahead && self.own.is_empty() && self.pending.is_empty()
     }
@@ -315,6 +315,17 @@ pub(super) struct Changing {
     core: Arc<Core>,
     /// It may concern inodes that are not known.
     others: bool,
+}
+
+impl Changing {
+    /// Goes on when the kernel tells nothing of those from the one numbered `first` on.
+    fn when_untold(self, first: usize, then: impl FnOnce(Self) + Send + 'static) {
+        let told = self.pins[first..].iter().position(|pin| pin.inode.lock().promise.is_out());
+        let Some(at) = told.map(|at| first + at) else { return then(self) };
+        let inode = self.pins[at].inode.clone();
+        let then: Box<dyn FnOnce(Self) + Send> = Box::new(then);
+        inode.when_taken_back(move || self.when_untold(at + 1, then));
+    }
 }
 
 impl Drop for Changing {
@@ -391,8 +402,9 @@ impl Core {
             state.merge_attr(attr, asked_at, stamp);
             // Nobody can ask for a file without a name again: what is held of it keeps its blocks from being freed.
             let nameless = attr.nlink == 0 && state.is_unused();
+            let outdated = state.promise.is_outdated();
             drop(state);
-            if nameless {
+            if nameless || outdated {
                 inode.kick();
             }
         }
@@ -412,8 +424,32 @@ impl Core {
         pin
     }
 
-    /// Says that a call is about to change these inodes, and perhaps others that are not known.
+    /// Says that a call is about to change these inodes, and perhaps others that are not known. Waits until the kernel tells none of
+    /// their attributes.
     pub(super) fn changing(self: &Arc<Self>, inos: impl IntoIterator<Item = u64>, others: bool) -> Changing {
+        let changing = self.mark_changing(inos, others);
+        let (tell, told) = std::sync::mpsc::channel();
+        for pin in &changing.pins {
+            let tell = tell.clone();
+            pin.inode.when_taken_back(move || drop(tell));
+        }
+        drop(tell);
+        // Nobody sends anything: it ends when the last one has gone.
+        told.iter().for_each(|()| {});
+        changing
+    }
+
+    /// The same without waiting: calls `then` at once, or on the kernel's thread.
+    pub(super) fn changing_then(
+        self: &Arc<Self>,
+        inos: impl IntoIterator<Item = u64>,
+        others: bool,
+        then: impl FnOnce(Changing) + Send + 'static,
+    ) {
+        self.mark_changing(inos, others).when_untold(0, then);
+    }
+
+    fn mark_changing(self: &Arc<Self>, inos: impl IntoIterator<Item = u64>, others: bool) -> Changing {
         if others {
             self.unknown_changes.fetch_add(1, Ordering::AcqRel);
         }
@@ -496,6 +532,9 @@ impl Core {
     /// What a name in a directory is, from memory.
     pub(super) fn remembered_name(&self, dir: u64, name: &[u8]) -> Remembered {
         let Some(inode) = self.peek(dir) else { return Remembered::Unknown };
+        if !self.may_tell() {
+            return Remembered::Unknown;
+        }
         let mut state = inode.lock();
         state.used = true;
         state.told().map_or(Remembered::Unknown, |names| names.find(name))
@@ -554,7 +593,7 @@ impl Core {
 
     /// A page of a directory, from memory.
     pub(super) fn remembered_page(&self, dir: u64, cookie: u64, max: u32) -> Option<DirPage> {
-        let inode = self.peek(dir)?;
+        let inode = self.peek(dir).filter(|_| self.may_tell())?;
         let mut state = inode.lock();
         state.used = true;
         let listing = state.told()?.listing.clone()?;
@@ -590,7 +629,7 @@ impl Core {
 
     /// What else is remembered of an inode, picked out by `pick`.
     pub(super) fn remembered<T>(&self, ino: u64, pick: impl FnOnce(&Names) -> Option<T>) -> Option<T> {
-        let inode = self.peek(ino)?;
+        let inode = self.peek(ino).filter(|_| self.may_tell())?;
         let mut state = inode.lock();
         state.used = true;
         pick(state.told()?)

@@ -156,6 +156,7 @@ impl State {
 
     /// Nothing is held any more.
     pub(super) fn know_nothing(&mut self, core: &Core) {
+        debug_assert!(!self.promise.is_out(), "the kernel tells what is not known any more");
         core.cache.end_life(std::mem::take(&mut self.cache_life));
         self.map.clear();
         self.growth = Default::default();
@@ -313,8 +314,12 @@ impl Inode {
 
     /// Lowers the grant for a recall to `to` with number `at`; nothing is in flight.
     pub(super) fn begin_release(self: &Arc<Self>, state: &mut State, to: Mode, at: Seq, out: &mut Out) {
+        let promised = state.take_back(out);
         if state.pages.must_go() {
             out.drop_pages = state.pages.begin_drop();
+            return;
+        }
+        if promised {
             return;
         }
         if state.pending.written.len() > COMMIT_RANGES_MAX {

@@ -310,6 +310,11 @@ impl LeaseReader {
         if now < view.deadline { Permission::Granted } else { Permission::Wait }
     }
 
+    fn lasts_at(&self, now: Millis, epoch: Epoch) -> Duration {
+        let view = self.page.read().filter(|view| view.epoch == epoch && !view.revoked);
+        view.map_or(Duration::ZERO, |view| Duration::from_millis(view.deadline.0.saturating_sub(now.0)))
+    }
+
     /// A number that changes with each renewal, for [`Self::wait_change`].
     #[must_use]
     pub fn renewals(&self) -> u32 {
@@ -354,6 +359,10 @@ impl WriteRight for LeaseRight {
     fn check(&self) -> Permission {
         self.reader.check(self.epoch)
     }
+
+    fn lasts(&self) -> Duration {
+        self.reader.lasts_at(boottime_ms(), self.epoch)
+    }
 }
 
 #[cfg(test)]
@@ -368,6 +377,19 @@ mod tests {
         let dir = tempfile::tempdir().expect("a folder for the test");
         let path = dir.path().join("lease");
         (dir, path)
+    }
+
+    #[test]
+    fn a_right_lasts_to_the_deadline_of_its_own_epoch_unless_it_is_revoked() {
+        let (_dir, path) = page();
+        let mut writer = LeasePage::create(&path, NODE, Epoch(5)).expect("created");
+        let reader = LeaseReader::open(&path).expect("opened");
+        let lasts = |now, epoch| reader.lasts_at(Millis(now), Epoch(epoch)).as_millis();
+        assert_eq!(lasts(100, 5), 0, "not renewed yet");
+        writer.renew(Millis(700));
+        assert_eq!((lasts(100, 5), lasts(700, 5), lasts(900, 5), lasts(100, 4)), (600, 0, 0, 0));
+        writer.revoke();
+        assert_eq!(lasts(100, 5), 0);
     }
 
     fn granted_until(reader: &LeaseReader, epoch: u64, deadline: u64) -> bool {

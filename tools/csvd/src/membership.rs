@@ -49,6 +49,7 @@ pub(crate) use cutting::{barred, cut_off, own_path};
 pub(crate) use desk::let_join;
 pub(crate) use fencing::confirm_dead;
 pub(crate) use join::begin as begin_epoch;
+pub(crate) use lease::Unsuspected;
 pub(crate) use lun_beats::LunBeats;
 pub(crate) use place::Place;
 

@@ -8,6 +8,7 @@
 //! **Invariant:** once tripped, a wire stays so: a node that was cut off does not come back by itself.
 
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use super::is_conflict;
 use crate::{BlockDevice, Geometry, IoOp, IoRequest, Permission, Reservations, WriteRight};
@@ -70,6 +71,10 @@ impl WriteRight for Guarded {
             Some(reason) => Permission::Revoked(reason.to_owned()),
             None => self.right.check(),
         }
+    }
+
+    fn lasts(&self) -> Duration {
+        if self.wire.tripped().is_some() { Duration::ZERO } else { self.right.lasts() }
     }
 }
 

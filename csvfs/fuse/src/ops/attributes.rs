@@ -1,5 +1,7 @@
 //! Attributes of inodes, and numbers of the volume.
 
+use std::time::Duration;
+
 use csvfs::node::SetAttr;
 
 use super::Ops;
@@ -12,22 +14,22 @@ const NAME_BYTES_MAX: u32 = 255;
 
 impl Ops {
     pub(super) fn getattr(&self, header: Header, reply: Reply) {
-        if let Some(attr) = self.shared.node.attr_at_hand(header.ino) {
-            return reply.attr(&to_kernel(&attr));
+        if let Some((attr, keep)) = self.shared.attr_at_hand(header.ino) {
+            return reply.attr(&to_kernel(&attr), keep);
         }
-        self.wait(move |shared| match shared.node.getattr(header.ino) {
-            Ok(attr) => reply.attr(&to_kernel(&attr)),
+        self.wait(move |shared| match shared.node.getattr(header.ino).map(|attr| shared.to_keep(attr)) {
+            Ok((attr, keep)) => reply.attr(&to_kernel(&attr), keep),
             Err(error) => reply.error(errno_of_inode(&error)),
         });
     }
 
     /// As `getattr`, with the time of birth.
     pub(super) fn statx(&self, header: Header, reply: Reply) {
-        if let Some(attr) = self.shared.node.attr_at_hand(header.ino) {
-            return reply.statx(&to_statx(&attr));
+        if let Some((attr, keep)) = self.shared.attr_at_hand(header.ino) {
+            return reply.statx(&to_statx(&attr), keep);
         }
-        self.wait(move |shared| match shared.node.getattr(header.ino) {
-            Ok(attr) => reply.statx(&to_statx(&attr)),
+        self.wait(move |shared| match shared.node.getattr(header.ino).map(|attr| shared.to_keep(attr)) {
+            Ok((attr, keep)) => reply.statx(&to_statx(&attr), keep),
             Err(error) => reply.error(errno_of_inode(&error)),
         });
     }
@@ -36,7 +38,8 @@ impl Ops {
         let set: SetAttr = wanted(&args);
         let handle = (args.valid & fattr::FH != 0).then_some(args.fh);
         self.wait(move |shared| match shared.set_attributes(header.ino, &set, handle) {
-            Ok(attr) => reply.attr(&to_kernel(&attr)),
+            // The kernel would take it for newer than what it was told to forget before it takes it up.
+            Ok(attr) => reply.attr(&to_kernel(&attr), Duration::ZERO),
             Err(error) => reply.error(errno(&error)),
         });
     }

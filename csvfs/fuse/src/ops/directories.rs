@@ -30,9 +30,15 @@ impl Ops {
     /// Names and types; with `plus`, all attributes.
     pub(super) fn readdir(&self, header: Header, args: ReadIn, plus: bool, reply: Reply) {
         let Some(open) = self.shared.directories.get(args.fh) else { return reply.error(BAD_HANDLE) };
-        self.wait(move |_| {
+        self.wait(move |shared| {
             let mut listing = Listing::new(args.size);
-            match directory::fill(header.ino, args.offset, &open, plus, &mut listing) {
+            match directory::fill(
+                header.ino,
+                args.offset,
+                &open,
+                plus.then_some(&*shared.known),
+                &mut listing,
+            ) {
                 Ok(()) => reply.data(listing.bytes()),
                 Err(error) => reply.error(errno(&error)),
             }

@@ -148,6 +148,7 @@ fn created(shared: &Shared, flags: u32, outcome: Result<(Attr, Arc<File>), FsErr
     let opened = outcome.and_then(|(attr, file)| Ok((attr, shared.opened(file, flags)?)));
     match opened {
         Ok((attr, handle)) => {
+            shared.known.named(attr.ino);
             reply.created(&to_kernel(&attr), attr.generation, handle, FILE_FLAGS);
         }
         Err(error) => reply.error(errno(&error)),

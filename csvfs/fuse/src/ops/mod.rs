@@ -19,10 +19,12 @@ mod xattrs;
 pub(crate) use files::appends;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use csvfs::node::{Attr, Creation, FsError, Node};
 
-use crate::attr::{errno, to_kernel};
+use crate::attr::errno;
+use crate::known::Known;
 use crate::pool::{Lane, Pool};
 use crate::shared::Shared;
 use crate::wire::reply::Reply;
@@ -37,8 +39,8 @@ pub(crate) struct Ops {
 
 impl Ops {
     /// `maps`: the node's kernel is this mount's. `notes_access`: reading a file is noted in its time of access.
-    pub(crate) fn new(node: Arc<Node>, maps: bool, notes_access: bool) -> Self {
-        Self { shared: Arc::new(Shared::new(node, maps, notes_access)), pool: Pool::new() }
+    pub(crate) fn new(node: Arc<Node>, known: Arc<Known>, maps: bool, notes_access: bool) -> Self {
+        Self { shared: Arc::new(Shared::new(node, known, maps, notes_access)), pool: Pool::new() }
     }
 
     /// Runs a call that may wait, on a worker.
@@ -47,10 +49,10 @@ impl Ops {
         self.pool.run(Lane::Names, move || job(&shared));
     }
 
-    /// A call whose answer is a name and what it stands for.
-    fn entry(&self, reply: Reply, call: impl FnOnce(&Node) -> Result<Attr, FsError> + Send + 'static) {
+    /// A call that makes a name, and what it stands for.
+    fn make(&self, reply: Reply, call: impl FnOnce(&Node) -> Result<Attr, FsError> + Send + 'static) {
         self.wait(move |shared| match call(&shared.node) {
-            Ok(attr) => reply.entry(&to_kernel(&attr), attr.generation),
+            Ok(attr) => shared.made(&attr, reply),
             Err(error) => reply.error(errno(&error)),
         });
     }
@@ -89,6 +91,15 @@ impl Filesystem for Ops {
 
     fn maps(&self) -> bool {
         self.shared.maps
+    }
+
+    fn may_promise(&self) {
+        // Only of the node's own kernel are promises taken back.
+        self.shared.promises.store(self.shared.maps, Ordering::Relaxed);
+    }
+
+    fn forgotten(&self, ino: u64, names: u64) {
+        self.shared.known.forgotten(ino, names);
     }
 
     fn interrupt(&self, unique: u64) {

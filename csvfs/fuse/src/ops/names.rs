@@ -1,9 +1,11 @@
 //! Names: finding, making, moving and removing them.
 
-use csvfs::node::{AtHand, FsError};
+use std::sync::Arc;
+
+use csvfs::node::{AtHand, Attr, FsError, Node};
 
 use super::{Ops, creation};
-use crate::attr::{errno, kind_of_mode, to_kernel};
+use crate::attr::{errno, kind_of_mode};
 use crate::wire::abi::{MkdirIn, MknodIn};
 use crate::wire::reply::Reply;
 use crate::wire::request::Header;
@@ -13,15 +15,22 @@ impl Ops {
     pub(super) fn lookup(&self, header: Header, name: &[u8], reply: Reply) {
         if name == b"." {
             // Of any inode, by its number: somebody opens it by a handle.
-            return self.entry(reply, move |node| node.getattr(header.ino));
+            return self.find(reply, move |node| node.getattr(header.ino));
         }
         match self.shared.node.lookup_at_hand(header.ino, name) {
-            AtHand::Is(attr) => return reply.entry(&to_kernel(&attr), attr.generation),
+            AtHand::Is(attr) => return self.shared.found(*attr, reply),
             AtHand::Absent => return reply.error(libc::ENOENT),
             AtHand::Unknown => {}
         }
         let name = name.to_vec();
-        self.entry(reply, move |node| node.lookup(header.ino, &name));
+        self.find(reply, move |node| node.lookup(header.ino, &name));
+    }
+
+    fn find(&self, reply: Reply, call: impl FnOnce(&Node) -> Result<Attr, FsError> + Send + 'static) {
+        self.wait(move |shared| match call(&shared.node) {
+            Ok(attr) => shared.found(attr, reply),
+            Err(error) => reply.error(errno(&error)),
+        });
     }
 
     pub(super) fn readlink(&self, header: Header, reply: Reply) {
@@ -34,19 +43,20 @@ impl Ops {
     pub(super) fn symlink(&self, header: Header, name: &[u8], target: &[u8], reply: Reply) {
         let (name, target) = (name.to_vec(), target.to_vec());
         let creation = creation(&header, 0o777, 0);
-        self.entry(reply, move |node| node.symlink(header.ino, &name, &target, &creation));
+        self.make(reply, move |node| node.symlink(header.ino, &name, &target, &creation));
     }
 
     pub(super) fn mknod(&self, header: Header, args: MknodIn, name: &[u8], reply: Reply) {
         let Some(kind) = kind_of_mode(args.mode) else { return reply.error(libc::EINVAL) };
         let (name, creation) = (name.to_vec(), creation(&header, args.mode, args.umask));
-        self.entry(reply, move |node| node.mknod(header.ino, &name, kind, args.rdev, &creation));
+        self.make(reply, move |node| node.mknod(header.ino, &name, kind, args.rdev, &creation));
     }
 
     pub(super) fn mkdir(&self, header: Header, args: MkdirIn, name: &[u8], reply: Reply) {
         let creation = creation(&header, args.mode, args.umask);
+        let shared = Arc::clone(&self.shared);
         self.shared.node.mkdir_then(header.ino, name, &creation, move |made| match made {
-            Ok(attr) => reply.entry(&to_kernel(&attr), attr.generation),
+            Ok(attr) => shared.made(&attr, reply),
             Err(error) => reply.error(errno(&error)),
         });
     }
@@ -69,7 +79,7 @@ impl Ops {
 
     pub(super) fn link(&self, header: Header, old: u64, name: &[u8], reply: Reply) {
         let name = name.to_vec();
-        self.entry(reply, move |node| node.link(old, header.ino, &name));
+        self.make(reply, move |node| node.link(old, header.ino, &name));
     }
 }
 

@@ -11,6 +11,9 @@ pub(crate) const MAJOR: u32 = 7;
 pub(crate) const MINOR: u32 = 39;
 /// Oldest minor version that is enough: `TMPFILE`, extended flags, extended `SETXATTR`. Linux 6.1 has it.
 pub(crate) const MINOR_MIN: u32 = 37;
+/// Oldest minor version of kernels that may be promised attributes. Since Linux 6.13 an answer about an inode that was forgotten while it
+/// was on its way is not taken for what the next inode of that number has; 6.14 is the first with a number of its own.
+pub(crate) const MINOR_PROMISES: u32 = 42;
 
 /// What a request asks for.
 pub(crate) mod opcode {
@@ -192,6 +195,9 @@ wire!(
     FileLock, 24 { start: u64, end: u64, kind: u32, pid: u32 }
 );
 wire!(LkIn, 48 { fh: u64, owner: u64, lock: FileLock, flags: u32, _pad: u32 });
+wire!(ForgetIn, 8 { names: u64 });
+wire!(BatchForgetIn, 8 { count: u32, _pad: u32 });
+wire!(ForgetOne, 16 { node: u64, names: u64 });
 wire!(InterruptIn, 8 { unique: u64 });
 wire!(FallocateIn, 32 { fh: u64, offset: u64, length: u64, mode: u32, _pad: u32 });
 wire!(LseekIn, 24 { fh: u64, offset: u64, whence: u32, _pad: u32 });
@@ -207,7 +213,8 @@ wire!(
 );
 wire!(StatxIn, 24 { getattr_flags: u32, _reserved: u32, fh: u64, flags: u32, mask: u32 });
 wire!(
-    /// Of a notification: pages of an inode from `offset` on, all of them for a length of 0.
+    /// Of a notification: pages of an inode from `offset` on, all of them for a length of 0, none for an offset before the file. Its
+    /// attributes go in any case.
     NotifyInvalInode, 24 { ino: u64, offset: i64, len: i64 }
 );
 wire!(

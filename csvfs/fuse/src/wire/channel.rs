@@ -44,6 +44,19 @@ impl Channel {
         }
     }
 
+    /// Tells the kernel something unasked: whether it knows what that is about.
+    pub(crate) fn tell(&self, parts: &[IoSlice<'_>]) -> bool {
+        match rustix::io::writev(&self.0, parts) {
+            Err(Errno::NOENT) => false,
+            // Where the connection has ended there is nothing left to tell.
+            Ok(_) | Err(Errno::NODEV) => true,
+            Err(error) => {
+                tracing::warn!(%error, "the kernel did not take what it was told");
+                true
+            }
+        }
+    }
+
     /// Sends a reply.
     pub(crate) fn send(&self, parts: &[IoSlice<'_>]) {
         match rustix::io::writev(&self.0, parts) {

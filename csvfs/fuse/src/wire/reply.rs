@@ -4,6 +4,7 @@
 
 use std::io::IoSlice;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blockio::IoBuf;
 use zerocopy::{Immutable, IntoBytes};
@@ -104,18 +105,29 @@ impl Reply {
         }
     }
 
-    /// A name and what it stands for; neither may be used again without asking.
-    pub(crate) fn entry(self, attr: &Attr, generation: u64) {
-        self.plain(&entry(attr, generation));
+    /// A name and what it stands for. The name may not be used again without asking, the attributes for that long.
+    pub(crate) fn entry(self, attr: &Attr, generation: u64, keep: Duration) {
+        let entry = EntryOut {
+            attr_valid: keep.as_secs(),
+            attr_valid_nanos: keep.subsec_nanos(),
+            ..entry(attr, generation)
+        };
+        self.plain(&entry);
     }
 
-    /// Attributes, which may not be used again without asking.
-    pub(crate) fn attr(self, attr: &Attr) {
-        self.plain(&AttrOut { valid: 0, valid_nanos: 0, _pad: 0, attr: *attr });
+    /// Attributes, which may be used again for that long without asking.
+    pub(crate) fn attr(self, attr: &Attr, keep: Duration) {
+        self.plain(&AttrOut {
+            valid: keep.as_secs(),
+            valid_nanos: keep.subsec_nanos(),
+            _pad: 0,
+            attr: *attr,
+        });
     }
 
-    pub(crate) fn statx(self, statx: &StatxOut) {
-        self.plain(statx);
+    /// The same, in the form of statx(2).
+    pub(crate) fn statx(self, statx: &StatxOut, keep: Duration) {
+        self.plain(&StatxOut { valid: keep.as_secs(), valid_nanos: keep.subsec_nanos(), ..*statx });
     }
 
     /// Bytes: of a file, a link, a directory, an attribute.
@@ -164,6 +176,7 @@ impl Reply {
     }
 }
 
+/// A name and what it stands for, neither to be used again without asking.
 pub(super) fn entry(attr: &Attr, generation: u64) -> EntryOut {
     EntryOut {
         node: attr.ino,

@@ -11,10 +11,14 @@ use blockio::IoBuf;
 use zerocopy::FromBytes;
 
 use super::abi::{
-    CopyFileRangeIn, CreateIn, FallocateIn, FlushIn, FsyncIn, GetxattrIn, InHeader, InitIn, InterruptIn,
-    LinkIn, LkIn, LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn, Rename2In, RenameIn, SetattrIn,
-    SetxattrIn, StatxIn, WriteIn, opcode,
+    BatchForgetIn, CopyFileRangeIn, CreateIn, FallocateIn, FlushIn, ForgetIn, ForgetOne, FsyncIn, GetxattrIn,
+    InHeader, InitIn, InterruptIn, LinkIn, LkIn, LseekIn, MkdirIn, MknodIn, OpenIn, ReadIn, ReleaseIn,
+    Rename2In, RenameIn, SetattrIn, SetxattrIn, StatxIn, WriteIn, opcode,
 };
+
+/// Bytes of one inode in a [`Op::BatchForget`].
+#[expect(clippy::cast_possible_truncation, reason = "a small constant")]
+const FORGET_ONE_BYTES: u32 = size_of::<ForgetOne>() as u32;
 
 /// Who asks, about which inode.
 #[derive(Clone, Copy, Debug)]
@@ -42,8 +46,12 @@ pub(crate) enum Op<'a> {
     Lookup {
         name: &'a [u8],
     },
-    /// Without a reply.
-    Forget,
+    /// Without a reply: the inode was named so often before it was forgotten.
+    Forget {
+        names: u64,
+    },
+    /// The same of several inodes, one [`ForgetOne`] after the other.
+    BatchForget(&'a [u8]),
     GetAttr,
     Statx,
     SetAttr(SetattrIn),
@@ -160,6 +168,12 @@ impl<'a> Args<'a> {
     }
 }
 
+/// What a [`Op::BatchForget`] is about: inodes, and how often each was named.
+pub(crate) fn forgets(bytes: &[u8]) -> impl Iterator<Item = (u64, u64)> {
+    let one = |bytes| ForgetOne::read_from_bytes(bytes).ok();
+    bytes.chunks_exact(size_of::<ForgetOne>()).filter_map(one).map(|one| (one.node, one.names))
+}
+
 /// The request in `bytes`. Of one that is damaged, only whom to tell is known, if that.
 pub(crate) fn parse(bytes: &[u8]) -> Result<(Header, Op<'_>), Option<Header>> {
     let (raw, rest) = InHeader::read_from_prefix(bytes).map_err(|_| None)?;
@@ -211,7 +225,11 @@ fn arguments(code: u32, mut args: Args<'_>) -> Option<Op<'_>> {
 fn names(code: u32, mut args: Args<'_>) -> Option<Op<'_>> {
     Some(match code {
         opcode::LOOKUP => Op::Lookup { name: args.name()? },
-        opcode::FORGET | opcode::BATCH_FORGET => Op::Forget,
+        opcode::FORGET => Op::Forget { names: args.take::<ForgetIn>()?.names },
+        opcode::BATCH_FORGET => {
+            let bytes = args.take::<BatchForgetIn>()?.count.checked_mul(FORGET_ONE_BYTES)?;
+            Op::BatchForget(args.data(bytes)?)
+        }
         opcode::GETATTR => Op::GetAttr,
         opcode::STATX => args.take::<StatxIn>().map(|_| Op::Statx)?,
         opcode::SETATTR => Op::SetAttr(args.take()?),

@@ -16,10 +16,10 @@ use std::thread::{Builder, JoinHandle};
 use blockio::Here;
 use zerocopy::IntoBytes;
 
-use super::abi::{InitIn, InitOut, MAJOR, MINOR, MINOR_MIN, init};
+use super::abi::{InitIn, InitOut, MAJOR, MINOR, MINOR_MIN, MINOR_PROMISES, init};
 use super::channel::Channel;
 use super::reply::Reply;
-use super::request::{Header, Op, parse};
+use super::request::{Header, Op, forgets, parse};
 use super::ring::Rings;
 
 /// Largest read or write of the kernel.
@@ -55,6 +55,10 @@ pub(crate) trait Filesystem: Send + Sync {
     fn interrupt(&self, unique: u64);
     /// Whether mappings of files may be shared: somebody has the kernel give up their pages.
     fn maps(&self) -> bool;
+    /// Attributes may be promised to the kernel, see [`MINOR_PROMISES`]. Before all requests.
+    fn may_promise(&self);
+    /// The kernel has forgotten an inode that answers had named so often.
+    fn forgotten(&self, ino: u64, names: u64);
     /// The connection has ended; no request follows.
     fn end(&self);
 }
@@ -77,8 +81,7 @@ fn read_all<F: Filesystem + 'static>(
     readers: usize,
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER_BYTES];
-    let wanted = if filesystem.maps() { WANTED } else { WANTED & !init::DIRECT_IO_ALLOW_MMAP };
-    let Some(rings) = shake_hands(&channel, wanted, &mut buffer)? else { return Ok(()) };
+    let Some(rings) = shake_hands(&channel, filesystem.as_ref(), &mut buffer)? else { return Ok(()) };
     let rings = rings.map(|rings| rings.start(filesystem)).unwrap_or_default();
     let mut others = Vec::new();
     // A single one has to go on.
@@ -112,9 +115,10 @@ fn start_reader<F: Filesystem + 'static>(
 /// The first request. Gives the rings, if the kernel is to use them; nothing when the connection ended before it came.
 fn shake_hands<F: Filesystem + 'static>(
     channel: &Channel,
-    wanted: u64,
+    filesystem: &F,
     buffer: &mut [u8],
 ) -> io::Result<Option<Option<Rings<F>>>> {
+    let wanted = if filesystem.maps() { WANTED } else { WANTED & !init::DIRECT_IO_ALLOW_MMAP };
     loop {
         let Some(bytes) = channel.receive(buffer)? else { return Ok(None) };
         let Ok((header, Op::Init(offer))) = parse(bytes) else {
@@ -123,6 +127,9 @@ fn shake_hands<F: Filesystem + 'static>(
         let rings = rings(channel, &offer);
         let wanted = if rings.is_some() { wanted | init::OVER_IO_URING } else { wanted };
         let answer = negotiate(&offer, wanted);
+        if (offer.major, offer.minor) >= (MAJOR, MINOR_PROMISES) {
+            filesystem.may_promise();
+        }
         let len = size_of::<super::abi::OutHeader>() + size_of::<InitOut>();
         let error = if answer.is_ok() { 0 } else { -libc::EPROTO };
         let len = u32::try_from(len).expect("small");
@@ -234,7 +241,14 @@ impl Drop for Waits<'_> {
 /// Hands a request to the filesystem, unless it is about the connection.
 pub(super) fn dispatch<F: Filesystem>(filesystem: &F, header: Header, op: Op<'_>, reply: Reply) {
     match op {
-        Op::Forget => reply.none(),
+        Op::Forget { names } => {
+            reply.none();
+            filesystem.forgotten(header.ino, names);
+        }
+        Op::BatchForget(all) => {
+            reply.none();
+            forgets(all).for_each(|(ino, names)| filesystem.forgotten(ino, names));
+        }
         Op::Interrupt { unique } => {
             reply.none();
             filesystem.interrupt(unique);

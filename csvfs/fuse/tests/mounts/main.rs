@@ -4,5 +4,6 @@ mod attributes;
 mod locks;
 mod mappings;
 mod posix;
+mod promises;
 mod suites;
 mod world;

@@ -96,6 +96,11 @@ impl World {
         mountpoint
     }
 
+    /// The node of a mount.
+    pub(crate) fn node(&self, number: usize) -> &Arc<Node> {
+        &self.mounts[number].node
+    }
+
     /// Tries one more mount of the first node.
     pub(crate) fn mount_at(&self, mountpoint: &Path) -> Result<Mount, MountError> {
         mount(self.mounts[0].node.clone(), mountpoint, &MountOptions::default())

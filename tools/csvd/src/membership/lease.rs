@@ -4,10 +4,11 @@
 //! it never grows again.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
 use api::Error;
 use api::config::NodeConfig;
-use blockio::{BlockDevice, GatedDevice, Tripwire, WriteRight};
+use blockio::{BlockDevice, GatedDevice, Permission, Tripwire, WriteRight};
 use lockmgr::clock::boottime_ms;
 use lockmgr::lease::{LeasePage, LeaseReader, QuorumLease};
 use lockmgr::timing::Timing;
@@ -127,6 +128,37 @@ impl LeaseKeeper {
 }
 
 /// What waits may be behind a gate, where its own count does not show it: all are asked.
+/// The right to tell what this node holds without asking: it ends before anybody can have suspected the node, and so before a
+/// fence that does not wait for the lease.
+pub(crate) struct Unsuspected {
+    right: Arc<dyn WriteRight>,
+    /// How much sooner than the lease it ends.
+    sooner: Duration,
+}
+
+impl Unsuspected {
+    pub(crate) fn new(right: Arc<dyn WriteRight>, timing: &Timing) -> Self {
+        let sooner = timing.holder_stop_ms().saturating_sub(timing.unsuspected_ms());
+        Self { right, sooner: Duration::from_millis(sooner) }
+    }
+}
+
+impl WriteRight for Unsuspected {
+    fn check(&self) -> Permission {
+        if self.lasts() > Duration::ZERO {
+            return Permission::Granted;
+        }
+        match self.right.check() {
+            Permission::Granted => Permission::Wait,
+            other => other,
+        }
+    }
+
+    fn lasts(&self) -> Duration {
+        self.right.lasts().saturating_sub(self.sooner)
+    }
+}
+
 fn reconsider(gates: &[Arc<Gate>]) {
     for gate in gates {
         gate.reconsider();
@@ -137,7 +169,7 @@ fn reconsider(gates: &[Arc<Gate>]) {
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use blockio::{Geometry, IoRequest, Permission, WriteRight};
+    use blockio::{Geometry, IoRequest};
 
     use super::*;
 
@@ -165,6 +197,32 @@ mod tests {
         fn rights_changed(&self) {
             self.told.store(true, Ordering::SeqCst);
         }
+    }
+
+    /// A lease that ends in so many milliseconds.
+    struct Lasts(u64);
+
+    impl WriteRight for Lasts {
+        fn check(&self) -> Permission {
+            if self.0 > 0 { Permission::Granted } else { Permission::Wait }
+        }
+
+        fn lasts(&self) -> Duration {
+            Duration::from_millis(self.0)
+        }
+    }
+
+    // Invariant F5: a fence that is confirmed does not wait for the lease.
+    #[test]
+    fn what_is_told_from_memory_ends_before_anybody_suspects_this_node() {
+        let timing = Timing::DEFAULT;
+        let right = |lasts| Unsuspected::new(Arc::new(Lasts(lasts)), &timing);
+        let just_renewed = right(timing.holder_stop_ms());
+        assert_eq!(just_renewed.check(), Permission::Granted);
+        let told_for = u64::try_from(just_renewed.lasts().as_millis()).expect("small");
+        assert!(told_for < timing.suspect_after_ms && told_for > 2 * timing.beat_ms, "{told_for} ms");
+        let later = right(timing.holder_stop_ms() - timing.suspect_after_ms);
+        assert_eq!((later.check(), later.lasts()), (Permission::Wait, Duration::ZERO));
     }
 
     // Invariant B3: the right is asked twice, so what the gate let through may wait behind it.

@@ -25,7 +25,7 @@ use super::host::Host;
 use super::status::{Code, State, StatusCell};
 use crate::clients::Client;
 use crate::core::Core;
-use crate::membership::LunBeats;
+use crate::membership::{LunBeats, Unsuspected};
 use crate::redirect::Road;
 use crate::router::Router;
 use crate::view;
@@ -210,7 +210,11 @@ async fn bring_up(core: &Arc<Core>, volume: &Arc<LocalVolume>) -> Result<(), (Co
         volume.lun.send_replace(Some(lun));
     }
     let device = volume.device().await.map_err(|error| (Code::NoLun, error))?;
+    let right = volume.road().map(|road| road.right()).transpose().map_err(|error| (Code::NoLun, error))?;
     let (node, serial) = attach(core, record, device).await.map_err(|error| (Code::NoCoordinator, error))?;
+    if let Some(right) = right {
+        node.set_right(Arc::new(Unsuspected::new(right, &core.timing)));
+    }
     let mount = match mount(core, record, &node).await {
         Ok(mount) => mount,
         Err(error) => {
