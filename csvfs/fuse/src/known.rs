@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Parts that are locked apart.
@@ -13,6 +14,8 @@ const PARTS: usize = 16;
 /// See the module.
 #[derive(Debug, Default)]
 pub(crate) struct Known {
+    /// Only for a kernel that is promised something.
+    counts: AtomicBool,
     /// Lock rank: leaf.
     parts: [Mutex<Counts>; PARTS],
 }
@@ -25,8 +28,21 @@ impl Known {
         self.parts[part].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts from now on, before the first request.
+    pub(crate) fn begin(&self) {
+        self.counts.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it counts.
+    pub(crate) fn counts(&self) -> bool {
+        self.counts.load(Ordering::Relaxed)
+    }
+
     /// An answer that names the inode is about to go out.
     pub(crate) fn named(&self, ino: u64) {
+        if !self.counts() {
+            return;
+        }
         *self.part(ino).entry(ino).or_default() += 1;
     }
 
@@ -53,7 +69,9 @@ mod tests {
     #[test]
     fn an_inode_is_known_until_it_was_forgotten_as_often_as_it_was_named() {
         let known = Known::default();
-        assert!(!known.has(7));
+        known.named(7);
+        assert!(!known.has(7), "nothing is counted yet");
+        known.begin();
         known.named(7);
         known.named(7);
         known.named(7 + PARTS as u64);

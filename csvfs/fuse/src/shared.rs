@@ -24,10 +24,8 @@ pub(crate) struct Shared {
     /// Mappings of files may be shared.
     pub(crate) maps: bool,
     notes_access: bool,
-    /// What answers have named to the kernel.
+    /// What answers have named to the kernel, if attributes may be promised to it.
     pub(crate) known: Arc<Known>,
-    /// Attributes may be promised to it.
-    pub(crate) promises: AtomicBool,
     /// Calls that wait for locks.
     pub(crate) interrupts: Interrupts,
     pub(crate) lockers: Lockers,
@@ -40,7 +38,6 @@ impl Shared {
             maps,
             notes_access,
             known,
-            promises: AtomicBool::new(false),
             files: Handles::default(),
             directories: Handles::default(),
             buffers: Arc::default(),
@@ -51,7 +48,7 @@ impl Shared {
 
     /// Attributes that are known without a message, and how long the kernel may use them.
     pub(crate) fn attr_at_hand(&self, ino: u64) -> Option<(Attr, Duration)> {
-        if self.promises.load(Ordering::Relaxed) {
+        if self.known.counts() {
             return self.node.promise(ino);
         }
         self.node.attr_at_hand(ino).map(|attr| (attr, Duration::ZERO))
@@ -59,7 +56,7 @@ impl Shared {
 
     /// What `attr` says, with a promise if it can be given.
     pub(crate) fn to_keep(&self, attr: Attr) -> (Attr, Duration) {
-        let promised = self.promises.load(Ordering::Relaxed).then(|| self.node.promise(attr.ino)).flatten();
+        let promised = self.known.counts().then(|| self.node.promise(attr.ino)).flatten();
         promised.filter(|(now, _)| now.nlink > 0).unwrap_or((attr, Duration::ZERO))
     }
 

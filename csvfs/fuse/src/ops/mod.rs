@@ -19,7 +19,6 @@ mod xattrs;
 pub(crate) use files::appends;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use csvfs::node::{Attr, Creation, FsError, Node};
 
@@ -95,7 +94,9 @@ impl Filesystem for Ops {
 
     fn may_promise(&self) {
         // Only of the node's own kernel are promises taken back.
-        self.shared.promises.store(self.shared.maps, Ordering::Relaxed);
+        if self.shared.maps {
+            self.shared.known.begin();
+        }
     }
 
     fn forgotten(&self, ino: u64, names: u64) {
