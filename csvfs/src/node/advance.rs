@@ -16,7 +16,7 @@ use pb::request::Op;
 
 use super::FsError;
 use super::grants::{OnRecall, Seq};
-use super::inode::{Inode, State, Waiter};
+use super::inode::{Holding, Inode, State, Waiter};
 use super::io::{DataOp, Done, Need, Plan};
 use super::names::unexpected;
 use super::session::Answered;
@@ -238,15 +238,13 @@ impl Inode {
                     state.admitted(&op);
                     self.resolve(state, op, needs, out);
                 }
-                Waiter::Hold { alone, tell, .. }
-                    if state.admits(mode) && (!alone || state.in_flight == 0) =>
-                {
+                Waiter::Hold { how, tell, .. } if state.admits_hold(mode, how) => {
                     state.in_flight += 1;
-                    state.frozen = alone;
+                    state.frozen = how != Holding::Shared;
                     out.holds.push((tell, Ok(())));
                 }
                 waiter => {
-                    let alone = matches!(waiter, Waiter::Hold { alone: true, .. });
+                    let alone = matches!(waiter, Waiter::Hold { how: Holding::Alone | Holding::ForSize, .. });
                     state.freeze_wanted |= alone && state.grant.permits(mode);
                     state.waiting.push_back(waiter);
                 }

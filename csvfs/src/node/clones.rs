@@ -17,7 +17,7 @@ use pb::request::Op;
 
 use super::grants::Seq;
 use super::hold::Hold;
-use super::inode::Inode;
+use super::inode::{Holding, Inode};
 use super::io::{DataOp, What};
 use super::map::{BLOCK_BYTES, SIZE_BYTES_MAX, block_ceil, block_floor};
 use super::names::unexpected;
@@ -140,8 +140,9 @@ fn hold_both<'a>(
         return Err(why);
     }
     let (first, second) = if source.ino <= target.ino { (source, target) } else { (target, source) };
-    let held = first.hold(Mode::Exclusive, true)?;
-    let other = if first.ino == second.ino { None } else { Some(second.hold(Mode::Exclusive, true)?) };
+    let held = first.hold(Mode::Exclusive, Holding::Alone)?;
+    let other =
+        if first.ino == second.ino { None } else { Some(second.hold(Mode::Exclusive, Holding::Alone)?) };
     Ok((held, other))
 }
 

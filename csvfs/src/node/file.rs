@@ -7,7 +7,7 @@ use blockio::{BlockDevice, Completion, Geometry, ImageFile, IoBuf, IoError, IoOp
 use lockmgr::Mode;
 
 use super::core::Pin;
-use super::inode::Inode;
+use super::inode::{Holding, Inode};
 use super::io::{self, DataOp, What};
 use super::pages::Mapper;
 use super::{Attr, FsError, Node, SetAttr, attr};
@@ -76,7 +76,7 @@ impl File {
 
     /// Brings all that only this node knows of the file to the coordinator.
     pub(super) fn settle(&self) -> Result<(), FsError> {
-        let _hold = self.pin.inode.hold(Mode::Exclusive, true)?;
+        let _hold = self.pin.inode.hold(Mode::Exclusive, Holding::Alone)?;
         self.pin.inode.settle()
     }
 
@@ -190,7 +190,7 @@ impl File {
     /// # Errors
     /// When the coordinator refuses, or the LUN fails.
     pub fn set_size(&self, size_bytes: u64) -> Result<(), FsError> {
-        self.pin.inode.set_size(size_bytes)
+        self.pin.inode.set_size(size_bytes).map(drop)
     }
 
     /// Allocates space for a range, so that writes there cannot fail for want of it.

@@ -11,7 +11,7 @@ use lockmgr::Mode;
 use pb::request::Op;
 
 use super::grants::Seq;
-use super::inode::{Inode, State, Waiter};
+use super::inode::{Holding, Inode, State, Waiter};
 use super::io::CopyRun;
 use super::map::{BLOCK_BYTES, FILE_BYTES_MAX, Place, SIZE_BYTES_MAX, block_ceil, block_floor, end_of};
 use super::space::EXTENTS_MAX;
@@ -31,15 +31,16 @@ impl Drop for Hold<'_> {
 }
 
 impl Inode {
-    /// Waits for a grant of `mode` and keeps it. With `alone`, nothing else is in flight meanwhile.
-    pub(super) fn hold(self: &Arc<Self>, mode: Mode, alone: bool) -> Result<Hold<'_>, FsError> {
+    /// Waits for a grant of `mode` and keeps it.
+    pub(super) fn hold(self: &Arc<Self>, mode: Mode, how: Holding) -> Result<Hold<'_>, FsError> {
+        let alone = how != Holding::Shared;
         let mut state = self.lock();
-        if state.admits(mode) && (!alone || state.in_flight == 0) {
+        if state.admits_hold(mode, how) {
             state.in_flight += 1;
             state.frozen = alone;
         } else {
             let (tell, told) = mpsc::sync_channel(1);
-            state.waiting.push_back(Waiter::Hold { mode, alone, tell });
+            state.waiting.push_back(Waiter::Hold { mode, how, tell });
             drop(state);
             self.kick();
             told.recv().unwrap_or(Err(FsError::Detached))?;
@@ -52,7 +53,7 @@ impl Inode {
         if let Some(attr) = self.cached_attr(&mut self.lock()) {
             return Ok(attr);
         }
-        let _hold = self.hold(Mode::ProtectedRead, false)?;
+        let _hold = self.hold(Mode::ProtectedRead, Holding::Shared)?;
         if let Some(attr) = self.cached_attr(&mut self.lock()) {
             return Ok(attr);
         }
@@ -76,7 +77,7 @@ impl Inode {
             return Ok(state.size());
         }
         drop(state);
-        let _hold = self.hold(Mode::ProtectedRead, false)?;
+        let _hold = self.hold(Mode::ProtectedRead, Holding::Shared)?;
         Ok(self.lock().size())
     }
 
@@ -122,19 +123,19 @@ impl Inode {
 
     /// Changes attributes.
     pub(super) fn set_attr(self: &Arc<Self>, set: &SetAttr) -> Result<Attr, FsError> {
-        if let Some(size) = set.size_bytes {
-            self.set_size(size)?;
-        }
+        // The times that come with a new size are a part of it.
+        let how = if set.size_bytes.is_some() { Holding::ForSize } else { Holding::Shared };
+        let told = set.size_bytes.map(|size| self.set_size(size)).transpose()?.flatten();
         let set = SetAttr { size_bytes: None, ..*set };
         if set == SetAttr::default() {
-            return self.attr();
+            return told.map_or_else(|| self.attr(), Ok);
         }
         let _changing = self.core.changing([self.ino], false);
         if self.lock().grant.mode != Mode::Exclusive {
             // Nothing is buffered here.
             return self.ask_set_attr(&set);
         }
-        let _hold = self.hold(Mode::Exclusive, false)?;
+        let _hold = self.hold(Mode::Exclusive, how)?;
         // A record that is merged later must not undo what is set now.
         self.merge_blocking()?;
         if set.mtime.is_some() {
@@ -161,22 +162,23 @@ impl Inode {
         Ok(state.attr_to_tell().unwrap_or(fresh))
     }
 
-    /// Changes the size: grows here and is committed later, or shrinks at the coordinator.
-    pub(super) fn set_size(self: &Arc<Self>, size: u64) -> Result<(), FsError> {
+    /// Changes the size: grows here and is committed later, or shrinks at the coordinator. Gives the attributes after that, unless
+    /// links may have changed: to ask for them may have to wait for the kernel, which waits for this.
+    pub(super) fn set_size(self: &Arc<Self>, size: u64) -> Result<Option<Attr>, FsError> {
         if size > SIZE_BYTES_MAX {
             return Err(FsError::invalid(libc::EFBIG, "a file cannot be that large"));
         }
         if let Some(why) = self.core.stopped() {
             return Err(why);
         }
-        let _hold = self.hold(Mode::Exclusive, true)?;
+        let _hold = self.hold(Mode::Exclusive, Holding::ForSize)?;
         let mut state = self.lock();
         if size >= state.size() {
             if size > state.size() {
                 state.set_size(size);
             }
             state.touched(&self.core.times);
-            return Ok(());
+            return Ok(self.told_after(&mut state));
         }
         drop(state);
         // The coordinator cuts off what it knows of.
@@ -190,7 +192,13 @@ impl Inode {
         state.let_go(&self.core, block_ceil(size)..state.map.end().max(block_ceil(size)));
         state.map.cut(block_ceil(size));
         state.pending.written.cut(block_ceil(size));
-        Ok(())
+        Ok(self.told_after(&mut state))
+    }
+
+    /// Attributes after a change, under the grant that it was made under.
+    fn told_after(&self, state: &mut State) -> Option<Attr> {
+        let known = state.changing == 0 && state.attr_asked_at >= self.core.names_now();
+        state.attr_to_tell().filter(|_| known)
     }
 
     /// Brings all that only this node, or its log, knows of the file to the coordinator. Alone with the file.
@@ -308,7 +316,7 @@ impl Inode {
     ) -> Result<(), FsError> {
         let blocks = block_floor(offset)..block_ceil(end_of(offset, len)?);
         // Alone, so that no write places blocks where the coordinator is asked to.
-        let _hold = self.hold(Mode::Exclusive, true)?;
+        let _hold = self.hold(Mode::Exclusive, Holding::Alone)?;
         let mut state = self.lock();
         // Space that only this node knows of would be lost with it.
         if !state.map.has_space(blocks.clone()) || !state.own.parts_in(&blocks).is_empty() {
@@ -340,7 +348,7 @@ impl Inode {
     pub(super) fn seek(self: &Arc<Self>, from: SeekFrom) -> Result<u64, FsError> {
         let (SeekFrom::Hole(start) | SeekFrom::Data(start)) = from;
         let want_data = matches!(from, SeekFrom::Data(_));
-        let _hold = self.hold(Mode::ProtectedRead, false)?;
+        let _hold = self.hold(Mode::ProtectedRead, Holding::Shared)?;
         let nothing = || FsError::invalid(libc::ENXIO, "nothing there before the end of the file");
         let mut at = start;
         loop {
@@ -369,7 +377,7 @@ impl Inode {
 
     /// All extents.
     pub(super) fn extents(self: &Arc<Self>) -> Result<Vec<Extent>, FsError> {
-        let _hold = self.hold(Mode::ProtectedRead, false)?;
+        let _hold = self.hold(Mode::ProtectedRead, Holding::Shared)?;
         let mut at = 0;
         while at < FILE_BYTES_MAX {
             let part = self.lock().map.part(at, FILE_BYTES_MAX);

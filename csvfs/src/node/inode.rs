@@ -46,15 +46,21 @@ pub(super) struct Inode {
     state: Mutex<State>,
 }
 
+/// How a file is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Holding {
+    /// Beside others.
+    Shared,
+    /// Only with nothing else in flight.
+    Alone,
+    /// Alone, for a new size: the kernel writes back no page until it has its answer.
+    ForSize,
+}
+
 /// What waits for a grant.
 pub(super) enum Waiter {
     Data(DataOp),
-    Hold {
-        mode: Mode,
-        /// Only with nothing else in flight.
-        alone: bool,
-        tell: HoldDone,
-    },
+    Hold { mode: Mode, how: Holding, tell: HoldDone },
 }
 
 #[derive(Default)]
@@ -138,6 +144,12 @@ impl State {
     /// Whether something that needs `mode` may start. What may change attributes waits until the kernel tells none.
     pub(super) fn admits(&self, mode: Mode) -> bool {
         self.admits_page(mode) && (mode != Mode::Exclusive || !self.promise.is_out())
+    }
+
+    /// Whether somebody may hold it so now.
+    pub(super) fn admits_hold(&self, mode: Mode, how: Holding) -> bool {
+        let admitted = self.admits(mode) || (how == Holding::ForSize && self.admits_size());
+        admitted && (how == Holding::Shared || self.in_flight == 0)
     }
 
     /// The same of a page, which the kernel may wait for before it forgets anything.

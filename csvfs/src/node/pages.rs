@@ -11,7 +11,7 @@
 //! what the call wrote if it were read before and changed after: so there is none while the call's bytes are on their way.
 //!
 //! The kernel gives up a page only when no request for it is under way, so such requests must never wait for a grant that is
-//! being given back (F2). **Invariant:** a grant is lowered only when the kernel has no page that was read under it (F3, F7).
+//! being given back (F2); nor must a new size, before whose answer it writes no page back. **Invariant:** a grant is lowered only when the kernel has no page that was read under it (F3, F7).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use lockmgr::Mode;
 
 use super::FsError;
 use super::core::{Core, Pin};
-use super::inode::{Inode, State};
+use super::inode::{Holding, Inode, State};
 use super::io::{DataOp, What};
 use super::ranges::RangeSet;
 
@@ -130,6 +130,13 @@ impl State {
         if op.page { self.admits_page(mode) } else { self.admits(mode) }
     }
 
+    /// Whether the size may change although all pages go, for a grant that is to go: they do not go before the kernel has its answer.
+    /// The grant under which they go is enough.
+    pub(super) fn admits_size(&self) -> bool {
+        let held = self.grant.mode == Mode::Exclusive && self.grant.release.is_none();
+        self.pages.dropping && held && !self.promise.is_out() && !self.frozen && !self.leaving
+    }
+
     /// A request starts.
     pub(super) fn admitted(&mut self, op: &DataOp) {
         self.in_flight += 1;
@@ -186,7 +193,7 @@ impl Mapper {
         drop(state);
         if shared {
             // Pages that were read to be looked at only can be written to from now on.
-            drop(mapper.0.inode.hold(Mode::Exclusive, false)?);
+            drop(mapper.0.inode.hold(Mode::Exclusive, Holding::Shared)?);
         }
         Ok(mapper)
     }

@@ -13,7 +13,7 @@ use lockmgr::Mode;
 use pb::request::Op;
 
 use super::FsError;
-use super::inode::Inode;
+use super::inode::{Holding, Inode};
 use super::io::{DataOp, What};
 use super::map::{block_ceil, block_floor, end_of};
 use crate::proto as pb;
@@ -49,7 +49,7 @@ impl Inode {
 
     /// Gives whole blocks back to the coordinator.
     fn free(self: &Arc<Self>, blocks: Range<u64>) -> Result<(), FsError> {
-        let _hold = self.hold(Mode::Exclusive, true)?;
+        let _hold = self.hold(Mode::Exclusive, Holding::Alone)?;
         self.settle()?;
         let asked_at = self.core.names_now();
         let (offset, length) = (blocks.start, blocks.end - blocks.start);

@@ -7,6 +7,7 @@ use lockmgr::Mode;
 use pb::reply::Result as Answer;
 use pb::request::Op;
 
+use super::inode::Holding;
 use super::names::unexpected;
 use super::{File, FsError, Node, remember};
 use crate::proto as pb;
@@ -97,7 +98,7 @@ impl Node {
     fn change_xattrs(&self, ino: u64, op: Op) -> Result<(), FsError> {
         let _changing = self.core.changing([ino], false);
         let writer = self.core.find(ino).filter(|pin| pin.inode.lock().grant.mode == Mode::Exclusive);
-        let hold = writer.as_ref().map(|pin| pin.inode.hold(Mode::Exclusive, false)).transpose()?;
+        let hold = writer.as_ref().map(|pin| pin.inode.hold(Mode::Exclusive, Holding::Shared)).transpose()?;
         if let Some(pin) = &writer {
             // A record that is merged later must not undo the time of change.
             pin.inode.merge_blocking()?;

@@ -5,6 +5,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use rustix::fs::{SeekFrom, seek};
 
@@ -198,5 +200,38 @@ fn what_is_stored_in_a_mapping_stays_when_the_program_ends() {
     mapping.end();
     let content = fs::read(mount.join("f")).expect("read");
     assert_eq!(content.iter().filter(|byte| **byte == 9).count(), BYTES / 1000);
+    world.end();
+}
+
+// Invariant F2: the kernel writes back no page while it waits for a new size, and another node waits for the pages.
+#[test]
+fn the_size_changes_while_another_node_waits_for_pages_that_were_stored_to() {
+    const PAGES: u64 = 16;
+    if !can_mount() {
+        return;
+    }
+    let mut world = World::new();
+    let (a, b) = (world.mount(), world.mount());
+    let here = File::create_new(a.join("f")).expect("create");
+    here.set_len(4096 * PAGES).expect("a size");
+    let mut mapping = Mapping::of(&a.join("f"));
+    let there = File::open(b.join("f")).expect("open");
+    let ended = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::SeqCst) {
+                there.read_at(&mut [0; 4096], 0).expect("read");
+            }
+        });
+        for round in 0..300_u64 {
+            mapping.store_in_each_page(u8::try_from(round % 251).expect("small"), || {
+                // What is mapped stays.
+                here.set_len(4096 * (PAGES + round % 3)).expect("a new size");
+            });
+        }
+        ended.store(true, Ordering::SeqCst);
+    });
+    mapping.end();
+    drop((here, there));
     world.end();
 }
