@@ -51,7 +51,7 @@ pub(super) struct Core {
     pub(super) times: Times,
     pub(super) bad: BadRanges,
     pub(super) cache: ReadCache,
-    /// Who knows whether this node's lease is over: then nothing is told from memory.
+    /// Who knows whether others may suspect this node: then nothing is told from memory.
     right: OnceLock<Arc<dyn WriteRight>>,
     /// Rank 3.
     kernel: Mutex<Option<Arc<dyn KernelCache>>>,
@@ -250,7 +250,7 @@ impl Core {
         self.right.set(right).is_ok()
     }
 
-    /// Whether something may be told from memory: what this node holds is given to nobody before its lease is over (B3).
+    /// Whether something may be told from memory: what this node holds is given to nobody before it can be suspected (B3).
     pub(super) fn may_tell(&self) -> bool {
         self.right.get().is_none_or(|right| right.check() == Permission::Granted)
     }

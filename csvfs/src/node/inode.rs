@@ -152,7 +152,7 @@ impl State {
         admitted && (how == Holding::Shared || self.in_flight == 0)
     }
 
-    /// The same of a page, which the kernel may wait for before it forgets anything.
+    /// Whether a page that needs `mode` may be read or written. The kernel may wait for it before it forgets anything.
     pub(super) fn admits_page(&self, mode: Mode) -> bool {
         self.grant.permits(mode) && !self.frozen && !self.freeze_wanted && !self.leaving
     }

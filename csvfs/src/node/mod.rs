@@ -316,7 +316,8 @@ impl Node {
         self.core.peek(ino)?.promise()
     }
 
-    /// Names who knows whether this node's lease is over: nothing is told from memory then. `false` when somebody is known already.
+    /// Names who knows whether others may suspect this node, and have it fenced: nothing is told from memory then. `false` when somebody
+    /// is known already.
     pub fn set_right(&self, right: Arc<dyn WriteRight>) -> bool {
         self.core.set_right(right)
     }

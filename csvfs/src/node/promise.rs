@@ -8,7 +8,7 @@
 //!     '-- it has to ask <-- forgotten: the change begins, the grant goes
 //! ```
 //! **Invariants:** attributes that are promised are not changed, by any node, before the kernel has forgotten them, except by what the
-//! kernel itself writes to pages and then forgets by itself (F3). A promise ends with the lease at the latest (F5). Nothing that the
+//! kernel itself writes to pages and then forgets by itself (F3). A promise ends before others may suspect this node (F5). Nothing that the
 //! kernel may wait for waits for a promise to be taken back: pages that are written back do not (F1, F2).
 
 use std::collections::VecDeque;

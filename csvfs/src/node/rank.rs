@@ -6,7 +6,7 @@
 //! | 2 | one file |
 //! | 3 | pool |
 //! | 3 | locks of programs |
-//! | 3 | list of what may be forgotten, floors |
+//! | 3 | list of what may be forgotten, floors, what has lost a name |
 //! | 4 | flusher |
 //! | 5 | session |
 //! | 6 | intent log |
