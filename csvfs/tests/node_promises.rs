@@ -14,6 +14,9 @@ use world::{Dice, PLAIN, World, append, buf_of, create, fsync, later, write};
 
 type Then = Box<dyn FnOnce() + Send>;
 
+/// The thread of a program.
+const THREAD: u32 = 7;
+
 /// A kernel's memory of attributes. What it is to forget it forgets at once, or, when it is `slow`, when the test says so.
 #[derive(Default)]
 struct Kernel {
@@ -52,7 +55,7 @@ impl Kernel {
 
     /// A program asks: whether the answer came with a promise.
     fn looks(&self, node: &Node, ino: u64) -> bool {
-        let Some((attr, keep)) = node.promise(ino) else { return false };
+        let Some((attr, keep)) = node.promise(ino, THREAD) else { return false };
         if keep.is_zero() {
             lock(&self.told).remove(&ino);
         } else {
@@ -237,9 +240,9 @@ fn when_the_lease_is_over_nothing_is_told_from_memory_and_no_promise_is_longer()
     look();
     assert_eq!(look(), 0);
     promised(&kernel, &a, dir);
-    assert_eq!(a.promise(dir).map(|(_, keep)| keep), Some(Duration::from_millis(300)));
+    assert_eq!(a.promise(dir, THREAD).map(|(_, keep)| keep), Some(Duration::from_millis(300)));
     lease.over.store(true, Ordering::SeqCst);
-    assert_eq!((look(), a.promise(dir)), (4, None));
+    assert_eq!((look(), a.promise(dir, THREAD)), (4, None));
     lease.over.store(false, Ordering::SeqCst);
     assert_eq!(look(), 0);
 }

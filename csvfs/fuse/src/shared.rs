@@ -14,6 +14,7 @@ use crate::known::Known;
 use crate::lockers::Lockers;
 use crate::ops::appends;
 use crate::wire::reply::Reply;
+use crate::wire::request::Header;
 
 /// The node and what is open on the mount.
 pub(crate) struct Shared {
@@ -47,24 +48,24 @@ impl Shared {
     }
 
     /// Attributes that are known without a message, and how long the kernel may use them.
-    pub(crate) fn attr_at_hand(&self, ino: u64) -> Option<(Attr, Duration)> {
+    pub(crate) fn attr_at_hand(&self, asked: &Header) -> Option<(Attr, Duration)> {
         if self.known.counts() {
-            return self.node.promise(ino);
+            return self.node.promise(asked.ino, asked.thread);
         }
-        self.node.attr_at_hand(ino).map(|attr| (attr, Duration::ZERO))
+        self.node.attr_at_hand(asked.ino).map(|attr| (attr, Duration::ZERO))
     }
 
     /// What `attr` says, with a promise if it can be given.
-    pub(crate) fn to_keep(&self, attr: Attr) -> (Attr, Duration) {
-        let promised = self.known.counts().then(|| self.node.promise(attr.ino)).flatten();
+    pub(crate) fn to_keep(&self, attr: Attr, asked: &Header) -> (Attr, Duration) {
+        let promised = self.known.counts().then(|| self.node.promise(attr.ino, asked.thread)).flatten();
         promised.filter(|(now, _)| now.nlink > 0).unwrap_or((attr, Duration::ZERO))
     }
 
     /// Answers with a name that was found and what it stands for.
-    pub(crate) fn found(&self, attr: Attr, reply: Reply) {
+    pub(crate) fn found(&self, attr: Attr, asked: &Header, reply: Reply) {
         // First: whoever takes a promise back is to know that an answer may be on its way.
         self.known.named(attr.ino);
-        let (attr, keep) = self.to_keep(attr);
+        let (attr, keep) = self.to_keep(attr, asked);
         reply.entry(&to_kernel(&attr), attr.generation, keep);
     }
 

@@ -310,10 +310,11 @@ impl Node {
     }
 
     /// As [`Node::attr_at_hand`], for the kernel that this node was given, and how long it may tell them without asking: until it is
-    /// asked to forget them, or that time is over. Zero: not at all. Never blocks.
+    /// asked to forget them, or that time is over. Zero: not at all. `asker` is the thread that asks the kernel, 0 if it is not known: it
+    /// has taken up what it was told when it asks again, and only then it is promised the same. Never blocks.
     #[must_use]
-    pub fn promise(&self, ino: u64) -> Option<(Attr, Duration)> {
-        self.core.peek(ino)?.promise()
+    pub fn promise(&self, ino: u64, asker: u32) -> Option<(Attr, Duration)> {
+        self.core.peek(ino)?.promise(asker)
     }
 
     /// Names who knows whether others may suspect this node, and have it fenced: nothing is told from memory then. `false` when somebody

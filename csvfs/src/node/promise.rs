@@ -26,6 +26,9 @@ use crate::proto as pb;
 
 /// Longest promise. Whoever looks again after it asks once.
 const PROMISE_MAX: Duration = Duration::from_secs(1);
+/// How often the thread that gets a promise has been told the same without. The first time it may have asked before the change: the
+/// kernel drops that answer then.
+const SHOWN_MIN: u8 = 2;
 /// Looks in a row that are answered without a promise, at most, when each promise before was taken back for a change at once.
 const PAUSE_MAX: u8 = 127;
 
@@ -78,6 +81,15 @@ pub(super) struct Promise {
     pause: u8,
     /// The length of the next pause.
     next_pause: u8,
+    /// What was told last without a promise.
+    shown: Option<Box<Shown>>,
+}
+
+/// Attributes that a thread was told so often in a row.
+struct Shown {
+    attr: Attr,
+    asker: u32,
+    times: u8,
 }
 
 impl Promise {
@@ -96,20 +108,34 @@ impl Promise {
         self.outdated
     }
 
-    /// Whether one is given to somebody who looks. A file that is looked at but once from change to change costs more to take
-    /// back than a look saves; a directory is looked at several times on the way to each name.
-    fn give(&mut self, kind: FileKind) -> bool {
-        if self.going || self.outdated {
+    /// Whether one is given to the thread `asker`, which looks. What is looked at but once or twice from change to change costs more to
+    /// take back than a look saves.
+    ///
+    /// The kernel reads attributes without the lock under which it takes others over, so who looks meanwhile may see some of the
+    /// past with a promise of now. So it has taken them over before they are promised: as the thread that was told them asks again.
+    fn give(&mut self, attr: &Attr, asker: u32) -> bool {
+        if self.going || self.outdated || asker == 0 {
             return false;
         }
         if self.given {
             self.next_pause = 0;
-        } else if kind != FileKind::Directory && self.pause > 0 {
+            return true;
+        }
+        if self.pause > 0 {
             self.pause -= 1;
             return false;
         }
-        self.given = true;
-        true
+        match &mut self.shown {
+            Some(shown) if shown.asker == asker && shown.attr == *attr => {
+                if shown.times >= SHOWN_MIN {
+                    (self.given, self.shown) = (true, None);
+                    return true;
+                }
+                shown.times += 1;
+            }
+            shown => *shown = Some(Box::new(Shown { attr: *attr, asker, times: 1 })),
+        }
+        false
     }
 
     /// It is to be taken back: whether the kernel is to be told so now.
@@ -117,6 +143,8 @@ impl Promise {
         self.outdated = false;
         let begins = std::mem::take(&mut self.given);
         if begins {
+            // What comes next may be the same again, and the kernel was told something else in between.
+            self.shown = None;
             self.going = true;
             self.next_pause = self.next_pause.saturating_mul(2).saturating_add(1).min(PAUSE_MAX);
             self.pause = self.next_pause;
@@ -152,14 +180,14 @@ impl State {
 
 impl Inode {
     /// Attributes, if they are known here without a message, and how long the kernel may tell them without asking. Zero: not at
-    /// all. Only for who knows the kernel that this node was given.
-    pub(super) fn promise(&self) -> Option<(Attr, Duration)> {
+    /// all. Only for who knows the kernel that this node was given, and which of its threads asks.
+    pub(super) fn promise(&self, asker: u32) -> Option<(Attr, Duration)> {
         let longest = self.core.tells_for().min(PROMISE_MAX);
         let mut state = self.lock();
         state.used = true;
         let attr = self.cached_attr(&mut state)?;
         let may_be = attr.nlink > 0 && !longest.is_zero() && state.is_still();
-        let given = may_be && !self.core.parted.has(self.ino) && state.promise.give(attr.kind);
+        let given = may_be && !self.core.parted.has(self.ino) && state.promise.give(&attr, asker);
         Some((attr, if given { longest } else { Duration::ZERO }))
     }
 
@@ -213,50 +241,77 @@ impl Core {
 mod tests {
     use super::*;
 
+    /// Threads of programs.
+    const THREAD: u32 = 7;
+    const OTHER: u32 = 8;
+
+    fn of_size(size_bytes: u64) -> Attr {
+        let kind = pb::FileKind::Regular.into();
+        Attr::checked(&pb::Attr { ino: 2, kind, nlink: 1, size_bytes, ..pb::Attr::default() })
+            .expect("a file")
+    }
+
+    /// Looks until there is a promise: how many had none.
+    fn looks(promise: &mut Promise, attr: &Attr) -> usize {
+        (0..1000).position(|_| promise.give(attr, THREAD)).expect("a promise")
+    }
+
     // Invariant F3: what is being taken back is out until the kernel has forgotten it, and not given again meanwhile.
     #[test]
     fn a_promise_is_out_until_the_kernel_has_forgotten_it() {
-        let mut promise = Promise::default();
+        let (mut promise, attr) = (Promise::default(), of_size(1));
         assert!(!promise.is_out() && !promise.begin(), "nothing was promised");
-        assert!(promise.give(FileKind::Directory) && promise.is_out());
+        looks(&mut promise, &attr);
+        assert!(promise.is_out() && promise.give(&attr, OTHER));
         assert!(promise.begin() && promise.is_out() && !promise.begin(), "the kernel is told once");
-        assert!(!promise.give(FileKind::Directory));
+        assert!((0..1000).all(|_| !promise.give(&attr, THREAD)));
         promise.steps = true;
         promise.waiting.push(Box::new(|| {}));
         let (steps, waiting) = promise.ended();
         assert!(steps && waiting.len() == 1 && !promise.is_out());
-        assert!(promise.give(FileKind::Directory));
+        looks(&mut promise, &attr);
     }
 
     #[test]
     fn what_is_outdated_is_not_promised_again_before_it_was_taken_back() {
-        let mut promise = Promise::default();
+        let (mut promise, attr) = (Promise::default(), of_size(1));
         assert!(!promise.outdate(), "nobody was promised anything");
-        assert!(promise.give(FileKind::Regular) && promise.outdate() && !promise.give(FileKind::Regular));
+        looks(&mut promise, &attr);
+        assert!(promise.outdate() && (0..1000).all(|_| !promise.give(&attr, THREAD)));
         assert!(promise.begin() && !promise.is_outdated());
         promise.ended();
     }
 
+    // Invariant F3: who looks while the kernel takes an answer over sees nothing of the past.
     #[test]
-    fn a_file_that_is_looked_at_once_from_change_to_change_is_promised_ever_more_rarely() {
-        let mut promise = Promise::default();
-        let promised = (0..1000).filter(|_| {
-            let given = promise.give(FileKind::Regular);
+    fn what_is_promised_the_thread_that_asks_was_told_before() {
+        let (mut promise, old, new) = (Promise::default(), of_size(1), of_size(2));
+        assert!(!promise.give(&old, THREAD) && !promise.give(&old, THREAD));
+        assert!(!promise.give(&new, THREAD) && !promise.give(&new, THREAD) && promise.give(&new, THREAD));
+        promise.begin();
+        promise.ended();
+        promise.pause = 0;
+        assert!(!promise.give(&new, THREAD), "the kernel has forgotten it");
+        assert!((0..1000).all(|_| !promise.give(&new, OTHER) && !promise.give(&new, THREAD)));
+        assert!((0..1000).all(|_| !promise.give(&new, 0)), "it may be any thread");
+    }
+
+    #[test]
+    fn what_is_looked_at_but_once_from_change_to_change_is_promised_ever_more_rarely() {
+        let (mut promise, attr) = (Promise::default(), of_size(1));
+        let promised = (0..1000).filter(|size| promise.give(&of_size(*size), THREAD));
+        assert_eq!(promised.count(), 0, "nobody looks twice");
+        let mut most = 0;
+        for _ in 0..20 {
+            most = most.max(looks(&mut promise, &attr));
             promise.begin();
             promise.ended();
-            given
-        });
-        assert!(promised.count() <= 15);
-        // One that is looked at again and again is promised at once after a change.
-        promise.pause = 0;
-        assert!(promise.give(FileKind::Regular) && promise.give(FileKind::Regular) && promise.begin());
-        promise.ended();
-        assert!(!promise.give(FileKind::Regular) && promise.give(FileKind::Regular));
-        // A directory is, in any case.
-        for _ in 0..10 {
-            assert!(promise.begin());
-            promise.ended();
-            assert!(promise.give(FileKind::Directory));
         }
+        assert!(most >= usize::from(PAUSE_MAX));
+        // What is looked at again and again is promised soon after a change.
+        looks(&mut promise, &attr);
+        assert!(promise.give(&attr, THREAD) && promise.begin());
+        promise.ended();
+        assert!(looks(&mut promise, &attr) <= usize::from(SHOWN_MIN) + 1);
     }
 }

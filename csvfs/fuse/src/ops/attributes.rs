@@ -14,23 +14,27 @@ const NAME_BYTES_MAX: u32 = 255;
 
 impl Ops {
     pub(super) fn getattr(&self, header: Header, reply: Reply) {
-        if let Some((attr, keep)) = self.shared.attr_at_hand(header.ino) {
+        if let Some((attr, keep)) = self.shared.attr_at_hand(&header) {
             return reply.attr(&to_kernel(&attr), keep);
         }
-        self.wait(move |shared| match shared.node.getattr(header.ino).map(|attr| shared.to_keep(attr)) {
-            Ok((attr, keep)) => reply.attr(&to_kernel(&attr), keep),
-            Err(error) => reply.error(errno_of_inode(&error)),
+        self.wait(move |shared| {
+            match shared.node.getattr(header.ino).map(|attr| shared.to_keep(attr, &header)) {
+                Ok((attr, keep)) => reply.attr(&to_kernel(&attr), keep),
+                Err(error) => reply.error(errno_of_inode(&error)),
+            }
         });
     }
 
     /// As `getattr`, with the time of birth.
     pub(super) fn statx(&self, header: Header, reply: Reply) {
-        if let Some((attr, keep)) = self.shared.attr_at_hand(header.ino) {
+        if let Some((attr, keep)) = self.shared.attr_at_hand(&header) {
             return reply.statx(&to_statx(&attr), keep);
         }
-        self.wait(move |shared| match shared.node.getattr(header.ino).map(|attr| shared.to_keep(attr)) {
-            Ok((attr, keep)) => reply.statx(&to_statx(&attr), keep),
-            Err(error) => reply.error(errno_of_inode(&error)),
+        self.wait(move |shared| {
+            match shared.node.getattr(header.ino).map(|attr| shared.to_keep(attr, &header)) {
+                Ok((attr, keep)) => reply.statx(&to_statx(&attr), keep),
+                Err(error) => reply.error(errno_of_inode(&error)),
+            }
         });
     }
 

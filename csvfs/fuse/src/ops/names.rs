@@ -15,20 +15,25 @@ impl Ops {
     pub(super) fn lookup(&self, header: Header, name: &[u8], reply: Reply) {
         if name == b"." {
             // Of any inode, by its number: somebody opens it by a handle.
-            return self.find(reply, move |node| node.getattr(header.ino));
+            return self.find(header, reply, move |node| node.getattr(header.ino));
         }
         match self.shared.node.lookup_at_hand(header.ino, name) {
-            AtHand::Is(attr) => return self.shared.found(*attr, reply),
+            AtHand::Is(attr) => return self.shared.found(*attr, &header, reply),
             AtHand::Absent => return reply.error(libc::ENOENT),
             AtHand::Unknown => {}
         }
         let name = name.to_vec();
-        self.find(reply, move |node| node.lookup(header.ino, &name));
+        self.find(header, reply, move |node| node.lookup(header.ino, &name));
     }
 
-    fn find(&self, reply: Reply, call: impl FnOnce(&Node) -> Result<Attr, FsError> + Send + 'static) {
+    fn find(
+        &self,
+        header: Header,
+        reply: Reply,
+        call: impl FnOnce(&Node) -> Result<Attr, FsError> + Send + 'static,
+    ) {
         self.wait(move |shared| match call(&shared.node) {
-            Ok(attr) => shared.found(attr, reply),
+            Ok(attr) => shared.found(attr, &header, reply),
             Err(error) => reply.error(errno(&error)),
         });
     }

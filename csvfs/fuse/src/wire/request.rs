@@ -28,6 +28,8 @@ pub(crate) struct Header {
     pub(crate) ino: u64,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
+    /// The thread that asks; 0 if it cannot be seen from where the volume was mounted.
+    pub(crate) thread: u32,
 }
 
 /// What is to be written.
@@ -202,7 +204,7 @@ fn without_extensions<'a>(raw: &InHeader, rest: &'a [u8]) -> Option<&'a [u8]> {
 
 impl Header {
     pub(crate) fn of(raw: &InHeader) -> Self {
-        Self { unique: raw.unique, ino: raw.node, uid: raw.uid, gid: raw.gid }
+        Self { unique: raw.unique, ino: raw.node, uid: raw.uid, gid: raw.gid, thread: raw.pid }
     }
 }
 
@@ -306,6 +308,7 @@ mod tests {
         );
         let (header, op) = parse(&bytes).expect("a request");
         assert_eq!((header.unique, header.ino, header.uid, header.gid), (7, 1, 10, 20));
+        assert_eq!(header.thread, 30);
         let Op::Rename { name, new_dir, new_name, flags } = op else { panic!("{op:?}") };
         assert_eq!((name, new_dir, new_name, flags), (&b"a"[..], 9, &b"bc"[..], 1));
     }
