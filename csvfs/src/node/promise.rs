@@ -1,15 +1,19 @@
 //! Attributes that the kernel may tell by itself for a while, without asking.
 //!
 //! ```text
-//!   asked --> answered with a promise --> the kernel tells them itself, for as long as it was told at most
-//!     ^                                      |
+//!   asked --> answered without, twice the same to one thread
+//!     ^         |
+//!     |         v
+//!     |       answered with a promise --> the kernel tells them itself, for as long as it was told at most
+//!     |                                      |
 //!     |                                      | a change is to begin, or the grant to go: taken back
 //!     |                                      v
 //!     '-- it has to ask <-- forgotten: the change begins, the grant goes
 //! ```
 //! **Invariants:** attributes that are promised are not changed, by any node, before the kernel has forgotten them, except by what the
-//! kernel itself writes to pages and then forgets by itself (F3). A promise ends before others may suspect this node (F5). Nothing that the
-//! kernel may wait for waits for a promise to be taken back: pages that are written back do not (F1, F2).
+//! kernel itself writes to pages and then forgets by itself (F3). Nothing is promised that the kernel has yet to take over: it does
+//! that beside who reads, who would see some of the past with the promise. A promise ends before others may suspect this node (F5).
+//! Nothing that the kernel may wait for waits for a promise to be taken back: pages that are written back do not (F1, F2).
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
